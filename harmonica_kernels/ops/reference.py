@@ -1,0 +1,43 @@
+"""Every op in plain torch: the truth that the tests compare to. Differentiable, in the dtype of its arguments.
+
+Shapes: batch B, tokens N, width D. Modulation rows (gate, shift, scale) are [B or 1, D], or None where there is none.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from .run import Term
+
+
+def forecast(term: Term, e: float | Tensor) -> Tensor:
+    """A branch's output [B,N,D] from its last two computed ones: first-order in the step, e = 0 repeats the latest."""
+    return term.latest if term.previous is None else (1 + e) * term.latest - e * term.previous
+
+
+def norm_modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None, norm: bool, eps: float) -> Tensor:
+    """`LN(x)·(1 + scale) + shift` (norm=False: without the LN), adaLN of Peebles & Xie, 2023."""
+    h = layer_norm(x, x.shape[-1:], eps=eps) if norm else x
+    if scale is not None:
+        h = h * (1 + scale.unsqueeze(1))
+    return h if shift is None else h + shift.unsqueeze(1)
+
+
+def residual_norm(x: Tensor, run: Sequence[Term], e: Sequence[float | Tensor], shift: Tensor | None,
+                  scale: Tensor | None, norm: bool = True, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(x', h): `x' = x + Σ gate·o` over the run, `h` the modulated norm of x'."""
+    for term, weight in zip(run, e, strict=True):
+        o = forecast(term, weight)
+        x = x + (o if term.gate is None else term.gate.unsqueeze(1) * o)
+    return x, norm_modulate(x, shift, scale, norm, eps)
+
+
+def blend_residual_norm(x: Tensor, run: Sequence[Term], e: Sequence[float | Tensor], shift: Tensor | None,
+                        scale: Tensor | None, fresh: Tensor, r: Tensor, norm: bool = True,
+                        eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """(x', h, o): like `residual_norm` for a run whose first output is blended, `o = r·fresh + (1 - r)·reuse`."""
+    o = r * fresh + (1 - r) * forecast(run[0], e[0])
+    blended = [Term(o, None, run[0].gate), *run[1:]]
+    x, h = residual_norm(x, blended, [0.0, *e[1:]], shift, scale, norm, eps)
+    return x, h, o

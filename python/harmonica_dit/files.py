@@ -1,0 +1,83 @@
+"""Files: safetensors and JSON only, never unpickled, and replaced whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@contextmanager
+def replacing(path: str | os.PathLike):
+    """Yields a temporary path beside `path`; it takes `path`'s place when the block ends without an error.
+
+    An interruption at any moment leaves the old file whole.
+
+    Raises:
+        OSError: the folder does not exist and cannot be made, or cannot be written to; the message names it.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write into the folder of {path}: {error.strerror}") from None
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping) -> None:
+    """Writes `tensors` as safetensors; each metadata value is stored as JSON."""
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, temporary,
+                  {name: json.dumps(value) for name, value in metadata.items()})
+
+
+def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:
+    """Reads what `save_tensors` wrote: (tensors on the CPU, metadata).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or not safetensors, or its metadata is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        with safe_open(path, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            metadata = {name: json.loads(value) for name, value in (opened.metadata() or {}).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata is not JSON: {error}") from None
+    return tensors, metadata
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimiser's state as named tensors, `optimizer.<parameter's index>.<name>`."""
+    return {f"optimizer.{index}.{name}": torch.as_tensor(value)
+            for index, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Puts back what `optimizer_tensors` gave; the optimiser's own settings stay as they are."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
