@@ -1,0 +1,59 @@
+// What the kernels do to one row of D values. A row under work lies in a buffer of accumulators A (float, or double
+// where the storage is f64) that stays in the L1 cache; only reading and writing know the storage type.
+#pragma once
+
+#include <cstdint>
+
+#include "../kernels.h"
+
+namespace harmonica {
+
+template <class A>
+struct Moments {
+    A mean = 0, rstd = 1;
+};
+
+// The two passes of one storage type.
+template <class A>
+struct StorageOps {
+    int size;  // bytes of an element
+
+    // row = src where set, else row += factor·gate·src (gate == nullptr: 1). `next`, where not null, is the row that
+    // will be read after this one: it is prefetched, since hardware prefetchers lose many short streams.
+    void (*read)(const void* src, const void* next, bool set, const A* gate, A factor, A* row, int64_t n);
+
+    // dst = (row - mean)·rstd·(1 + scale) + shift; scale or shift == nullptr: 0. streaming: past the caches.
+    void (*write)(const A* row, Moments<A> moments, const A* scale, const A* shift, void* dst, int64_t n,
+                  bool streaming);
+};
+
+template <class A>
+struct RowOps {
+    StorageOps<A> storage[4];  // by DType; those that do not go with A are empty
+
+    // Two passes: the variance is taken about the mean.
+    Moments<A> (*moments)(const A* row, A eps, int64_t n);
+
+    // out = a·b
+    void (*multiply)(const A* a, const A* b, A* out, int64_t n);
+
+    // sum += a·b
+    void (*multiply_add)(const A* a, const A* b, A* sum, int64_t n);
+
+    // Σ a·b
+    A (*dot)(const A* a, const A* b, int64_t n);
+
+    // dx += gradient of (x - mean)·rstd·(1 + scale) + shift; dshift += dh; dscale += dh·(x - mean)·rstd (where not
+    // nullptr). norm == false: mean and rstd are constants.
+    void (*norm_backward)(const A* x, Moments<A> moments, bool norm, const A* dh, const A* scale, A* dx, A* dshift,
+                          A* dscale, int64_t n);
+};
+
+// Those of the instruction set in use.
+template <class A>
+const RowOps<A>& row_ops();
+
+// Makes streamed stores visible to other threads; called once at the end of each worker.
+void streams_done();
+
+}  // namespace harmonica

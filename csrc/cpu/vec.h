@@ -1,0 +1,196 @@
+// Vectors as wide as the instruction set that this file is compiled for, and conversions between storage and them.
+// Everything has internal linkage: the same header is compiled once for each instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+template <class A>
+struct VecOf {
+    typedef A type __attribute__((vector_size(kVecBytes)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+template <class A>
+constexpr int kLanes = kVecBytes / int(sizeof(A));
+
+typedef uint32_t VecU32 __attribute__((vector_size(kVecBytes)));
+typedef uint16_t VecU16 __attribute__((vector_size(kVecBytes / 2)));
+
+template <class To, class From>
+inline To bits_as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps the size");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+// Round to nearest even; a NaN stays one. U is uint32_t or a vector of it.
+template <class U>
+inline U bf16_bits(U f32) {
+    U rounded = (f32 + 0x7fffu + ((f32 >> 16) & 1u)) >> 16;
+    return (f32 & 0x7fffffffu) > 0x7f800000u ? ((f32 >> 16) | 0x40u) : rounded;
+}
+
+inline float f16_to_float(uint16_t half) {
+    uint32_t sign = uint32_t(half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+    if (magnitude >= 0x7c00u) return bits_as<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    // Scaling by 2^112 turns the exponent's bias from 15 into 127, of subnormals too.
+    float value = bits_as<float>(magnitude << 13) * bits_as<float>(uint32_t(127 + 112) << 23);
+    return bits_as<float>(sign | bits_as<uint32_t>(value));
+}
+
+inline uint16_t float_to_f16(float value) {
+    uint32_t bits = bits_as<uint32_t>(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 65520 or more
+    if (magnitude < 0x38800000u)  // subnormal: adding 0.5 makes the float unit round at 2^-24
+        return uint16_t(sign | (bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u));
+    return uint16_t(sign | (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
+}
+
+// load<V>(p): V is an accumulator A or Vec<A>. Storage of A itself comes as it is.
+template <class V, class T>
+struct Convert;
+
+template <class V>
+struct Identity {
+    template <class T>
+    static V load(const T* p) {
+        V v;
+        memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static V bits(V v) { return v; }
+};
+template <>
+struct Convert<float, float> : Identity<float> {};
+template <>
+struct Convert<double, double> : Identity<double> {};
+template <>
+struct Convert<Vec<float>, float> : Identity<Vec<float>> {};
+template <>
+struct Convert<Vec<double>, double> : Identity<Vec<double>> {};
+
+template <>
+struct Convert<float, bf16> {
+    static float load(const bf16* p) { return bits_as<float>(uint32_t(p->bits) << 16); }
+    static uint16_t bits(float v) { return uint16_t(bf16_bits(bits_as<uint32_t>(v))); }
+};
+template <>
+struct Convert<Vec<float>, bf16> {
+    static Vec<float> load(const bf16* p) {
+        VecU16 half;
+        memcpy(&half, p, sizeof half);
+        return bits_as<Vec<float>>(__builtin_convertvector(half, VecU32) << 16);
+    }
+    static VecU16 bits(Vec<float> v) { return __builtin_convertvector(bf16_bits(bits_as<VecU32>(v)), VecU16); }
+};
+
+template <>
+struct Convert<float, f16> {
+    static float load(const f16* p) { return f16_to_float(p->bits); }
+    static uint16_t bits(float v) { return float_to_f16(v); }
+};
+template <>
+struct Convert<Vec<float>, f16> {
+    static Vec<float> load(const f16* p) {
+#if defined(__AVX512F__)
+        return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+        return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+        Vec<float> v;
+        for (int i = 0; i < kLanes<float>; ++i) v[i] = f16_to_float(p[i].bits);
+        return v;
+#endif
+    }
+    static VecU16 bits(Vec<float> v) {
+#if defined(__AVX512F__)
+        return (VecU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+        return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+        VecU16 half;
+        for (int i = 0; i < kLanes<float>; ++i) half[i] = float_to_f16(v[i]);
+        return half;
+#endif
+    }
+};
+
+template <class V, class T>
+inline V load(const T* p) {
+    return Convert<V, T>::load(p);
+}
+
+template <class V, class T>
+inline void store(T* p, V v) {
+    auto bits = Convert<V, T>::bits(v);
+    memcpy(p, &bits, sizeof bits);
+}
+
+// A store past the caches; p is aligned to what it writes.
+template <class V, class T>
+inline void stream(T* p, V v) {
+    auto bits = Convert<V, T>::bits(v);
+#if defined(__AVX512F__)
+    if constexpr (sizeof bits == 64) return _mm512_stream_si512((__m512i*)p, bits_as<__m512i>(bits));
+#endif
+#if defined(__AVX2__)
+    if constexpr (sizeof bits == 32) return _mm256_stream_si256((__m256i*)p, bits_as<__m256i>(bits));
+#endif
+#if defined(__x86_64__)
+    if constexpr (sizeof bits == 16) return _mm_stream_si128((__m128i*)p, bits_as<__m128i>(bits));
+#endif
+    memcpy(p, &bits, sizeof bits);
+}
+
+template <class V>
+struct Lane {
+    using type = V;
+};
+
+// f(i, Lane<Vec<A>>) for whole vectors, then f(i, Lane<A>) for what is left of n.
+template <class A, class F>
+inline __attribute__((always_inline)) void sweep(int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, Lane<Vec<A>>{});
+    for (; i < n; ++i) f(i, Lane<A>{});
+}
+
+// A sum over sweep's lanes.
+template <class A>
+struct Sum {
+    Vec<A> vector = {};
+    A scalar = 0;
+    void add(Vec<A> v) { vector += v; }
+    void add(A v) { scalar += v; }
+    A total() const {
+        A sum = scalar;
+        for (int i = 0; i < kLanes<A>; ++i) sum += vector[i];
+        return sum;
+    }
+};
+
+}  // namespace

@@ -1,0 +1,121 @@
+"""The feature cache: each branch's latest output, and the one before it where a schedule extrapolates."""
+
+import torch
+from torch import Tensor
+
+
+class FeatureCache:
+    """The memory of one trajectory: per branch the last `history` computed outputs [B, N, D], before the gate.
+
+    Its buffers are allocated by the first forward that stores into it, for that batch and in the dtype of the first
+    branch's output, as one arena [history, K, B, N, D]. With two slots a branch, a new output goes into the older one
+    and the two swap roles by index; nothing is copied.
+
+    Args:
+        history: outputs kept for each branch: 1 repeats, 2 can also extrapolate.
+    """
+
+    def __init__(self, history: int = 1):
+        if isinstance(history, bool) or history not in (1, 2):
+            raise ValueError(f"history: got {history!r}, expected 1 (repeat) or 2 (extrapolate)")
+        self.history = history
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything, memory included; the next trajectory may have any shape."""
+        self._arena: Tensor | None = None
+        self._slots: list[list[Tensor]] = []  # per branch, newest first
+        self._filled: list[int] = []  # per branch, how many of its slots hold a computed output
+        self._of: tuple | None = None  # what a forward must match: shape, dtype and device of x, number of branches
+        self._pending: list[tuple[int, Tensor]] = []
+        self._open = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: history·K·B·N·D values once the first forward has run."""
+        return 0 if self._arena is None else self._arena.nbytes
+
+    @property
+    def empty(self) -> bool:
+        """Whether no output has been stored since the last reset."""
+        return self._arena is None
+
+    def filled(self, k: int) -> int:
+        """How many outputs of branch k the cache holds, 0 to `history`."""
+        return self._filled[k] if self._filled else 0
+
+    def latest(self, k: int) -> Tensor:
+        """Branch k's newest output [B, N, D]: the buffer itself, valid until the branch is computed again."""
+        return self._slots[k][0]
+
+    def previous(self, k: int) -> Tensor | None:
+        """The output that branch k had before the latest, or None where there is none yet."""
+        return self._slots[k][1] if self.filled(k) == 2 else None
+
+    def copy_(self, other: "FeatureCache") -> "FeatureCache":
+        """Becomes equal to `other`, reusing this cache's memory where the shapes agree. Returns itself."""
+        other.commit()
+        if other._arena is None:
+            self.reset()
+            return self
+        if self._of != other._of or self.history != other.history or self._arena.dtype != other._arena.dtype:
+            self.history = other.history
+            self.reset()
+            self._of = other._of
+            self._allocate(other._arena.dtype)
+        for mine, theirs, filled in zip(self._slots, other._slots, other._filled, strict=True):
+            for slot in range(filled):
+                mine[slot].copy_(theirs[slot])
+        self._filled, self._pending, self._open = list(other._filled), [], other._open
+        return self
+
+    def commit(self) -> None:
+        """Renews what the last soft forward left to renew, `latest ← o`; to be called after its backward.
+
+        The backward reads the old entries, so the renewal waits for it. The next forward does it unasked.
+        """
+        pending, self._pending = self._pending, []
+        for k, o in pending:
+            self._push(k, o.dtype).copy_(o)
+
+    # What `cached_forward` calls.
+
+    def _begin(self, x: Tensor, branches: int) -> None:
+        """Opens a forward, or says why this cache cannot serve it. `_end` closes it."""
+        if self._open:
+            raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
+                               "call cache.reset() and start the trajectory again")
+        now = (x.shape, x.dtype, x.device, branches)
+        if self._of is not None and self._of != now:
+            of = self._of
+            raise ValueError(f"cache: holds {of[3]} branches for x of shape {tuple(of[0])}, {of[1]} on {of[2]}; got "
+                             f"{branches} branches and x of shape {tuple(x.shape)}, {x.dtype} on {x.device}; "
+                             "call cache.reset() before another trajectory")
+        self.commit()
+        self._of = now
+        self._open = True
+
+    def _end(self) -> None:
+        self._open = False
+
+    def _allocate(self, dtype: torch.dtype) -> None:
+        shape, _, device, branches = self._of
+        self._arena = torch.empty(self.history, branches, *shape, dtype=dtype, device=device)
+        self._slots = [[self._arena[slot, k] for slot in range(self.history)] for k in range(branches)]
+        self._filled = [0] * branches
+
+    def _push(self, k: int, dtype: torch.dtype) -> Tensor:
+        """Makes branch k's oldest slot its latest and returns it, to be written; dtype decides a new arena's."""
+        if self._arena is None:
+            self._allocate(dtype)
+        slots = self._slots[k]
+        if self.history == 2:
+            slots[0], slots[1] = slots[1], slots[0]
+        self._filled[k] = min(self._filled[k] + 1, self.history)
+        return slots[0]
+
+    def _renew(self, k: int, o: Tensor) -> None:
+        """Takes a blended output: at once, or at `commit` where a backward may still read the entry it replaces."""
+        self._pending.append((k, o))
+        if not torch.is_grad_enabled():
+            self.commit()

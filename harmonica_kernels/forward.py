@@ -1,0 +1,266 @@
+"""A transformer forward whose residual branches are computed, reused or blended, as a gate row says.
+
+The row is one step of a schedule (hard), of a router's scores (soft), or nothing (the plain transformer). Between two
+computed bodies there is exactly one fused call, however many reused branches lie between them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cache import FeatureCache
+from .ops import Term, blend_residual_norm, residual_norm
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch `x + gate·body(LN(x)·(1 + scale) + shift)`.
+
+    Args:
+        body: `body(h, context) -> o`, h and o of shape [B, N, D]. It must neither change h nor return it.
+        body_out: `body_out(h, context, out)` writes o into `out` instead, a contiguous [B, N, D] cache buffer; used
+            where a computed output is cached, no gradient is wanted and autocast is off.
+        norm: whether the body sees the norm of x. Without it, and without modulation rows, it is given x itself.
+        gated: whether the modulation has a gate row for this branch.
+        eps: of the norm.
+    """
+
+    body: Callable[[Tensor, Any], Tensor]
+    body_out: Callable[[Tensor, Any, Tensor], None] | None = None
+    norm: bool = True
+    gated: bool = True
+    eps: float = 1e-6
+
+
+class Modulation(NamedTuple):
+    """The conditioning's rows, each [B or 1, D] (any row stride) or None where a branch has none.
+
+    shift, scale: K + 1 each; the last belongs to the final norm. gate: K.
+    """
+
+    shift: Sequence[Tensor | None]
+    scale: Sequence[Tensor | None]
+    gate: Sequence[Tensor | None]
+
+
+def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
+                   gate: Sequence[bool] | Tensor | None = None, extrapolate: Sequence[float] | Tensor | None = None,
+                   cache: FeatureCache | None = None, threshold: float = 0.1, context: Any = None,
+                   eps: float = 1e-6) -> Tensor:
+    """Runs K residual branches and the final modulated norm: y = LN(x_K)·(1 + scale_K) + shift_K.
+
+    Args:
+        branches: the K branches in execution order.
+        x: [B, N, D] float32, bfloat16 or float16 (float64 for checking gradients); it is never changed.
+        mod: shift, scale and gate rows of the branches and of the final norm.
+        gate: None computes every branch and, where there is a cache, stores every output. A sequence of K bools is a
+            hard row: True computes and stores, False reuses without calling the body. A float tensor [K] is a soft
+            row of scores r, differentiable: o = r·body(h) + (1 - r)·reuse; entries with r > threshold are renewed with
+            o once the backward is done (`FeatureCache.commit`, or the next forward).
+        extrapolate: K forecast weights e for reuse = (1 + e)·latest - e·previous; None or 0 repeats the latest. A
+            float tensor [K] is differentiable; its entries count where the cache holds two outputs.
+        cache: one per trajectory, filled by a first forward with gate=None.
+        threshold: τ of a soft row; a hard row has been decided already.
+        context: whatever the bodies need beside h, given to each as it is.
+        eps: of the final norm.
+
+    Returns:
+        y [B, N, D], in the autocast dtype where autocast is on, else in x's.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it. Nothing has been changed then.
+        RuntimeError: the last forward with this cache was interrupted.
+
+    Source: HarmoniCa (Huang et al., ICML 2025), section 3; forecasts after TaylorSeer (Liu et al., 2025), first order.
+    """
+    K = len(branches)
+    compute = _check(branches, x, mod, gate, extrapolate, cache, threshold)
+    soft = isinstance(gate, Tensor)
+    if cache is not None:
+        cache._begin(x, K)
+
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    in_place_bodies = cache is not None and not soft and not autocast and not torch.is_grad_enabled()
+    stream = _Stream(x, torch.get_autocast_dtype(device) if autocast else x.dtype)
+    for k, branch in enumerate(branches):
+        if not compute[k]:
+            stream.reuse(cache, k, mod.gate[k], extrapolate)
+            continue
+        h = stream.norm(mod.shift[k], mod.scale[k], branch.norm, branch.eps)
+        if in_place_bodies and branch.body_out is not None:
+            o = cache._push(k, h.dtype)
+            branch.body_out(h, context, o)
+            stream.compute(o, None, mod.gate[k])
+            continue
+        o = branch.body(h, context)
+        _check_output(o, h, x, k)
+        if soft:
+            stream.blend(o, gate[k], cache, k, mod.gate[k], extrapolate)
+            if gate[k].item() > threshold:
+                stream.renew = partial(cache._renew, k)
+        else:
+            stream.compute(o, None if cache is None else cache._push(k, o.dtype), mod.gate[k])
+    y = stream.norm(mod.shift[K], mod.scale[K], True, eps)
+    if cache is not None:
+        cache._end()
+    return y
+
+
+class _Stream:
+    """The residual stream x and the run of branch outputs that has not been added to it yet."""
+
+    def __init__(self, x: Tensor, h_dtype: torch.dtype):
+        self.x, self.owned, self.h_dtype = x, False, h_dtype
+        self._clear()
+
+    def _clear(self) -> None:
+        self.run: list[Term] = []
+        self.e: list[float | Tensor] = []
+        self.store: Tensor | None = None  # where the first output of the run belongs
+        self.fresh: Tensor | None = None  # blended with the run's first term by r
+        self.r: Tensor | None = None
+        self.renew: Callable[[Tensor], None] | None = None  # takes the blended output where its entry is renewed
+
+    def compute(self, o: Tensor, store: Tensor | None, gate: Tensor | None) -> None:
+        self.run.append(Term(o, None, gate))
+        self.e.append(0.0)
+        self.store = store
+
+    def reuse(self, cache: FeatureCache, k: int, gate: Tensor | None, e: Sequence[float] | Tensor | None) -> None:
+        forecast = e is not None and (cache.filled(k) == 2 if isinstance(e, Tensor) else e[k] != 0)
+        self.run.append(Term(cache.latest(k), cache.previous(k) if forecast else None, gate))
+        self.e.append(e[k] if forecast else 0.0)
+
+    def blend(self, o: Tensor, r: Tensor, cache: FeatureCache, k: int, gate: Tensor | None,
+              e: Sequence[float] | Tensor | None) -> None:
+        self.reuse(cache, k, gate, e)
+        self.fresh, self.r = o, r
+
+    def norm(self, shift: Tensor | None, scale: Tensor | None, norm: bool, eps: float) -> Tensor:
+        """Adds the run to x and returns the modulated norm: the one fused call between two bodies."""
+        h_dtype = self.h_dtype if norm or shift is not None or scale is not None else self.x.dtype
+        if self.fresh is not None or self._wants_grad(shift, scale):
+            h = self._functional(shift, scale, h_dtype, norm, eps)
+        else:
+            x_out = None
+            if self.run:
+                x_out = self.x if self.owned else torch.empty_like(self.x, memory_format=torch.contiguous_format)
+            e = [float(weight) for weight in self.e]
+            h = residual_norm(self.x, self.run, shift, scale, e=e, x_out=x_out, store=self.store,
+                              h_dtype=h_dtype, norm=norm, eps=eps)
+            if x_out is not None:
+                self.x, self.owned = x_out, True
+        self._clear()
+        return h
+
+    def _functional(self, shift: Tensor | None, scale: Tensor | None, h_dtype: torch.dtype, norm: bool,
+                    eps: float) -> Tensor:
+        e = None
+        if any(isinstance(weight, Tensor) or weight != 0 for weight in self.e):
+            e = torch.stack([weight if isinstance(weight, Tensor) else self.x.new_tensor(weight) for weight in self.e])
+        self.x, h, o = blend_residual_norm(self.x, self.run, shift, scale, e=e, fresh=self.fresh, r=self.r,
+                                           h_dtype=h_dtype, norm=norm, eps=eps)
+        self.owned = False  # autograd may have saved it
+        if self.store is not None:
+            self.store.copy_(self.run[0].latest.detach())
+        if self.renew is not None:
+            self.renew(o)
+        return h
+
+    def _wants_grad(self, shift: Tensor | None, scale: Tensor | None) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        tensors = [self.x, shift, scale, *self.e]
+        for term in self.run:
+            tensors += [term.latest, term.gate]
+        return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _check(branches, x, mod, gate, extrapolate, cache, threshold) -> Sequence[bool]:
+    """Refuses what cannot be run, before anything is touched. Returns which branches' bodies are called."""
+    K = len(branches)
+    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+        what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: got {what}, expected a float tensor [B, N, D]")
+    _check_modulation(branches, x, mod)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: got {threshold}, expected a number from 0 to 1")
+    compute = _check_gate(K, gate, cache)
+    _check_extrapolation(K, extrapolate, cache, compute, isinstance(gate, Tensor))
+    return compute
+
+
+def _check_modulation(branches, x, mod) -> None:
+    K, (B, _, D) = len(branches), x.shape
+    for name, rows, count in (("shift", mod.shift, K + 1), ("scale", mod.scale, K + 1), ("gate", mod.gate, K)):
+        if len(rows) != count:
+            raise ValueError(f"mod.{name}: got {len(rows)} rows, expected {count} for {K} branches")
+        for k, row in enumerate(rows):
+            if row is not None and (row.dim() != 2 or row.shape[0] not in (1, B) or row.shape[1] != D):
+                raise ValueError(f"mod.{name}[{k}]: got shape {tuple(row.shape)}, expected [{B} or 1, {D}]")
+    for k, branch in enumerate(branches):
+        if branch.gated != (mod.gate[k] is not None):
+            raise ValueError(f"mod.gate[{k}]: got {'no row' if branch.gated else 'a row'}, but branch {k} "
+                             f"says gated={branch.gated}")
+
+
+def _check_gate(K, gate, cache) -> Sequence[bool]:
+    if gate is None:
+        return (True,) * K
+    if isinstance(gate, Tensor) and not gate.is_floating_point():
+        raise TypeError(f"gate: got a tensor of {gate.dtype}; a hard row is a tuple of Python bools "
+                        "(tensor.tolist()), a soft row a float tensor")
+    if (tuple(gate.shape) != (K,)) if isinstance(gate, Tensor) else (len(gate) != K):
+        got = f"shape {tuple(gate.shape)}" if isinstance(gate, Tensor) else f"{len(gate)} entries"
+        raise ValueError(f"gate: got {got}, expected {K}, one for each branch")
+    if isinstance(gate, Tensor):
+        if gate.device.type == "cpu" and not torch.compiler.is_compiling() and not gate.isfinite().all():
+            raise ValueError(f"gate: scores must be finite, got {gate.tolist()}")
+        if cache is None:
+            raise ValueError("gate: a soft row blends with cached outputs; pass cache=FeatureCache()")
+    else:
+        for k, entry in enumerate(gate):
+            if not isinstance(entry, bool):
+                raise TypeError(f"gate[{k}]: got {entry!r}, expected a Python bool; for soft scores pass one tensor")
+        if cache is None and not all(gate):
+            raise ValueError("gate: the row reuses branches; pass cache=FeatureCache()")
+    compute = (True,) * K if isinstance(gate, Tensor) else gate
+    for k in range(K):
+        if (isinstance(gate, Tensor) or not gate[k]) and not cache.filled(k):
+            raise ValueError(f"gate[{k}]: the cache holds no output of branch {k} yet; the first forward of a "
+                             "trajectory computes everything (gate=None)")
+    return compute
+
+
+def _check_extrapolation(K, extrapolate, cache, compute, soft) -> None:
+    if extrapolate is None:
+        return
+    if len(extrapolate) != K:
+        raise ValueError(f"extrapolate: got {len(extrapolate)} weights, expected {K}, one for each branch")
+    if isinstance(extrapolate, Tensor):
+        if extrapolate.device.type == "cpu" and not torch.compiler.is_compiling() and not extrapolate.isfinite().all():
+            raise ValueError(f"extrapolate: weights must be finite, got {extrapolate.tolist()}")
+        return
+    for k, e in enumerate(extrapolate):
+        if not -1e6 < e < 1e6:  # NaN fails too
+            raise ValueError(f"extrapolate[{k}]: got {e}, expected a finite number")
+        if e != 0 and (soft or not compute[k]) and (cache is None or cache.filled(k) < 2):
+            held = 0 if cache is None else cache.filled(k)
+            raise ValueError(f"extrapolate[{k}]: a forecast needs the branch's last two computed outputs, the cache "
+                             f"holds {held}" + (" (FeatureCache(history=2) keeps two)"
+                                                if cache is None or cache.history == 1 else ""))
+
+
+def _check_output(o, h, x, k) -> None:
+    if not isinstance(o, Tensor) or o.shape != x.shape:
+        what = f"shape {tuple(o.shape)}" if isinstance(o, Tensor) else type(o).__name__
+        raise ValueError(f"branches[{k}].body: returned {what}, expected a tensor of shape {tuple(x.shape)}")
+    if o is h or (not torch.compiler.is_compiling()
+                  and o.untyped_storage().data_ptr() == h.untyped_storage().data_ptr()):
+        raise ValueError(f"branches[{k}].body: returned its input or a view of it; x is accumulated in place, so a "
+                         "body must return a tensor of its own")

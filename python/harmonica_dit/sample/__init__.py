@@ -1,0 +1,7 @@
+"""Sampling: schedulers, trajectories and the call that turns labels into images."""
+
+from .sampling import denoise, sample
+from .schedulers import ReferenceDDIM, make_scheduler
+from .trajectory import Trajectory, check_labels, image_noise
+
+__all__ = ["ReferenceDDIM", "Trajectory", "check_labels", "denoise", "image_noise", "make_scheduler", "sample"]

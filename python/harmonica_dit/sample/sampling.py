@@ -1,0 +1,62 @@
+"""From labels to images."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import harmonica_kernels as hk
+
+from .trajectory import Trajectory, check_labels, image_noise
+
+
+@torch.no_grad()
+def sample(net, labels, *, steps: int = 20, schedule=None, guidance: float = 1.5, guidance_channels: int | None = 3,
+           seed: int = 0, first: int = 0, scheduler="ddim", batch: int = 64,
+           progress: Callable[[int], None] | None = None) -> Tensor:
+    """Samples one image for each label.
+
+    Args:
+        net: a denoiser, see `harmonica_dit.load`.
+        labels: [n] whole numbers.
+        steps: T, the scheduler's steps.
+        schedule: a `Schedule` for this model and T; None computes every branch at every step.
+        guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`.
+        seed, first: image i starts from noise number `first` + i of the seed, whatever the batch size.
+        scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one.
+        batch: images at a time.
+        progress: called with the number of images done after each batch.
+
+    Returns:
+        [n, C, H, W] float32, unclipped; the model's images lie in about [-1, 1].
+
+    Raises:
+        ValueError: an argument is not as above, or the schedule is for another model or another T.
+    """
+    labels = check_labels(labels, net.num_classes)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: got {batch!r}, expected a whole number of images ≥ 1")
+    device = next(net.parameters()).device
+    images = []
+    for start in range(0, len(labels), batch):
+        part = labels[start : start + batch].to(device)
+        trajectory = Trajectory(net, part, steps=steps, scheduler=scheduler, guidance=guidance,
+                                guidance_channels=guidance_channels, seed=seed, first=first + start)
+        if schedule is not None:
+            schedule.check(net, trajectory)
+        noise = image_noise(seed, first + start, len(part), net.sample_shape)
+        images.append(denoise(trajectory, noise.to(device), schedule))
+        if progress is not None:
+            progress(start + len(part))
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def denoise(trajectory: Trajectory, noise: Tensor, schedule=None) -> Tensor:
+    """Runs one trajectory from its noise [n, C, H, W] to images."""
+    cache = None if schedule is None else hk.FeatureCache(schedule.history)
+    x = trajectory.start(noise)
+    for s in range(trajectory.steps):
+        row = {} if schedule is None else dict(gate=schedule.rows[s], extrapolate=schedule.forecasts[s], cache=cache)
+        x = trajectory.advance(trajectory.predict(x, s, **row), s, x)
+    return x

@@ -1,0 +1,98 @@
+"""A trajectory: everything between noise and image but the gate rows. Sampler, trainer and λ refresh all walk it."""
+
+import copy
+import inspect
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .schedulers import make_scheduler
+
+
+def image_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """Starting noise [count, *shape] of the images number first, first+1, … of a seed, whatever the batch split."""
+    draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in range(first, first + count)]
+    return torch.from_numpy(np.stack(draws))
+
+
+class Trajectory:
+    """One batch's way from noise to images: model, labels, guidance and the scheduler's state.
+
+    Args:
+        net: a denoiser, `net(x, t, y, gate=, extrapolate=, cache=, threshold=)`.
+        labels: [n] int64, one for each image.
+        steps: T. scheduler: a name or an instance, see `make_scheduler`.
+        guidance: classifier-free guidance scale; 1 runs no unconditional rows.
+        guidance_channels: how many leading output channels are guided (the reference: 3); None guides all.
+        seed, first: number the images, for schedulers that draw noise on the way.
+    """
+
+    def __init__(self, net, labels: Tensor, *, steps: int, scheduler="ddim", guidance: float = 1.5,
+                 guidance_channels: int | None = 3, seed: int = 0, first: int = 0):
+        self.net, self.labels = net, check_labels(labels, net.num_classes)
+        if not 0 <= guidance < float("inf"):
+            raise ValueError(f"guidance: got {guidance}, expected a finite number ≥ 0 (1 is no guidance)")
+        if guidance_channels is not None and guidance_channels < 1:
+            raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1, or None for all")
+        self.guidance, self.guidance_channels = guidance, guidance_channels
+        self.scheduler = make_scheduler(scheduler, steps)
+        self.timesteps = [t.item() for t in self.scheduler.timesteps]
+        self._generators = None
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            seeds = [np.random.SeedSequence((seed, i, 1)).generate_state(1)[0] for i in range(first, first + len(labels))]
+            self._generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+
+    @property
+    def steps(self) -> int:
+        """T: how often the model is called (some schedulers call it more than once a step)."""
+        return len(self.timesteps)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """x_0 from standard normal noise [n, C, H, W]."""
+        return noise * self.scheduler.init_noise_sigma
+
+    def predict(self, x: Tensor, s: int, **forward) -> Tensor:
+        """The guided model output [n, C_out, H, W] at step s for x [n, C, H, W]; `forward`: gate, cache and so on."""
+        t = self.scheduler.timesteps[s]
+        x = self.scheduler.scale_model_input(x, t)
+        y = self.labels
+        if self.guidance == 1:
+            return self.net(x, t.expand(len(y)), y, **forward)
+        unlabelled = torch.full_like(y, self.net.num_classes)
+        out = self.net(torch.cat([x, x]), t.expand(2 * len(y)), torch.cat([y, unlabelled]), **forward)
+        conditional, unconditional = out.chunk(2)
+        guided = unconditional.lerp(conditional, self.guidance)
+        if self.guidance_channels is None or self.guidance_channels >= out.shape[1]:
+            return guided
+        c = self.guidance_channels
+        return torch.cat([guided[:, :c], conditional[:, c:]], 1)
+
+    def advance(self, output: Tensor, s: int, x: Tensor) -> Tensor:
+        """x_{s+1} from x_s and the guided output, without grad."""
+        learned_variance = "learned" in (self.scheduler.config.get("variance_type") or "")
+        output = output.detach() if learned_variance else output.detach()[:, : x.shape[1]]
+        options = {} if self._generators is None else {"generator": self._generators}
+        return self.scheduler.step(output, self.scheduler.timesteps[s], x.detach(), **options).prev_sample
+
+    def fork(self) -> "Trajectory":
+        """A copy that goes on from here by itself: multistep history and random state are copied, the model is not."""
+        other = copy.copy(self)
+        other.scheduler = copy.deepcopy(self.scheduler)
+        if self._generators is not None:
+            other._generators = [generator.clone_state() for generator in self._generators]
+        return other
+
+
+def check_labels(labels, classes: int) -> Tensor:
+    """`labels` as int64 [n].
+
+    Raises:
+        ValueError: it is empty, not one-dimensional, not of integers, or has a label outside 0..classes-1.
+    """
+    labels = torch.as_tensor(labels)
+    if labels.dim() != 1 or labels.numel() == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, expected whole numbers [n]")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels: got {labels.min().item()} to {labels.max().item()}, expected 0 to {classes - 1}")
+    return labels.long()
