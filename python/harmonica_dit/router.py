@@ -1,0 +1,156 @@
+"""The router: T×K learned scores that say which branches are computed at which step."""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from harmonica_dit.files import save_tensors
+from harmonica_dit.models.flops import Flops
+from harmonica_dit.schedule import (
+    FORMAT,
+    Schedule,
+    check_branches,
+    check_fits,
+    check_flops,
+    check_table,
+    check_timesteps,
+    described,
+    is_number,
+    read_table,
+)
+
+LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
+FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
+
+
+class Router(nn.Module):
+    """Scores r[s, k] = sigmoid(logit[s, k]), one Parameter [K] a row; row 0 computes everything and has none.
+
+    A row has a Parameter of its own because AdamW's momentum would go on moving the other rows of a single tensor.
+
+    Args:
+        logits: float32 [T, K], T ≥ 2; row 0 is not used.
+        branches: the K branches' names in execution order. flops: what a row's forward costs, branch by branch.
+        timesteps: the T timesteps of the trajectory it is for.
+        extrapolation: float32 [T, K] forecast coefficients a (row 0 is not used), or None to repeat.
+        learn_extrapolation: whether the coefficients are trained.
+        threshold: τ; branch k is computed at step s iff r[s, k] > τ.
+        model, scheduler: names. guidance: of the trajectories it was trained on.
+        beta: the weight of the cost in its training. seed: of its training.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+
+    Source: HarmoniCa (Huang et al., ICML 2025, arXiv 2410.01723), section 3; Learning-to-Cache (Ma et al., 2024).
+    """
+
+    def __init__(self, logits: Tensor, branches: tuple[str, ...], flops: Flops, timesteps: tuple[float, ...], *,
+                 extrapolation: Tensor | None = None, learn_extrapolation: bool = False, threshold: float = 0.1,
+                 model: str = "", scheduler: str = "ddim", guidance: float = 1.5, beta: float | None = None,
+                 seed: int | None = None):
+        super().__init__()
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) < 2 or not logits.shape[1]:
+            raise TypeError(f"logits: got {described(logits)}, expected a float32 tensor [T, K] with T ≥ 2")
+        T, K = logits.shape
+        check_table("logits", logits, T, K)
+        self.branches, self.timesteps = check_branches(branches, K), check_timesteps(timesteps, T)
+        check_flops(flops, K)
+        self.flops = flops
+        for name, value in (("model", model), ("scheduler", scheduler)):
+            if not isinstance(value, str):
+                raise TypeError(f"{name}: got {value!r}, expected text")
+        for name, value in (("guidance", guidance), ("beta", beta), ("seed", seed)):
+            if value is not None and not is_number(value):
+                raise ValueError(f"{name}: got {value!r}, expected a finite number")
+        self.threshold = check_threshold(threshold)
+        self.model, self.scheduler, self.guidance, self.beta, self.seed = model, scheduler, guidance, beta, seed
+        self.logits = nn.ParameterList(row.detach().clone() for row in logits[1:])
+        self.coefficients = None
+        if extrapolation is not None:
+            check_table("extrapolation", extrapolation, T, K)
+            self.coefficients = nn.ParameterList(row.detach().clone() for row in extrapolation[1:])
+            self.coefficients.requires_grad_(learn_extrapolation)
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.logits) + 1
+
+    @property
+    def history(self) -> int:
+        """Outputs that a feature cache keeps for each branch while this router runs softly."""
+        return 1 if self.coefficients is None else 2
+
+    def score(self, s: int) -> Tensor:
+        """Row s ≥ 1 of the scores [K], differentiable."""
+        return self.logits[s - 1].sigmoid()
+
+    def scores(self) -> Tensor:
+        """All scores [T, K], without grad; row 0 is 1."""
+        rows = torch.stack([row.detach() for row in self.logits]).sigmoid()
+        return torch.cat([torch.ones_like(rows[:1]), rows])
+
+    def clamp_(self, s: int) -> None:
+        """Keeps row s within ±5."""
+        self.logits[s - 1].detach().clamp_(-LIMIT, LIMIT)
+
+    def schedule(self, threshold: float | None = None) -> Schedule:
+        """The frozen schedule at a threshold, by default the router's own."""
+        threshold = self.threshold if threshold is None else check_threshold(threshold)
+        compute = computed(self.scores(), threshold)
+        compute[0] = True
+        return Schedule(compute, self.branches, self.flops, self._extrapolation(), timesteps=self.timesteps,
+                        model=self.model, origin=f"router, threshold {threshold:g}")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a safetensors file, whole or not at all; row 0 of the logits is stored as the largest logit."""
+        rows = torch.stack([row.detach().float().cpu() for row in self.logits])
+        tensors = {"logits": torch.cat([torch.full_like(rows[:1], LIMIT), rows])}
+        if self.coefficients is not None:
+            tensors["extrapolation"] = self._extrapolation()
+        metadata = {name: getattr(self, name) for name in FIELDS} | dict(
+            kind="router", format=FORMAT, flops=[self.flops.branches, self.flops.fixed], steps=self.steps,
+            cur=self.schedule().cur)
+        save_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, net=None) -> "Router":
+        """Reads what `save` wrote; with `net`, checks that it fits that model.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a whole router of this format, or is for other branches than the model's; the
+                message names the file and what was expected. Another model's name alone is a warning.
+        """
+        tensors, metadata = read_table(path, "router", ("logits",), FIELDS, optional=("extrapolation",))
+        try:
+            router = cls(**tensors, **metadata)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        if net is not None:
+            check_fits(f"{path}: ", router.branches, router.model, net)
+        return router
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draws the scores and the threshold into a picture file."""
+        from harmonica_dit.evaluate.pictures import plot_router
+
+        plot_router(self.scores().cpu(), self.threshold, path, self.branches)
+
+    def _extrapolation(self) -> Tensor | None:
+        if self.coefficients is None:
+            return None
+        rows = torch.stack([row.detach().float().cpu() for row in self.coefficients])
+        return torch.cat([torch.zeros_like(rows[:1]), rows])
+
+
+def computed(scores: Tensor, threshold: float) -> Tensor:
+    """r > τ, decided in float64 as a Python float would be: in float32, 0.1 is not above 0.1."""
+    return scores.detach().double() > threshold
+
+
+def check_threshold(threshold) -> float:
+    if not is_number(threshold) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: got {threshold!r}, expected a number from 0 to 1")
+    return float(threshold)

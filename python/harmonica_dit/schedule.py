@@ -1,0 +1,242 @@
+"""A schedule: which branches are computed at which step, and how the others are forecast. Every method ends as one."""
+
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.models.flops import Flops
+
+FORMAT = 1
+
+
+def forecast_ratios(compute: Tensor) -> Tensor:
+    """What a coefficient a is multiplied by to give the forecast weight e of the step after `compute`'s rows.
+
+    (steps since the latest computed output) / (steps between the last two computed ones), after TaylorSeer (Liu et
+    al., 2025), first order.
+
+    Args:
+        compute: bool [s, K], the decisions of steps 0..s-1.
+
+    Returns:
+        float32 [K], 0 where fewer than two outputs have been computed.
+    """
+    s = len(compute)
+    numbers = torch.arange(1, s + 1, device=compute.device)[:, None]
+    computed = torch.nn.functional.pad(torch.where(compute, numbers, 0), (0, 0, 1, 0))  # a row for "never"
+    latest = computed.amax(0)
+    previous = torch.where(computed < latest, computed, 0).amax(0)
+    return torch.where(previous > 0, (s + 1 - latest) / (latest - previous), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The frozen compute table of one trajectory.
+
+    Args:
+        compute: bool [T, K], True where branch k is computed at step s; row 0 computes everything.
+        branches: the K branches' names in execution order.
+        flops: what a row's forward costs, branch by branch.
+        extrapolation: float32 [T, K] coefficients a of the forecasts; None is zeros, which repeat the latest output.
+        origin: the method and its settings, in words.
+        model: name of the model that it was made for, "" if any.
+        timesteps: the T timesteps that it was made for, None if any.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+
+    compute: Tensor
+    branches: tuple[str, ...]
+    flops: Flops
+    extrapolation: Tensor | None = None
+    origin: str = ""
+    model: str = ""
+    timesteps: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        compute = self.compute
+        if not isinstance(compute, Tensor) or compute.dtype != torch.bool or compute.dim() != 2 or not compute.numel():
+            raise TypeError(f"compute: got {described(compute)}, expected a bool tensor [T, K]")
+        T, K = compute.shape
+        if not compute[0].all():
+            skipped = (~compute[0]).nonzero().flatten().tolist()
+            raise ValueError(f"compute: row 0 has to compute every branch, for there is nothing to reuse yet; it "
+                             f"reuses {skipped}")
+        if self.extrapolation is None:
+            object.__setattr__(self, "extrapolation", torch.zeros(T, K))
+        check_table("extrapolation", self.extrapolation, T, K)
+        object.__setattr__(self, "compute", compute.cpu())
+        object.__setattr__(self, "extrapolation", self.extrapolation.detach().cpu())
+        object.__setattr__(self, "branches", check_branches(self.branches, K))
+        check_flops(self.flops, K)
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", check_timesteps(self.timesteps, T))
+        for name in ("origin", "model"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected text")
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.compute)
+
+    @property
+    def cur(self) -> float:
+        """Cache utilization ratio: reused entries / (T·K), from 0 to 1."""
+        return 1 - self.compute.sum().item() / self.compute.numel()
+
+    @property
+    def speedup(self) -> float:
+        """FLOPs of the uncached trajectory / FLOPs of this one, what no schedule skips counted in both."""
+        computed = (self.compute.double() @ torch.tensor(self.flops.branches, dtype=torch.float64)).sum().item()
+        return self.steps * self.flops.total / (self.steps * self.flops.fixed + computed)
+
+    @property
+    def history(self) -> int:
+        """Outputs that a feature cache has to keep for each branch: 2 where a reused branch is forecast, else 1."""
+        return 1 if all(row is None for row in self.forecasts) else 2
+
+    @cached_property
+    def rows(self) -> tuple[tuple[bool, ...], ...]:
+        """The T hard gate rows."""
+        return tuple(map(tuple, self.compute.tolist()))
+
+    @cached_property
+    def forecasts(self) -> tuple[tuple[float, ...] | None, ...]:
+        """The T rows of forecast weights e = a·ratio, 0 where a branch is computed; None for a row that has none."""
+        rows = []
+        for s in range(self.steps):
+            e = self.extrapolation[s] * forecast_ratios(self.compute[:s]) * ~self.compute[s]
+            rows.append(tuple(e.tolist()) if e.any() else None)
+        return tuple(rows)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a safetensors file, whole or not at all."""
+        save_tensors(path, {"compute": self.compute, "extrapolation": self.extrapolation}, dict(
+            kind="schedule", format=FORMAT, branches=self.branches, flops=[self.flops.branches, self.flops.fixed],
+            origin=self.origin, model=self.model, timesteps=self.timesteps))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Schedule":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a whole schedule of this format; the message names it and what is wrong.
+        """
+        tensors, metadata = read_table(path, "schedule", ("compute", "extrapolation"),
+                                       ("branches", "flops", "origin", "model", "timesteps"))
+        try:
+            return cls(**tensors, **metadata)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def check(self, net, trajectory) -> None:
+        """Refuses a model with other branches or a trajectory of other length; other timesteps are a warning.
+
+        Raises:
+            ValueError: it cannot run this schedule; the message says what differs.
+        """
+        check_fits("schedule: ", self.branches, self.model, net)
+        if trajectory.steps != self.steps:
+            raise ValueError(f"schedule: for {self.steps} steps, the trajectory has {trajectory.steps}")
+        if self.timesteps is not None and self.timesteps != tuple(trajectory.timesteps):
+            warnings.warn(f"schedule: made for other timesteps ({shortened(self.timesteps)}) than the trajectory's "
+                          f"({shortened(trajectory.timesteps)})", stacklevel=3)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draws the table into a picture file."""
+        from harmonica_dit.evaluate.pictures import plot_schedule
+
+        plot_schedule(self, path)
+
+
+def read_table(path: str | os.PathLike, kind: str, tensors: tuple[str, ...], fields: tuple[str, ...],
+               optional: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
+    """The named tensors and metadata fields of a router's or schedule's file, `flops` as `Flops`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no file of this kind and format, or something is missing.
+    """
+    found, metadata = load_tensors(path)
+    if metadata.get("kind") != kind:
+        raise ValueError(f"{path}: expected a {kind}, its metadata says kind={metadata.get('kind')!r}")
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected format version {FORMAT}, got {metadata.get('format')!r}; "
+                         "another version of harmonica wrote it")
+    missing = [name for name in tensors if name not in found] + [name for name in fields if name not in metadata]
+    if missing:
+        raise ValueError(f"{path}: a {kind} has to hold {', '.join(missing)}, this file does not")
+    metadata = {name: metadata[name] for name in fields}
+    try:
+        branches, fixed = metadata["flops"]
+        metadata["flops"] = Flops(tuple(branches), fixed)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: flops: got {metadata['flops']!r}, expected [K numbers, a number]") from None
+    return {name: found[name] for name in (*tensors, *optional) if name in found}, metadata
+
+
+def check_fits(where: str, branches: tuple[str, ...], model: str, net) -> None:
+    """Refuses branches that are not the model's; another name alone is a warning."""
+    names = tuple(net.branch_names)
+    if len(names) != len(branches):
+        raise ValueError(f"{where}for {len(branches)} branches of {model!r}, the model {net.name!r} has {len(names)}")
+    for k, (mine, theirs) in enumerate(zip(branches, names)):
+        if mine != theirs:
+            raise ValueError(f"{where}branch {k} is {mine!r}, the model {net.name!r} has {theirs!r} there")
+    if model and model != net.name:
+        warnings.warn(f"{where}made for the model {model!r}, used with {net.name!r}", stacklevel=4)
+
+
+def check_table(name: str, table: Tensor, T: int, K: int) -> None:
+    """Refuses what is not a finite float32 tensor [T, K]."""
+    if not isinstance(table, Tensor) or table.dtype != torch.float32 or tuple(table.shape) != (T, K):
+        raise TypeError(f"{name}: got {described(table)}, expected a float32 tensor [{T}, {K}]")
+    if not table.isfinite().all():
+        raise ValueError(f"{name}: has entries that are not finite")
+
+
+def check_branches(branches, K: int) -> tuple[str, ...]:
+    """The K names as a tuple."""
+    if not isinstance(branches, (tuple, list)) or len(branches) != K or not all(isinstance(b, str) for b in branches):
+        raise ValueError(f"branches: expected {K} names, one for each column, got {shortened(branches)}")
+    return tuple(branches)
+
+
+def check_flops(flops, K: int) -> None:
+    """Refuses what is not a `Flops` of K branches with finite numbers, at least one above 0."""
+    if not isinstance(flops, Flops):
+        raise TypeError(f"flops: got {type(flops).__name__}, expected Flops")
+    numbers = (*flops.branches, flops.fixed)
+    if len(flops.branches) != K or not all(map(is_number, numbers)) or min(numbers) < 0 or flops.total == 0:
+        raise ValueError(f"flops: expected {K} branches' numbers ≥ 0 and a fixed one, got {shortened(flops)}")
+
+
+def check_timesteps(timesteps, T: int) -> tuple[float, ...]:
+    """The T timesteps as a tuple."""
+    if not isinstance(timesteps, (tuple, list)) or len(timesteps) != T or not all(map(is_number, timesteps)):
+        raise ValueError(f"timesteps: expected {T} numbers, one for each row, got {shortened(timesteps)}")
+    return tuple(timesteps)
+
+
+def is_number(value) -> bool:
+    """Whether value is a finite int or float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def described(value) -> str:
+    """What value is, for an error message."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def shortened(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,62 @@
+"""What a training shows while it runs: a progress bar, a CSV file and a TensorBoard log."""
+
+import csv
+import warnings
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+COLUMNS = ("trajectory", "seconds", "loss", "error", "beta", "threshold", "cur", "speedup")
+
+
+class Log:
+    """One line a trajectory.
+
+    Args:
+        out: folder of `log.csv` and the TensorBoard files, None for no files.
+        total: trajectories to run. first: how many were done before; the CSV's lines from there on are dropped.
+        progress: whether a progress bar is shown.
+    """
+
+    def __init__(self, out: Path | None, total: int, first: int, progress: bool):
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                             TimeRemainingColumn(), disable=not progress)
+        self._task = self._bar.add_task("training the router", total=total, completed=first)
+        self._file = self._board = None
+        if out is not None:
+            path = out / "log.csv"
+            kept = path.read_text().splitlines(keepends=True)[: first + 1] if first and path.exists() else []
+            self._file = open(path, "w", newline="")
+            self._file.writelines(kept)
+            self._csv = csv.DictWriter(self._file, COLUMNS)
+            if not kept:
+                self._csv.writeheader()
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                warnings.warn("tensorboard is not installed: the log is written to log.csv only", stacklevel=3)
+            else:
+                self._board = SummaryWriter(str(out), purge_step=first)
+
+    def __enter__(self) -> "Log":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def line(self, **values: float) -> None:
+        """Logs one trajectory; `values` are COLUMNS."""
+        if self._file is not None:
+            self._csv.writerow(values)
+            self._file.flush()
+        if self._board is not None:
+            for name in COLUMNS[1:]:
+                self._board.add_scalar(name, values[name], values["trajectory"])
+        self._bar.update(self._task, advance=1, description=(
+            f"loss {values['loss']:.3g}  CUR {100 * values['cur']:.1f} %  speedup {values['speedup']:.2f}×  "
+            f"β {values['beta']:.2g}"))

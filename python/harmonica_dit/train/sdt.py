@@ -1,0 +1,58 @@
+"""Step-wise denoising training: one trajectory, one update of each row."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from harmonica_dit.router import Router
+
+from .walk import Walk
+
+
+class Seen(NamedTuple):
+    """What one trajectory showed, for the rows s = 1..T-1."""
+
+    losses: Tensor  # [T-1], L_s
+    errors: Tensor  # [T-1], mean((ε - ε*)²)
+    values: Tensor  # [T-1, K], what computing an entry is worth at r = τ, see `Steering`
+
+
+def train_trajectory(router: Router, walk: Walk, optimizer: torch.optim.Optimizer, importance: Tensor, costs: Tensor,
+                     beta: float | None, *, channels: int | None = None, threshold: float = 0.1) -> Seen:
+    """Walks from noise to image, updating row s at step s ≥ 1 by L_s = λ_s·mean((ε - ε*)²) + β·Σ_k c_k·r[s,k].
+
+    The student's ε, blended by the row and detached, takes the step; it is from before the row's update. Step 0
+    computes and stores everything.
+
+    Args:
+        walk: at its start. optimizer: of the rows, one Parameter each; only the row that has a gradient moves.
+        importance: λ [T]. costs: c [K].
+        beta: None only measures; nothing is updated.
+        channels: how many leading output channels are compared, None for all.
+        threshold: τ at which `values` are stated.
+
+    Source: HarmoniCa (Huang et al., ICML 2025), section 3.2 (SDT) and 3.3 (IEPO).
+    """
+    with torch.no_grad():
+        walk.advance(walk.predict())
+    losses, errors, values = [], [], []
+    for s in range(1, router.steps):
+        target = walk.teacher()
+        with torch.enable_grad():
+            r = router.score(s)
+            r.retain_grad()
+            output = walk.predict(r)
+            error = (output[:, :channels].float() - target[:, :channels].float()).square().mean()
+            (importance[s] * error).backward()
+            values.append(-r.grad / costs * (1 - threshold) / (1 - r.detach()))
+            cost = (costs * router.score(s)).sum() * (beta or 0.0)
+            cost.backward()
+        if beta is not None:
+            optimizer.step()
+            router.clamp_(s)
+        optimizer.zero_grad(set_to_none=True)
+        walk.advance(output)
+        losses.append((importance[s] * error + cost).detach())
+        errors.append(error.detach())
+    return Seen(torch.stack(losses), torch.stack(errors), torch.stack(values))

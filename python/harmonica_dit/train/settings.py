@@ -1,0 +1,81 @@
+"""What a training is asked to do, checked before it starts."""
+
+import json
+import zlib
+from dataclasses import asdict, dataclass
+
+from diffusers import SchedulerMixin
+
+from harmonica_dit.router import check_threshold
+from harmonica_dit.schedule import is_number
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `train_router` that decide its result; their meaning stands there.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    steps: int
+    target_speedup: float | None
+    target_cur: float | None
+    beta: float | None
+    trajectories: int
+    batch: int
+    lr: float
+    threshold: float
+    importance: str
+    importance_rows: str
+    refresh: int
+    extrapolate: float | str | None
+    costs: str
+    compare: str
+    guidance: float
+    guidance_channels: int | None
+    scheduler: str | SchedulerMixin
+    seed: int
+
+    def __post_init__(self):
+        for name, least in (("steps", 2), ("trajectories", 1), ("batch", 1), ("refresh", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, expected a whole number from {least} on")
+        goals = {name: getattr(self, name) for name in ("target_speedup", "target_cur", "beta")}
+        given = {name: value for name, value in goals.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"target_speedup, target_cur, beta: give exactly one of them, got {given or 'none'}")
+        for name, value in given.items():
+            if not is_number(value) or value < 0:
+                raise ValueError(f"{name}: got {value!r}, expected a number ≥ 0")
+        if not is_number(self.lr) or self.lr <= 0:
+            raise ValueError(f"lr: got {self.lr!r}, expected a number above 0")
+        check_threshold(self.threshold)
+        for name, known in (("importance", ("paper", "reference")), ("importance_rows", ("soft", "hard")),
+                            ("costs", ("flops", "ones")), ("compare", ("all", "noise"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
+        if not (self.extrapolate is None or self.extrapolate == "learned" or is_number(self.extrapolate)):
+            raise ValueError(f"extrapolate: got {self.extrapolate!r}, expected None, a number or 'learned'")
+
+    @property
+    def scheduler_name(self) -> str:
+        return self.scheduler if isinstance(self.scheduler, str) else type(self.scheduler).__name__
+
+    def record(self, net) -> dict:
+        """What a checkpoint must agree on, the model included, as JSON gives it back."""
+        scheduler = self.scheduler
+        if not isinstance(scheduler, str):
+            scheduler = {name: str(value) for name, value in scheduler.config.items()}
+        return json.loads(json.dumps(asdict(self) | {
+            "scheduler": scheduler, "model": net.name, "branches": net.branch_names, "weights": fingerprint(net)}))
+
+
+def fingerprint(net) -> str:
+    """A checksum over the names, shapes and first values of a model's parameters."""
+    checksum = 0
+    for name, parameter in net.named_parameters():
+        values = parameter.detach().flatten()[:64].double().cpu()
+        checksum = zlib.crc32(values.numpy().tobytes(), zlib.crc32(f"{name}{tuple(parameter.shape)}".encode(), checksum))
+    return f"{checksum:08x}"

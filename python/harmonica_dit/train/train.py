@@ -1,0 +1,178 @@
+"""Training a router: HarmoniCa's SDT and IEPO, image-free."""
+
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from harmonica_dit.models.flops import count_flops
+from harmonica_dit.router import LIMIT, Router
+from harmonica_dit.sample.trajectory import Trajectory, image_noise
+
+from .budget import Budget, Steering
+from .checkpoint import Training
+from .importance import importance as measure_importance
+from .importance import normalised
+from .log import Log
+from .sdt import train_trajectory
+from .settings import Settings
+from .walk import Walk
+
+FIRST_IMAGE = 1 << 32  # images are numbered from here, so that no sampled image starts from noise trained on
+
+
+def train_router(net, *, steps: int = 20, target_speedup: float | None = None, target_cur: float | None = None,
+                 beta: float | None = None, trajectories: int = 500, batch: int = 32, lr: float = 1e-2,
+                 threshold: float = 0.1, importance: str = "paper", importance_rows: str = "soft",
+                 refresh: int = 500, extrapolate: float | str | None = None, costs: str = "flops",
+                 compare: str = "all", guidance: float = 1.5, guidance_channels: int | None = 3,
+                 scheduler: str | SchedulerMixin = "ddim", seed: int = 0, out: str | os.PathLike | None = None,
+                 progress: bool = True) -> Router:
+    """Learns which branches of `net` to compute at which step. The model is frozen; no images are needed.
+
+    Args:
+        net: a denoiser.
+        steps: T, at least 2.
+        target_speedup, target_cur, beta: exactly one. The FLOPs speedup or the cache utilization ratio that the frozen
+            schedule shall have, for which β and τ are found; or β itself, the weight of the cost, in units of the mean
+            squared error of the guided output (λ has mean 1).
+        trajectories: how many are run; each updates every row once.
+        batch: images a trajectory; with guidance the model sees twice as many rows.
+        lr: AdamW's. threshold: τ of the router.
+        importance: λ's definition, "paper" or "reference"; importance_rows: with "soft" or "hard" rows.
+        refresh: C, the denoising steps after which λ is measured again.
+        extrapolate: None repeats cached outputs; a number is the forecasts' coefficient; "learned" learns one an entry.
+        costs: c_k by "flops" or "ones", of mean 1 either way.
+        compare: "all" output channels in the loss, the learned variance's too (published code), or the "noise" alone.
+        guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`.
+        seed: decides initial logits, noise and labels.
+        out: folder for checkpoint, logs, the router and its picture. The same call with the same folder goes on after
+            an interruption and ends with the same bits.
+        progress: whether a progress bar is shown.
+
+    Returns:
+        The router, its τ chosen such that the schedule meets the target; also in `out/router.safetensors`.
+
+    Raises:
+        ValueError: an argument is out of range, or the checkpoint in `out` is of other settings; the message names it.
+        OSError: `out` cannot be written to.
+        FloatingPointError: the loss is not finite; the last good checkpoint stays.
+        KeyboardInterrupt: Ctrl-C; the message says how to go on.
+
+    Source: HarmoniCa (Huang et al., ICML 2025, arXiv 2410.01723), section 3; targets and forecasts are ours.
+    """
+    settings = Settings(steps, target_speedup, target_cur, beta, trajectories, batch, lr, threshold, importance,
+                        importance_rows, refresh, extrapolate, costs, compare, guidance, guidance_channels, scheduler,
+                        seed)
+    out = None if out is None else Path(out)
+    training, budget = _start(net, settings)
+    if out is not None:
+        checkpoint, record = out / "checkpoint.safetensors", settings.record(net)
+        if checkpoint.exists():
+            training.restore(checkpoint, record)
+        training.save(checkpoint, record)  # finds out now whether the folder can be written to
+    with frozen(net), Log(out, trajectories, training.trajectory, progress) as log:
+        try:
+            while training.trajectory < trajectories:
+                log.line(**_one_trajectory(net, settings, training))
+                if out is not None:
+                    training.save(checkpoint, record)
+        except KeyboardInterrupt:
+            where = "nothing is kept without out=" if out is None else f"the same call goes on from {checkpoint}"
+            raise KeyboardInterrupt(f"stopped after {training.trajectory} of {trajectories} trajectories; "
+                                    f"{where}") from None
+    router = training.router
+    router.beta = training.beta
+    if budget is not None:
+        budget.freeze(router)
+        budget.check(router)
+    if out is not None:
+        router.save(out / "router.safetensors")
+        router.plot(out / "router.png")
+    return router
+
+
+def _start(net, settings: Settings) -> tuple[Training, Budget | None]:
+    """The state before the first trajectory, and the budget of a target."""
+    first = _trajectory(net, settings, 0)
+    T, flops = first.steps, count_flops(net)
+    K = len(flops.branches)
+    device = next(net.parameters()).device
+    generator = torch.Generator().manual_seed(settings.seed)
+    logits = torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)
+    learned = settings.extrapolate == "learned"
+    extrapolation = None
+    if settings.extrapolate is not None:
+        extrapolation = torch.full((T, K), 0.0 if learned else float(settings.extrapolate))
+    router = Router(logits, net.branch_names, flops, tuple(first.timesteps), extrapolation=extrapolation,
+                    learn_extrapolation=learned, threshold=settings.threshold, model=net.name,
+                    scheduler=settings.scheduler_name, guidance=settings.guidance, seed=settings.seed).to(device)
+    # the gradients are as small as β·c, so AdamW's usual eps of 1e-8 would hold the rows back
+    optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-16,
+                                  weight_decay=0)
+    budget = steering = None
+    if settings.beta is None:
+        budget = Budget(flops, T, speedup=settings.target_speedup, cur=settings.target_cur)
+        steering = Steering(budget, T, K, device)
+    return Training(router, optimizer, torch.ones(T, device=device), steering, settings.beta), budget
+
+
+def _one_trajectory(net, settings: Settings, training: Training) -> dict[str, float]:
+    """Runs the next trajectory, before it λ where that is due; returns what there is to log."""
+    begun, n, router = time.monotonic(), training.trajectory, training.router
+    noise = image_noise(settings.seed, FIRST_IMAGE + n * settings.batch, settings.batch, net.sample_shape)
+    noise = noise.to(training.importance.device)
+    T, C = router.steps, settings.refresh
+    if n == 0 or n * T // C > (n - 1) * T // C:
+        found = measure_importance(router, _trajectory(net, settings, n), noise, kind=settings.importance,
+                                   rows=settings.importance_rows)
+        training.importance = normalised(_finite(found, "λ", n))
+    costs = torch.tensor(router.flops.branches if settings.costs == "flops" else [1.0] * len(router.branches))
+    costs = (costs / costs.mean()).to(noise.device)
+    beta = training.beta
+    seen = train_trajectory(router, Walk(router, _trajectory(net, settings, n), noise), training.optimizer,
+                            training.importance, costs, beta, threshold=settings.threshold,
+                            channels=net.sample_shape[0] if settings.compare == "noise" else None)
+    _finite(seen.losses, "the loss", n)
+    if training.steering is not None:
+        training.beta = training.steering.observe(seen.values)
+    training.trajectory += 1
+    schedule = router.schedule()
+    return dict(trajectory=n, seconds=time.monotonic() - begun, loss=seen.losses.mean().item(),
+                error=seen.errors.mean().item(), beta=beta or 0.0, threshold=router.threshold, cur=schedule.cur,
+                speedup=schedule.speedup)
+
+
+def _trajectory(net, settings: Settings, n: int) -> Trajectory:
+    """Trajectory number n at its start; its labels depend on the seed and n alone."""
+    labels = np.random.default_rng((settings.seed, n, 2)).integers(net.num_classes, size=settings.batch)
+    return Trajectory(net, torch.from_numpy(labels).to(next(net.parameters()).device), steps=settings.steps,
+                      scheduler=settings.scheduler, guidance=settings.guidance, seed=settings.seed,
+                      guidance_channels=settings.guidance_channels, first=FIRST_IMAGE + n * settings.batch)
+
+
+def _finite(values: Tensor, what: str, n: int) -> Tensor:
+    if not values.isfinite().all():
+        raise FloatingPointError(f"{what} is not finite in trajectory {n}: {values.tolist()}; the last checkpoint is "
+                                 "the one before it")
+    return values
+
+
+@contextmanager
+def frozen(net):
+    """The model in evaluation mode and without gradients for its weights; afterwards as it was."""
+    wanted = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+        for module, mode in modes:
+            module.training = mode
