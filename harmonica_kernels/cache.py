@@ -101,7 +101,8 @@ class FeatureCache:
     def _allocate(self, dtype: torch.dtype) -> None:
         shape, _, device, branches = self._of
         self._arena = torch.empty(self.history, branches, *shape, dtype=dtype, device=device)
-        self._slots = [[self._arena[slot, k] for slot in range(self.history)] for k in range(branches)]
+        # .data gives each entry a version counter of its own: autograd may hold one while another is renewed
+        self._slots = [[self._arena[slot, k].data for slot in range(self.history)] for k in range(branches)]
         self._filled = [0] * branches
 
     def _push(self, k: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,373 @@
+"""`cached_forward` against a transformer written out naively in float64, and its promises one by one."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm
+
+import harmonica_kernels as hk
+import harmonica_kernels.forward as forward_module
+
+EPS = (1e-6, 1e-5)
+NORM = (True, True, False, True)  # branch 2 takes x itself, as PixArt's cross-attention does
+GATED = (True, True, False, True)
+K = 4
+
+
+class Toy:
+    """K branches `tanh(h @ w + context)`, their modulation, and the same forward written out naively."""
+
+    def __init__(self, B=2, N=3, D=8, dtype=torch.float64, out=True):
+        self.w = [torch.randn(D, D, dtype=dtype) / D**0.5 for _ in range(K)]
+        rows = lambda present: [torch.randn(B, 3 * D, dtype=dtype)[:, D : 2 * D] if p else None for p in present]
+        self.mod = hk.Modulation(rows((*NORM, True)), rows((*NORM, True)), rows(GATED))
+        self.context = torch.randn(D, dtype=dtype)
+        self.x = torch.randn(B, N, D, dtype=dtype)
+        self.calls = []
+        self.branches = [hk.Branch(self.body(k), self.body_out(k) if out and k % 2 == 0 else None, NORM[k], GATED[k],
+                                   EPS[k % 2]) for k in range(K)]
+
+    def body(self, k):
+        def body(h, context):
+            self.calls.append((k, "body"))
+            return torch.tanh(h @ self.w[k] + context)
+        return body
+
+    def body_out(self, k):
+        def body_out(h, context, out):
+            self.calls.append((k, "body_out"))
+            out.copy_(torch.tanh(h @ self.w[k] + context))
+        return body_out
+
+    def __call__(self, x, **options):
+        return hk.cached_forward(self.branches, x, self.mod, context=self.context, **options)
+
+    def naive(self, x, store, gate=None, extrapolate=None, threshold=0.1):
+        """`store`: per branch the list of outputs stored so far, newest last; extended here."""
+        soft = isinstance(gate, torch.Tensor)
+        for k in range(K):
+            h = layer_norm(x, x.shape[-1:], eps=EPS[k % 2]) if NORM[k] else x
+            if NORM[k]:
+                h = h * (1 + self.mod.scale[k].unsqueeze(1)) + self.mod.shift[k].unsqueeze(1)
+            reuse = None
+            if gate is not None and (soft or not gate[k]):
+                reuse = store[k][-1]
+                e = 0 if extrapolate is None else extrapolate[k]
+                if len(store[k]) > 1:
+                    reuse = (1 + e) * reuse - e * store[k][-2]
+            if reuse is None:
+                o = torch.tanh(h @ self.w[k] + self.context)
+                store[k].append(o.detach())
+            elif soft:
+                o = gate[k] * torch.tanh(h @ self.w[k] + self.context) + (1 - gate[k]) * reuse
+                if gate[k] > threshold:
+                    store[k].append(o.detach())
+            else:
+                o = reuse
+            x = x + (o if self.mod.gate[k] is None else self.mod.gate[k].unsqueeze(1) * o)
+        y = layer_norm(x, x.shape[-1:], eps=1e-6)
+        return y * (1 + self.mod.scale[K].unsqueeze(1)) + self.mod.shift[K].unsqueeze(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    seed = torch.seed() % 2**32
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+
+
+def random_rows(steps):
+    return [(torch.rand(K) < 0.5).tolist() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 8), (1, 1, 5), (3, 1, 1)])
+def test_hard_trajectory_equals_naive(shape, out):
+    toy, cache, store = Toy(*shape, out=out), hk.FeatureCache(), [[] for _ in range(K)]
+    with torch.no_grad():
+        for row in (None, *random_rows(12), (False,) * K, (True,) * K):
+            x = torch.randn_like(toy.x)
+            torch.testing.assert_close(toy(x, gate=row, cache=cache), toy.naive(x, store, row))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_forecast_trajectory_equals_naive(grad):
+    toy, cache, store = Toy(), hk.FeatureCache(history=2), [[] for _ in range(K)]
+    with torch.set_grad_enabled(grad):
+        for row in (None, None, *random_rows(20)):
+            x = torch.randn_like(toy.x, requires_grad=grad)
+            e = [0.0 if torch.rand(()) < 0.3 else torch.randn(()).item() for _ in range(K)]
+            e = None if row is None else e
+            torch.testing.assert_close(toy(x, gate=row, cache=cache, extrapolate=e), toy.naive(x, store, row, e))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("history", [1, 2])
+def test_soft_trajectory_equals_naive(history, backward):
+    toy, cache, store = Toy(), hk.FeatureCache(history), [[] for _ in range(K)]
+    for step in range(8):
+        x = torch.randn_like(toy.x)
+        gate = None if step == 0 else torch.rand(K, dtype=torch.float64, requires_grad=backward)
+        e = None if history == 1 or step == 0 else torch.randn(K, dtype=torch.float64, requires_grad=backward)
+        with torch.set_grad_enabled(backward):
+            y = toy(x, gate=gate, cache=cache, extrapolate=e, threshold=0.5)
+            expected = toy.naive(x, [s[-history:] for s in store], gate, e, threshold=0.5)
+        torch.testing.assert_close(y, expected)
+        if backward and step > 1:
+            weights = torch.randn_like(y)
+            leaves = (gate,) if e is None else (gate, e)
+            got = torch.autograd.grad((y * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
+            want = torch.autograd.grad((expected * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
+            torch.testing.assert_close(got, want)
+        toy.naive(x, store, None if gate is None else gate.detach(), None if e is None else e.detach(), threshold=0.5)
+
+
+def test_soft_gate_gradcheck():
+    """gradcheck in x, scores, forecast weights and modulation at once."""
+    toy, cache = Toy(B=2, N=2, D=3, out=False), hk.FeatureCache(2)
+    with torch.no_grad():
+        toy(toy.x, cache=cache)
+        toy(torch.randn_like(toy.x), cache=cache)
+    gate = (torch.rand(K, dtype=torch.float64) * 0.8 + 0.1).requires_grad_()
+    e = torch.randn(K, dtype=torch.float64, requires_grad=True)
+    x = toy.x.requires_grad_()
+    rows = [t.clone().requires_grad_() for part in toy.mod for t in part if t is not None]
+
+    def run(x, gate, e, *rows):
+        given = iter(rows)
+        mod = hk.Modulation(*([None if t is None else next(given) for t in part] for part in toy.mod))
+        frozen = hk.FeatureCache(2).copy_(cache)
+        return hk.cached_forward(toy.branches, x, mod, gate=gate, extrapolate=e, cache=frozen, context=toy.context)
+
+    assert torch.autograd.gradcheck(run, (x, gate, e, *rows))
+
+
+@pytest.mark.parametrize("gate", [None, (True, False, False, True), (False,) * K])
+def test_hard_gate_gradients(gate):
+    """Also without a soft gate the forward is differentiable, in x, modulation and a tensor of forecast weights."""
+    toy, cache = Toy(out=False), hk.FeatureCache(2)
+    store = [[] for _ in range(K)]
+    with torch.no_grad():
+        for x in torch.randn(2, *toy.x.shape, dtype=toy.x.dtype):
+            toy(x, cache=cache), toy.naive(x, store)
+    for row in (row for part in toy.mod for row in part if row is not None):
+        row.requires_grad_()
+    e = torch.randn(K, dtype=torch.float64, requires_grad=True)
+    leaves = [toy.x.requires_grad_(), e, *(row for part in toy.mod for row in part if row is not None)]
+    weights = torch.randn_like(toy.x)
+    got = torch.autograd.grad((toy(toy.x, gate=gate, cache=cache, extrapolate=e) * weights).sum(), leaves,
+                              materialize_grads=True, allow_unused=True)
+    want = torch.autograd.grad((toy.naive(toy.x, store, gate, e) * weights).sum(), leaves,
+                               materialize_grads=True, allow_unused=True)
+    torch.testing.assert_close(got, want)
+
+
+def test_renewal_waits_for_backward_and_obeys_threshold():
+    toy, cache = Toy(), hk.FeatureCache()
+    with torch.no_grad():
+        toy(toy.x, cache=cache)
+    before = [cache.latest(k).clone() for k in range(K)]
+    gate = torch.tensor([0.05, 0.1, 0.11, 0.9], dtype=torch.float64, requires_grad=True)
+    y = toy(toy.x + 1, gate=gate, cache=cache, threshold=0.1)
+    assert all(torch.equal(cache.latest(k), before[k]) for k in range(K))
+    y.sum().backward()
+    cache.commit()
+    assert [torch.equal(cache.latest(k), before[k]) for k in range(K)] == [True, True, False, False]
+
+
+def test_a_reused_body_is_never_called_and_body_out_writes_the_slot():
+    toy, cache = Toy(), hk.FeatureCache()
+    with torch.no_grad():
+        toy(toy.x, cache=cache)
+        assert toy.calls == [(0, "body_out"), (1, "body"), (2, "body_out"), (3, "body")]
+        for row in product((True, False), repeat=K):
+            toy.calls.clear()
+            toy(toy.x, gate=row, cache=cache)
+            assert [k for k, _ in toy.calls] == [k for k in range(K) if row[k]]
+
+
+def test_fused_calls(monkeypatch):
+    """m computed branches are joined by m + 1 fused calls, however many reused ones lie between."""
+    toy, cache, calls = Toy(), hk.FeatureCache(), []
+    original = forward_module.residual_norm
+
+    def counted(x, run, *args, **kwargs):
+        calls.append(len(run))
+        return original(x, run, *args, **kwargs)
+
+    monkeypatch.setattr(forward_module, "residual_norm", counted)
+    with torch.no_grad():
+        toy(toy.x, cache=cache)
+        for row in product((True, False), repeat=K):
+            calls.clear()
+            toy(toy.x, gate=row, cache=cache)
+            assert len(calls) == sum(row) + 1 and sum(calls) == K
+
+
+@pytest.mark.parametrize("gate", [None, (True, False, True, False), (False,) * K, "soft"])
+@pytest.mark.parametrize("first_norm", [False, True])
+def test_the_callers_x_is_never_changed(gate, first_norm):
+    toy, cache = Toy(), hk.FeatureCache()
+    if not first_norm:
+        toy.branches[0] = hk.Branch(toy.body(0), None, norm=False)
+        toy.mod.shift[0] = toy.mod.scale[0] = None
+    with torch.no_grad():
+        toy(toy.x, cache=cache)
+        before, version = toy.x.clone(), toy.x._version
+        toy(toy.x, gate=torch.rand(K).double() if gate == "soft" else gate, cache=cache)
+    assert torch.equal(toy.x, before) and toy.x._version == version
+
+
+def test_slots_swap_without_a_copy():
+    toy, cache = Toy(), hk.FeatureCache(2)
+    with torch.no_grad():
+        toy(toy.x, cache=cache)
+        first = cache.latest(1).data_ptr()
+        toy(toy.x, cache=cache)
+        assert cache.latest(1).data_ptr() != first and cache.previous(1).data_ptr() == first
+        toy(toy.x, gate=(True, False, True, True), cache=cache)
+        assert cache.previous(1).data_ptr() == first
+        toy(toy.x, cache=cache)
+        assert cache.latest(1).data_ptr() == first
+    assert cache.nbytes == 2 * K * toy.x.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_storage_dtypes(dtype):
+    exact, store, cache = Toy(B=2, N=5, D=16), [[] for _ in range(K)], hk.FeatureCache()
+    toy = Toy(B=2, N=5, D=16, dtype=dtype)
+    toy.w, toy.context = [w.to(dtype) for w in exact.w], exact.context.to(dtype)
+    toy.mod = hk.Modulation(*([None if t is None else t.to(dtype) for t in part] for part in exact.mod))
+    tolerance = dict(rtol=0, atol={torch.bfloat16: 0.15, torch.float16: 0.02, torch.float32: 1e-4}[dtype])
+    with torch.inference_mode():
+        for row in (None, (True, False, False, True), (False,) * K):
+            x = torch.randn_like(exact.x)
+            y = toy(x.to(dtype), gate=row, cache=cache)
+            assert y.dtype == dtype
+            torch.testing.assert_close(y.double(), exact.naive(x, store, row), **tolerance)
+
+
+def test_autocast_and_mixed_dtypes():
+    """float32 stream, bfloat16 bodies and modulation under autocast: the cache is bfloat16, the output too."""
+    exact, cache = Toy(B=2, N=5, D=16, out=False), hk.FeatureCache()
+    toy = Toy(B=2, N=5, D=16, dtype=torch.float32, out=False)
+    toy.w, toy.context = [w.float() for w in exact.w], exact.context.float()
+    toy.mod = hk.Modulation(*([None if t is None else t.bfloat16() for t in part] for part in exact.mod))
+    store = [[] for _ in range(K)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for row in (None, (False, True, False, False)):
+            y = toy(exact.x.float(), gate=row, cache=cache)
+            torch.testing.assert_close(y.double(), exact.naive(exact.x, store, row), rtol=0, atol=0.15)
+    assert y.dtype == torch.bfloat16
+
+
+def test_non_contiguous_x():
+    toy = Toy()
+    x = torch.randn(8, 3, 2, dtype=torch.float64).permute(2, 1, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(toy(x), toy.naive(x, [[] for _ in range(K)]))
+
+
+def test_compile_one_graph_a_row():
+    """20 distinct rows are 20 graphs, and a second trajectory compiles none."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    branches = [hk.Branch(lambda h, c: torch.tanh(h) * c) for _ in range(5)]
+    mod = hk.Modulation(*([torch.randn(2, 8) for _ in range(n)] for n in (6, 6, 5)))
+    rows = [(True,) * 5, *list(product((True, False), repeat=5))[1:20]]
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def model(x, gate, cache):
+        return hk.cached_forward(branches, x, mod, gate=gate, cache=cache, context=2.0)
+
+    compiled = torch.compile(model, fullgraph=True, backend=counter, recompile_limit=len(rows))
+    x = torch.randn(2, 4, 8)
+
+    def trajectory(call):
+        cache, y = hk.FeatureCache(), x
+        for row in rows:
+            y = call(y, row, cache)
+        return y
+
+    with torch.no_grad():
+        expected = trajectory(model)
+        torch.testing.assert_close(trajectory(compiled), expected)
+        assert counter.frame_count == len(rows) == len(set(rows))
+        torch.testing.assert_close(trajectory(compiled), expected)
+        assert counter.frame_count == len(rows)
+
+
+def test_an_interrupted_forward_asks_for_a_reset():
+    toy, cache = Toy(), hk.FeatureCache()
+
+    def broken(h, context):
+        raise OSError("a body failed")
+
+    good = toy.branches[3]
+    with torch.no_grad():
+        toy(toy.x, cache=cache)
+        toy.branches[3] = hk.Branch(broken, None)
+        with pytest.raises(OSError, match="a body failed"):
+            toy(toy.x, cache=cache)
+        toy.branches[3] = good
+        with pytest.raises(RuntimeError, match="reset"):
+            toy(toy.x, gate=(True, False, False, False), cache=cache)
+        cache.reset()
+        toy(toy.x, cache=cache)
+
+
+def bad(x=None, mod=None, branches=None, fill=True, history=1, **options):
+    toy, cache = Toy(), hk.FeatureCache(history)
+    with torch.no_grad():
+        if fill:
+            toy(toy.x, cache=cache)
+        changed = [None if fill is False else cache.latest(k).clone() for k in range(K)]
+        try:
+            hk.cached_forward(branches or toy.branches, toy.x if x is None else x, mod(toy) if mod else toy.mod,
+                              context=toy.context, **({"cache": cache} | options))
+        finally:
+            if fill and not branches:
+                assert all(torch.equal(cache.latest(k), changed[k]) for k in range(K)), "touched the cache"
+
+
+@pytest.mark.parametrize("options, error, words", [
+    (dict(x=torch.randn(2, 3)), TypeError, "x: got"),
+    (dict(x=torch.zeros(2, 3, 8, dtype=torch.long)), TypeError, "x: got"),
+    (dict(x=torch.randn(4, 3, 8).double()), ValueError, r"mod.shift\[0\]"),
+    (dict(x=torch.randn(2, 5, 8).double()), ValueError, "cache: holds"),
+    (dict(x=torch.randn(2, 3, 8)), ValueError, "cache: holds"),
+    (dict(gate=(True,) * 3), ValueError, "gate: got 3 entries, expected 4"),
+    (dict(gate=(True, 1, True, True)), TypeError, r"gate\[1\]"),
+    (dict(gate=torch.tensor([True] * K)), TypeError, "tolist"),
+    (dict(gate=torch.rand(3)), ValueError, "gate: got shape"),
+    (dict(gate=torch.tensor([0.1, float("nan"), 0.2, 0.3])), ValueError, "finite"),
+    (dict(gate=torch.tensor([0.1, float("inf"), 0.2, 0.3])), ValueError, "finite"),
+    (dict(gate=(True, False, True, True), cache=None), ValueError, "FeatureCache"),
+    (dict(gate=torch.rand(K), cache=None), ValueError, "FeatureCache"),
+    (dict(gate=(True, False, True, True), fill=False), ValueError, r"gate\[1\]: the cache holds no output"),
+    (dict(gate=torch.rand(K), fill=False), ValueError, "holds no output"),
+    (dict(extrapolate=(1.0,) * 3), ValueError, "extrapolate: got 3"),
+    (dict(gate=(True, False, True, True), extrapolate=(0.0, float("nan"), 0.0, 0.0)), ValueError, r"extrapolate\[1\]"),
+    (dict(gate=(True, False, True, True), extrapolate=(0.0, 1.0, 0.0, 0.0)), ValueError, "history=2"),
+    (dict(gate=(True, False, True, True), extrapolate=(0.0, 1.0, 0.0, 0.0), history=2), ValueError, "holds 1"),
+    (dict(threshold=float("nan")), ValueError, "threshold"),
+    (dict(mod=lambda toy: hk.Modulation(toy.mod.shift[:-1], toy.mod.scale, toy.mod.gate)), ValueError, "mod.shift"),
+    (dict(mod=lambda toy: hk.Modulation(toy.mod.shift, toy.mod.scale, [None] * K)), ValueError, r"mod.gate\[0\]"),
+    (dict(branches=[hk.Branch(lambda h, c: h)] * 2 + [hk.Branch(lambda h, c: h, gated=False), hk.Branch(lambda h, c: h)]),
+     ValueError, "returned its input"),
+    (dict(branches=[hk.Branch(lambda h, c: h.view_as(h))] * 2
+          + [hk.Branch(lambda h, c: h, gated=False), hk.Branch(lambda h, c: h)]), ValueError, "returned its input"),
+    (dict(branches=[hk.Branch(lambda h, c: h[:1].clone())] * 2
+          + [hk.Branch(lambda h, c: h, gated=False), hk.Branch(lambda h, c: h)]), ValueError, r"branches\[0\].body"),
+])
+def test_bad_input(options, error, words):
+    with pytest.raises(error, match=words):
+        bad(**options)
+
+
+@pytest.mark.parametrize("history", [0, 3, True, "2"])
+def test_bad_history(history):
+    with pytest.raises(ValueError, match="history"):
+        hk.FeatureCache(history)
