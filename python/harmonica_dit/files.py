@@ -62,7 +62,7 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
             metadata = {name: json.loads(value) for name, value in (opened.metadata() or {}).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise ValueError(f"{path}: its metadata is not JSON: {error}") from None
     return tensors, metadata
 
