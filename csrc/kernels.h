@@ -51,14 +51,11 @@ struct Blend {
     double r = 0;
 };
 
-// x_out = x + Σ gate·o over the run; h = LN(x_out)·(1 + scale) + shift; store = run[0].latest. Absent outputs are not
-// written. x_out may be x itself; any other overlap of an output with an argument is undefined.
-void residual_norm(Shape shape, Activation x, Activation x_out, Activation h, Activation store,
-                   const std::vector<Term>& run, const Norm& norm, int threads);
-
-// x_out and h as above, o the blended output of the first term (absent where nothing is blended).
-void blend_residual_norm(Shape shape, Activation x, Activation x_out, Activation h, Activation o,
-                         const std::vector<Term>& run, const Blend& blend, const Norm& norm, int threads);
+// x_out = x + Σ gate·o over the run; h = LN(x_out)·(1 + scale) + shift; first = the first term's o, blended where there
+// is a fresh output. Absent outputs are not written. x_out may be x itself; any other memory that an output shares with
+// another argument throws std::invalid_argument.
+void residual_norm(Shape shape, Activation x, Activation x_out, Activation h, Activation first,
+                   const std::vector<Term>& run, const Blend& blend, const Norm& norm, int threads);
 
 // The gradients asked for; data == nullptr where one is not. latest and gate have one entry for each term.
 struct Gradients {
@@ -68,17 +65,18 @@ struct Gradients {
     std::vector<Rows> gate;
 };
 
-// dr, and de for each term: always filled, they cost nothing where their inputs are not asked for (then 0).
+// dr, and de for each term.
 struct ScalarGradients {
     double r = 0;
     std::vector<double> e;
 };
 
-// Backward of blend_residual_norm from dx_out and dh (one of them may be absent), given its result x_out. Sums over
-// tokens are taken in an order that depends on the shape alone, so they are the same for every number of threads.
-ScalarGradients blend_residual_norm_backward(Shape shape, Activation dx_out, Activation dh, Activation x_out,
-                                             const std::vector<Term>& run, const Blend& blend, const Norm& norm,
-                                             const Gradients& gradients, bool scalars, int threads);
+// Backward of residual_norm from dx_out and dh (one of them may be absent), given its result x_out. `scalars`: whether
+// dr and de are wanted (else 0). Sums over tokens are taken in an order that depends on the shape alone: they come out
+// the same for every number of threads.
+ScalarGradients residual_norm_backward(Shape shape, Activation dx_out, Activation dh, Activation x_out,
+                                       const std::vector<Term>& run, const Blend& blend, const Norm& norm,
+                                       const Gradients& gradients, bool scalars, int threads);
 
 // Instruction sets: those compiled in that this processor has, the one in use, and a setter for tests.
 std::vector<std::string> available_isas();

@@ -7,8 +7,8 @@
 
 #define DECLARE_ISA(name)                       \
     namespace harmonica::name {                 \
-    extern const RowOps<float>& float_ops;      \
-    extern const RowOps<double>& double_ops;    \
+    extern const RowOps<float> float_ops;       \
+    extern const RowOps<double> double_ops;     \
     }
 DECLARE_ISA(portable)
 #if defined(__x86_64__)

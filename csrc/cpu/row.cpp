@@ -15,7 +15,7 @@ void read(const void* src, const void* next, bool set, const A* gate, A factor, 
         sweep<A>(n, [=](int64_t i, auto lane) __attribute__((always_inline)) {
             using V = typename decltype(lane)::type;
             __builtin_prefetch(ahead + i);
-            store(row + i, load<V>(from + i));
+            store(row + i, factor * load<V>(from + i));
         });
     } else if (gate) {
         sweep<A>(n, [=](int64_t i, auto lane) __attribute__((always_inline)) {
@@ -123,16 +123,13 @@ constexpr RowOps<A> with(StorageOps<A> f32, StorageOps<A> half, StorageOps<A> br
     return {{f32, half, brain, f64}, moments<A>, multiply<A>, multiply_add<A>, dot<A>, norm_backward<A>};
 }
 
-constexpr RowOps<float> kFloat = with<float>(storage<float, float>(), storage<float, f16>(), storage<float, bf16>(), {});
-constexpr RowOps<double> kDouble = with<double>({}, {}, {}, storage<double, double>());
-
 }  // namespace
 
 namespace HARMONICA_ISA {
-extern const RowOps<float>& float_ops;
-extern const RowOps<double>& double_ops;
-const RowOps<float>& float_ops = kFloat;
-const RowOps<double>& double_ops = kDouble;
+extern const RowOps<float> float_ops;
+extern const RowOps<double> double_ops;
+const RowOps<float> float_ops = with<float>(storage<float, float>(), storage<float, f16>(), storage<float, bf16>(), {});
+const RowOps<double> double_ops = with<double>({}, {}, {}, storage<double, double>());
 }  // namespace HARMONICA_ISA
 
 }  // namespace harmonica

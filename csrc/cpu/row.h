@@ -18,7 +18,7 @@ template <class A>
 struct StorageOps {
     int size;  // bytes of an element
 
-    // row = src where set, else row += factor·gate·src (gate == nullptr: 1). `next`, where not null, is the row that
+    // row = factor·src where set, else row += factor·gate·src (gate == nullptr: 1). `next`, where not null, is the row that
     // will be read after this one: it is prefetched, since hardware prefetchers lose many short streams.
     void (*read)(const void* src, const void* next, bool set, const A* gate, A factor, A* row, int64_t n);
 

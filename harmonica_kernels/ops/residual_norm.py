@@ -5,26 +5,86 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from ._arguments import Arguments, cuda_missing
+from ._library import kernels, library
 from .run import Term
 
 
 def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: Tensor | None, *,
                   e: Sequence[float] | None = None, x_out: Tensor | None = None, store: Tensor | None = None,
                   h_dtype: torch.dtype | None = None, norm: bool = True, eps: float = 1e-6) -> Tensor:
-    """`x_out = x + Σ gate·o` over the run; returns `h = LN(x_out)·(1 + scale) + shift`.
+    """`x_out = x + Σ gate·o` over the run; returns `h = LN(x_out)·(1 + scale) + shift` of adaLN (Peebles & Xie, 2023).
 
-    x, x_out: [B, N, D]; x_out may be x itself and is required unless the run is empty (x is then only read).
-    store: [B, N, D] buffer that receives `run[0].latest` on the way. e: one coefficient a term, None where all are 0.
-    norm=False without shift and scale returns x_out (x where the run is empty) itself.
+    One pass over memory, whatever the run's length; sums and statistics in float32 (in float64 where x is).
+
+    x: [B, N, D]. run: terms whose latest and previous are [B, N, D], gate [B or 1, D] or None for 1.
+    shift, scale: [B or 1, D], or None for 0.
+    e: one extrapolation coefficient a term, o = (1 + e)·latest - e·previous; None where all are 0.
+    x_out: [B, N, D], required unless the run is empty (x is then only read); may be x itself.
+    store: [B, N, D] buffer that receives run[0].latest, in its own dtype, on the way; e[0] must be 0.
+    h_dtype: dtype of h, x's by default. norm=False leaves the LN out, and without shift and scale returns x_out (x where
+    the run is empty) itself, without a pass, provided that h_dtype is its dtype.
+
+    Raises ValueError (shapes, overlap, coefficients), TypeError (dtypes), NotImplementedError (devices other than the
+    CPU), and RuntimeError where a gradient is asked for: `blend_residual_norm` is the differentiable one.
     """
+    if torch.is_grad_enabled() and _requires_grad(x, run, shift, scale):
+        raise RuntimeError("residual_norm is for inference and gives no gradients: call it under torch.no_grad(), or "
+                           "use blend_residual_norm")
+    if run and x_out is None:
+        raise ValueError("residual_norm: x_out is required with a run that is not empty; pass x itself to work in place")
+    if x_out is x and not run:
+        x_out = None  # nothing is added
+    x_new = x if x_out is None else x_out
     h_dtype = x.dtype if h_dtype is None else h_dtype
-    with torch.no_grad():
-        x_new, h = reference.residual_norm(x, run, [0.0] * len(run) if e is None else e, shift, scale, norm, eps)
-        if store is not None:
-            store.copy_(run[0].latest)
-        if x_out is not None:
-            x_out.copy_(x_new)
-        if not norm and shift is None and scale is None and h_dtype == x.dtype:
-            return x if x_out is None else x_out
-        return h.to(h_dtype)
+    if norm or shift is not None or scale is not None or h_dtype != x_new.dtype:
+        h = torch.empty(x.shape, dtype=h_dtype, device=x.device)
+    elif x_out is None:
+        return x
+    else:
+        h = None
+    _op(None if x_out is x else x, x_out, h, store, [term.latest for term in run], [term.previous for term in run],
+        [0.0] * len(run) if e is None else e, [term.gate for term in run], shift, scale, norm, eps)
+    return x_new if h is None else h
+
+
+def _requires_grad(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: Tensor | None) -> bool:
+    tensors = [x, shift, scale]
+    for term in run:
+        tensors += term
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+library.define(
+    "residual_norm(Tensor? x, Tensor(a!)? x_out, Tensor(b!)? h, Tensor(c!)? store, Tensor[] latest, Tensor?[] previous, "
+    "float[] e, Tensor?[] gate, Tensor? shift, Tensor? scale, bool norm, float eps) -> ()")  # x = None: in place
+_op = torch.ops.harmonica.residual_norm.default
+
+
+def _pack(x, x_out, h, store, latest, previous, e, gate, shift, scale, norm, eps, fake=False) -> tuple:
+    """The op's arguments, checked, and packed for the kernel."""
+    like = x_out if x is None else x
+    if store is not None and (not latest or (not fake and e[0] != 0)):
+        raise ValueError("residual_norm: store receives run[0].latest, so the run must not be empty and e[0] must be 0")
+    pack = Arguments("residual_norm", like, fake)
+    out = pack.activation(x_out, "x_out", out=True)
+    return pack, (
+        tuple(like.shape), out if x is None else pack.activation(x, "x"), out, pack.activation(h, "h", out=True),
+        pack.activation(store, "store", out=True), pack.terms(latest, previous, e, gate), None, 0.0,
+        (pack.rows(shift, "shift"), pack.rows(scale, "scale"), norm, eps), torch.get_num_threads())
+
+
+def _cpu(x, x_out, h, store, *rest) -> None:
+    pack, packed = _pack(x, x_out, h, store, *rest)
+    kernels.residual_norm(*packed)
+    # As PyTorch's own in-place ops do: a backward that needs what has been overwritten must not go unnoticed.
+    torch.autograd.graph.increment_version([t for t in (x_out, h, store) if t is not None])
+
+
+def _fake(*arguments) -> None:
+    _pack(*arguments, fake=True)
+
+
+library.impl("residual_norm", _cpu, "CPU")
+library.impl("residual_norm", cuda_missing("residual_norm"), "CUDA")
+torch.library.register_fake("harmonica::residual_norm", _fake, lib=library)

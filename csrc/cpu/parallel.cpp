@@ -1,0 +1,53 @@
+#include "parallel.h"
+
+#include <dlfcn.h>
+
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../kernels.h"
+
+namespace harmonica {
+namespace {
+
+// The entry point that compilers emit for `#pragma omp parallel` (libgomp; Intel's and LLVM's runtimes have it too).
+// Looked up in the process instead of linked: torch brings its own copy of the runtime, and a second one, or another
+// pool beside it, would fight with torch's spinning workers for the same cores.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+GompParallel gomp_parallel() {
+    static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return found;
+}
+
+struct Region {
+    const std::function<void(int)>& work;
+    std::atomic<int> workers{0};
+
+    static void enter(void* self) {
+        auto* region = static_cast<Region*>(self);
+        region->work(region->workers.fetch_add(1));
+    }
+};
+
+}  // namespace
+
+void parallel(int threads, const std::function<void(int)>& work) {
+    if (threads <= 1) return work(0);
+    Region region{work};
+    if (gomp_parallel()) return gomp_parallel()(Region::enter, &region, unsigned(threads), 0);
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) others.emplace_back(Region::enter, &region);
+    Region::enter(&region);
+    for (std::thread& other : others) other.join();
+}
+
+std::string threading() {
+    Dl_info library;
+    if (gomp_parallel() && dladdr(reinterpret_cast<void*>(gomp_parallel()), &library))
+        return std::string("OpenMP (") + library.dli_fname + ")";
+    return "std::thread (no OpenMP runtime in this process)";
+}
+
+}  // namespace harmonica
