@@ -1,0 +1,111 @@
+"""The DiT through `cached_forward` equals the plain one, and loads facebookresearch's layout."""
+
+import pytest
+import torch
+from plain_dit import PlainDiT
+
+import harmonica_dit
+import harmonica_kernels as hk
+from harmonica_dit.files import save_tensors
+from harmonica_dit.models import DiT, count_flops, read_weights
+
+SMALL = dict(input_size=8, patch_size=2, in_channels=2, hidden_size=24, depth=3, num_heads=3, num_classes=5)
+
+
+def pair(**changes):
+    """A plain DiT with random weights and the DiT that loaded its state dict."""
+    plain = PlainDiT(**(SMALL | changes)).eval().requires_grad_(False)
+    for p in plain.parameters():
+        p.normal_(std=0.2)
+    net = DiT(**(SMALL | changes)).eval().requires_grad_(False)
+    net.load_state_dict(plain.state_dict())
+    return plain, net
+
+
+def inputs(B=4):
+    return torch.randn(B, 2, 8, 8), torch.randint(0, 1000, (B,)), torch.arange(B) % 6
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_nothing_reused_equals_the_plain_model(learn_sigma, grad):
+    plain, net = pair(learn_sigma=learn_sigma)
+    x, t, y = inputs()
+    with torch.set_grad_enabled(grad):
+        expected = plain(x, t, y)
+        cache = hk.FeatureCache()
+        for options in ({}, dict(cache=cache), dict(cache=cache, gate=(True,) * 6)):
+            torch.testing.assert_close(net(x, t, y, **options), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_trains_like_the_plain_model():
+    """Gradients of every parameter: the recipe trains through the same call that serves."""
+    plain, net = pair()
+    x, t, y = inputs()
+    for model in (plain, net):
+        model.requires_grad_(True)
+        model(x, t, y).square().mean().backward()
+    for (name, p), q in zip(plain.named_parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_a_reused_branch_keeps_its_new_gate():
+    """adaLN's residual gate follows the present timestep although the branch's output is the old one."""
+    plain, net = pair()
+    x, t, y = inputs()
+    cache = hk.FeatureCache()
+    net(x, t, y, cache=cache)
+    now = net(x, t - 1, y, cache=cache, gate=(True, False) * 3)
+    other = net(x, (t + 400) % 1000, y, cache=cache, gate=(False,) * 6)
+    again = net(x, t - 1, y, cache=cache, gate=(False,) * 6)
+    assert (now - other).abs().max() > 1e-3
+    torch.testing.assert_close(again, now, rtol=1e-4, atol=1e-4)  # the outputs computed a line ago, the same gates
+
+
+def test_flops():
+    """Counted by torch; here by hand."""
+    _, net = pair()
+    flops, N, D = count_flops(net), 16, 24
+    attention = 2 * N * D * 4 * D + 2 * 2 * N * N * D
+    assert flops.branches == (float(attention), float(2 * N * D * 4 * D * 2)) * 3
+    embed = 2 * N * (2 * 2 * 2) * D
+    rows = 2 * D * (256 + D) + 3 * 2 * D * 6 * D + 2 * D * 2 * D
+    assert flops.fixed == embed + rows + 2 * N * D * (2 * 2 * 4)
+
+
+def test_loads_facebookresearch_layout(tmp_path):
+    """DiT-S/8 weights under the published names, from .pt (plain or with ema) and safetensors."""
+    plain = PlainDiT(32, 8, 4, 384, 12, 6)
+    torch.save(plain.state_dict(), tmp_path / "a.pt")
+    torch.save({"ema": plain.state_dict(), "args": 1}, tmp_path / "b.pt")
+    save_tensors(tmp_path / "c.safetensors", plain.state_dict(), {})
+    for name in ("a.pt", "b.pt", "c.safetensors"):
+        net = harmonica_dit.load("DiT-S/8", tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values()))
+    keys = set(net.state_dict())
+    assert {"x_embedder.proj.weight", "t_embedder.mlp.2.bias", "y_embedder.embedding_table.weight", "pos_embed",
+            "blocks.11.attn.qkv.weight", "blocks.0.mlp.fc1.bias", "blocks.0.adaLN_modulation.1.weight",
+            "final_layer.linear.weight", "final_layer.adaLN_modulation.1.bias"} <= keys
+
+
+def test_hostile_checkpoints(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"w": Trap()}, tmp_path / "trap.pt")
+    with pytest.raises(ValueError, match="trap.pt"):
+        read_weights(tmp_path / "trap.pt")
+    assert not (tmp_path / "sprung").exists()
+    (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(ValueError, match="cut.safetensors"):
+        read_weights(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError):
+        harmonica_dit.load("DiT-S/8", tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="checkpoint"):
+        harmonica_dit.load("DiT-XL/2")
+    with pytest.raises(ValueError, match="name: got"):
+        harmonica_dit.load("nothing")
+    save_tensors(tmp_path / "other.safetensors", {"w": torch.zeros(3)}, {})
+    with pytest.raises(ValueError, match="does not fit DiT-S/8"):
+        harmonica_dit.load("DiT-S/8", tmp_path / "other.safetensors")
