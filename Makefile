@@ -1,0 +1,20 @@
+# `make demo` and `make test` set up .venv by themselves: Python ≥ 3.10, python3-venv and a C++ compiler are enough.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test
+
+demo: $(INSTALLED)
+	$(VENV)/bin/harmonica demo
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo 'Python 3.10 or newer is needed; name one with `make PYTHON=python3.12 $(MAKECMDGOALS)`' >&2; exit 1; }
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
+		|| { echo 'No virtual environment could be made in $(VENV): on Debian and Ubuntu, apt-get install python3-venv' >&2; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@

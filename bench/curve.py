@@ -1,0 +1,119 @@
+"""The large-sample curve that ships with the package: quality against speedup, bundled model, float32.
+
+    python bench/curve.py --routers runs/r16.safetensors runs/r20.safetensors --fora 2 3 4 --fewer 14 12 10 8
+
+Each finished row is saved at once; the same command goes on with the rows that are missing, and recomputes those whose
+schedule has changed. The uncached images are kept beside, in build/curve.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.progress import track
+
+import harmonica_dit
+from harmonica_dit.demo import CURVE
+from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file
+from harmonica_dit.evaluate.compare import Tally, timed_sample
+from harmonica_dit.files import load_tensors, replacing, save_tensors
+
+TIMED = 8  # batches for which the uncached run is repeated beside the method's, for the wall-clock speedup
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--routers", nargs="*", type=Path, default=[], help="router or schedule files")
+    parser.add_argument("--fora", nargs="*", type=int, default=[2, 3, 4], help="every n-th step, repeated and forecast")
+    parser.add_argument("--fewer", nargs="*", type=int, default=[14, 12, 10, 8], help="plain sampling in fewer steps")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--samples", type=int, default=5000, help="images a method and seed")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=CURVE)
+    parser.add_argument("--work", type=Path, default=Path("build/curve"), help="folder for the uncached images")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    net = harmonica_dit.load("fashion-dit")
+    methods = [Method("uncached", "uncached", args.steps), *(from_file(path, net) for path in args.routers),
+               *(method for n in args.fora for method in fora_methods(net, args.steps, n)),
+               *(Method(f"{n} steps", "fewer steps", n) for n in args.fewer)]
+    settings = dict(model=net.name, weights=digest(net.state_dict()), samples=args.samples, steps=args.steps,
+                    guidance=args.guidance, scheduler="ddim", dtype="float32")
+    rows = []
+    if args.out.exists():
+        found = json.loads(args.out.read_text())
+        different = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
+        if different:
+            raise SystemExit(f"{args.out} was measured with other settings, (there, here): {different}; move it away")
+        rows = found["rows"]
+    for seed in args.seeds:
+        for method in methods:
+            key = dict(name=method.name, seed=seed, schedule=digest(method.schedule))
+            if any(all(row[name] == value for name, value in key.items()) for row in rows):
+                continue
+            row = measure(net, method, args, seed, settings["weights"]) | key
+            rows = [old for old in rows if (old["name"], old["seed"]) != (method.name, seed)] + [row]
+            with replacing(args.out) as path:
+                path.write_text(json.dumps(settings | {"rows": rows}, indent=1) + "\n")
+            print({name: row[name] for name in ("name", "seed", "flops_speedup", "wall_speedup", "error",
+                                                "label_accuracy", "frechet")}, flush=True)
+
+
+def measure(net, method: Method, args, seed: int, weights: str) -> dict:
+    """One row of the curve: `compare`'s, and what it was measured on."""
+    labels = torch.arange(args.samples) % net.num_classes
+    options = dict(guidance=args.guidance, seed=seed, batch=args.batch)
+    plain = Method("uncached", "uncached", args.steps)
+    kept = args.work / f"uncached-{weights}-{args.samples}-{args.steps}-{args.guidance:g}-{seed}.safetensors"
+    uncached = load_tensors(kept)[0]["images"].split(args.batch) if kept.exists() else None
+    tally, ratios, made = Tally(Judge()), [], []
+    for i, part in enumerate(track(labels.split(args.batch), f"{method.name}, seed {seed}")):
+        first = i * args.batch
+        if method.family == "uncached" and uncached is None:
+            made.append(timed_sample(net, part, plain, first=first, **options)[0])
+            tally.update(made[-1], made[-1], part)
+            continue
+        if i < TIMED:
+            _, uncached_seconds = timed_sample(net, part, plain, first=first, **options)
+        images, seconds = timed_sample(net, part, method, first=first, **options)
+        tally.update(images, uncached[i], part)
+        if i < TIMED:
+            ratios.append(uncached_seconds / seconds)
+    if made:
+        save_tensors(kept, {"images": torch.cat(made)}, {})
+    row = tally.row(method, args.steps, median(ratios) if ratios else 1.0, seed)
+    return row | dict(batch=args.batch, threads=args.threads, cpu=cpu_model(), cores=os.cpu_count(),
+                      torch=torch.__version__, commit=commit())
+
+
+def digest(what) -> str:
+    """Short checksum of a state dict or of a schedule; "" for no schedule."""
+    if what is None:
+        return ""
+    tensors = what if isinstance(what, dict) else {"compute": what.compute, "extrapolation": what.extrapolation}
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values())).hexdigest()[:12]
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def commit() -> str:
+    git = ("git", "-C", str(Path(__file__).parent))
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return head + ("+changes" if changed else "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The command `harmonica`."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+import harmonica_dit
+from harmonica_dit import demo as demonstration
+from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file, read_schedule
+from harmonica_dit.evaluate.methods import is_router
+from harmonica_dit.evaluate.pictures import image_sheet, plot_router, plot_schedule, plot_tradeoff
+from harmonica_dit.evaluate.terminal import compare_with_bar, table
+from harmonica_dit.files import replacing, save_tensors
+from harmonica_dit.models.fashion_data import CLASSES
+from harmonica_dit.router import Router
+from harmonica_dit.schedule import Schedule
+from harmonica_dit.train import train_router
+
+console = Console()
+
+
+class Commands(TyperGroup):
+    """Says what went wrong in one line on stderr (exit code 2) and how to go on after Ctrl-C (130)."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except typer.TyperException as error:  # a misspelt option, a value that does not parse
+            message, code = error.format_message(), 2
+        except (ValueError, TypeError, OSError) as error:
+            message, code = str(error), 2
+        except KeyboardInterrupt as interruption:
+            message, code = str(interruption) or "interrupted; the same command starts again", 130
+        typer.echo(f"harmonica: {' '.join(message.split())}", err=True)
+        raise typer.Exit(code)
+
+
+app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Learned feature caching for diffusion transformers (HarmoniCa, ICML 2025).")
+
+Model = Annotated[str, typer.Option(help="The bundled fashion-dit, or a DiT configuration such as DiT-XL/2.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="The model's weights, .pt or .safetensors; fashion-dit has its "
+                                                      "own.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
+Seed = Annotated[int, typer.Option(help="Seed of the starting noise.")]
+Batch = Annotated[int, typer.Option(help="Images at a time.")]
+Threshold = Annotated[float | None, typer.Option(help="Compute where a router's score is above this, in place of the "
+                                                      "router's own threshold.")]
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for pictures and figures.")] = Path("demo")) -> None:
+    """Train a router on the bundled model, sample with it, compare: about three minutes on two CPU cores."""
+    check_folder(out)
+    demonstration.run(out, console)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the router, its picture, the log and the checkpoint; the same "
+                                           "command goes on from there after Ctrl-C.")],
+    model: Model = "fashion-dit",
+    checkpoint: Checkpoint = None,
+    steps: Annotated[int, typer.Option(help="Steps of a trajectory, T.")] = 20,
+    target_speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach; 1.6 unless --target-cur or "
+                                                              "--beta is given.")] = None,
+    target_cur: Annotated[float | None, typer.Option(help="Cache utilization ratio to reach, from 0 to 1.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Weight of the cost, in place of a target.")] = None,
+    trajectories: Annotated[int, typer.Option(help="Trajectories to train on.")] = 500,
+    batch: Batch = 32,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-2,
+    threshold: Annotated[float, typer.Option(help="Compute where the score is above this.")] = 0.1,
+    importance: Annotated[str, typer.Option(help='What reuse at a step costs the image: "paper" or "reference".')]
+    = "paper",
+    extrapolate: Annotated[str, typer.Option(help='Reused outputs: "none" repeats them, a number forecasts them (1: '
+                                                  'first-order Taylor), "learned" learns how far.')] = "none",
+    guidance: Guidance = 1.5,
+    scheduler: Annotated[str, typer.Option(help='"ddim", or the name of a diffusers scheduler.')] = "ddim",
+    seed: Seed = 0,
+) -> None:
+    """Train a router: which branches to compute at which step. No images are needed."""
+    if target_speedup is None and target_cur is None and beta is None:
+        target_speedup = 1.6
+    if extrapolate != "learned":
+        extrapolate = None if extrapolate == "none" else number("--extrapolate", extrapolate)
+    check_folder(out)
+    net = harmonica_dit.load(model, checkpoint)
+    router = train_router(net, steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta,
+                          trajectories=trajectories, batch=batch, lr=lr, threshold=threshold, importance=importance,
+                          extrapolate=extrapolate, guidance=guidance, scheduler=scheduler, seed=seed, out=out)
+    describe(router.schedule(), out / "router.safetensors")
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Option(help="A .png, or a .safetensors for the values themselves (such as latents).")],
+    labels: Annotated[str | None, typer.Option(help="Numbers or, for fashion-dit, class names, with commas between: "
+                                                    "dress,bag,3. All ten of fashion-dit by default.")] = None,
+    schedule: Annotated[Path | None, typer.Option("--schedule", "--router", help="A router's or a schedule's file; "
+                                                  "without one, everything is computed.")] = None,
+    threshold: Threshold = None,
+    model: Model = "fashion-dit",
+    checkpoint: Checkpoint = None,
+    steps: Annotated[int | None, typer.Option(help="Steps; by default the schedule's, or 20.")] = None,
+    guidance: Guidance = 1.5,
+    seed: Seed = 0,
+    batch: Batch = 64,
+) -> None:
+    """Sample images, one for each label."""
+    if out.suffix not in (".png", ".safetensors"):
+        raise ValueError(f"--out: got {out}, expected a .png or a .safetensors file")
+    check_file(out)
+    net = harmonica_dit.load(model, checkpoint)
+    if out.suffix == ".png" and net.sample_shape[0] not in (1, 3):
+        raise ValueError(f"--out: {net.name} makes latents of {net.sample_shape[0]} channels, not images; "
+                         "write a .safetensors file")
+    frozen = None if schedule is None else read_schedule(schedule, net, threshold)
+    if steps is None:
+        steps = 20 if frozen is None else frozen.steps
+    images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=frozen, guidance=guidance,
+                                  seed=seed, batch=batch)
+    if out.suffix == ".png":
+        image_sheet(images, out)
+    else:
+        save_tensors(out, {"samples": images}, {"model": net.name, "seed": seed})
+    console.print(f"{len(images)} images in {out}" + (f", {frozen.speedup:.2f}× fewer FLOPs" if frozen else ""))
+
+
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for rows.json and tradeoff.png.")],
+    schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help="A router's or a schedule's "
+                                                        "file; may be given again.")] = None,
+    every: Annotated[list[int] | None, typer.Option("--fora", help="FORA: compute at every n-th step, once repeated "
+                                                    "and once forecast; may be given again.  [default: 2 and 3]")]
+    = None,
+    fewer: Annotated[list[int] | None, typer.Option("--fewer", help="Plain sampling in so many steps; may be given "
+                                                    "again.")] = None,
+    samples: Annotated[int, typer.Option(help="Images a method; the Fréchet distance needs 2,000.")] = 200,
+    seeds: Annotated[int, typer.Option(help="How often all is repeated, with seeds 0, 1, …")] = 1,
+    model: Model = "fashion-dit",
+    checkpoint: Checkpoint = None,
+    steps: Annotated[int, typer.Option(help="Steps of the uncached trajectory and of every schedule.")] = 20,
+    guidance: Guidance = 1.5,
+    batch: Batch = 64,
+) -> None:
+    """Compare schedules, FORA and fewer steps on the same noise: error, label accuracy, speedup."""
+    for name, value in (("--samples", samples), ("--seeds", seeds)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    check_folder(out)
+    net = harmonica_dit.load(model, checkpoint)
+    methods = [from_file(path, net) for path in schedule or ()]
+    methods += [method for n in every or (2, 3) for method in fora_methods(net, steps, n)]
+    methods += [Method(f"{n} steps", "fewer steps", n) for n in fewer or ()]
+    labels = torch.arange(samples) % net.num_classes
+    judge = Judge if net.name == "fashion-dit" else None
+    rows = []
+    for seed in range(seeds):
+        rows += compare_with_bar(net, methods, labels, steps=steps, guidance=guidance, seed=seed, batch=batch,
+                                 judge=judge)
+        with replacing(out / "rows.json") as path:
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+    plot_tradeoff({f"{samples:,} samples a method": rows}, out / "tradeoff.png", f"Quality against speedup: {net.name}")
+    console.print(table(rows, f"{net.name}, {steps} steps, {samples:,} images a method and seed"))
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A router's or a schedule's file.")],
+    out: Annotated[Path | None, typer.Option(help="The picture, a .png.  [default: beside the file]")] = None,
+    threshold: Threshold = None,
+) -> None:
+    """Draw a router or a schedule, and say what it saves."""
+    out = out or file.with_suffix(".png")
+    check_file(out)
+    schedule = read_schedule(file, None, threshold)
+    if is_router(file):
+        router = Router.load(file)
+        plot_router(router.scores(), router.threshold if threshold is None else threshold, out, router.branches,
+                    f"Router of {router.model}, {router.steps} steps")
+    else:
+        plot_schedule(schedule, out)
+    describe(schedule, out)
+
+
+def describe(schedule: Schedule, path: Path) -> None:
+    console.print(f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×",
+                  soft_wrap=True)
+
+
+def parse_labels(text: str | None, net) -> list[int]:
+    """Numbers and, for the bundled model, class names, separated by commas."""
+    if text is None:
+        return list(range(min(10, net.num_classes)))
+    names = {name.lower(): i for i, name in enumerate(CLASSES)} if net.name == "fashion-dit" else {}
+    labels = []
+    for word in (word.strip().lower() for word in text.split(",")):
+        if word not in names and not word.isdecimal():
+            known = f"one of {', '.join(CLASSES)}, or a number" if names else "a number"
+            raise ValueError(f"--labels: got {word!r}, expected {known}")
+        labels.append(names[word] if word in names else int(word))
+    return labels
+
+
+def number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}: got {text!r}, expected none, learned or a number") from None
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder and a file in it, so that what cannot be written is known before the work begins."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(f"cannot write into {folder}: {error.strerror}") from None
+
+
+def check_file(path: Path) -> None:
+    check_folder(path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")

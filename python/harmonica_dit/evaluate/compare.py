@@ -1,0 +1,90 @@
+"""Methods side by side: the same noise, the same sampler, the same judges."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+import torch
+from torch import Tensor
+
+from harmonica_dit.sample import sample
+
+from .methods import Method
+from .metrics import Judge, psnr, rmse
+
+
+@dataclass
+class Tally:
+    """What one method's samples add up to, batch by batch."""
+
+    judge: Judge | None
+    errors: list[float] = field(default_factory=list)
+
+    def update(self, images: Tensor, uncached: Tensor, labels: Tensor) -> None:
+        """Takes in a batch [n, C, H, W], the uncached images from the same noise, and the labels [n] asked for."""
+        self.errors += rmse(images, uncached).tolist()
+        if self.judge is not None:
+            self.judge.update(images, labels)
+
+    def row(self, method: Method, steps: int, wall_speedup: float, seed: int) -> dict:
+        """The finished row, see `compare`; `steps`: of the uncached trajectory."""
+        error = fmean(self.errors)
+        return dict(
+            name=method.name, family=method.family, steps=method.steps, seed=seed, samples=len(self.errors),
+            cur=0.0 if method.schedule is None else method.schedule.cur, flops_speedup=method.speedup(steps),
+            wall_speedup=wall_speedup, error=error, psnr=psnr(error) if error else None,
+            label_accuracy=None if self.judge is None else self.judge.label_accuracy,
+            frechet=None if self.judge is None else self.judge.frechet_distance)
+
+
+def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: float = 1.5, seed: int = 0,
+            batch: int = 64, scheduler="ddim", judge: Callable[[], Judge] | None = Judge,
+            progress: Callable[[int], None] | None = None) -> list[dict]:
+    """Runs the uncached trajectory and every method on the same noise, in turn within each batch.
+
+    Args:
+        net: a denoiser, see `harmonica_dit.load`.
+        methods: what to compare; the uncached run comes first by itself.
+        labels: [n] whole numbers, one for each image.
+        steps: T of the uncached trajectory.
+        guidance, seed, batch, scheduler: as in `harmonica_dit.sample`.
+        judge: makes a judge for each method; None where there is none for this model: then no label accuracy and
+            no Fréchet distance.
+        progress: called after each batch of each method with the images done so far, over all methods.
+
+    Returns:
+        One plain dict a method, ready for JSON: name, family, steps, seed, samples, cur, flops_speedup, wall_speedup
+        (median over batches of the uncached time / this method's, run one after the other), error (mean RMSE against
+        the uncached images, on the scale [-1, 1]), psnr (of that error, in dB; None where it is 0), label_accuracy,
+        frechet (None below `metrics.MIN_FRECHET` samples).
+
+    Raises:
+        ValueError: as `harmonica_dit.sample` does.
+    """
+    labels = torch.as_tensor(labels)
+    methods = [Method("uncached", "uncached", steps), *methods]
+    tallies = [Tally(None if judge is None else judge()) for _ in methods]
+    ratios: list[list[float]] = [[] for _ in methods]
+    done = 0
+    options = dict(guidance=guidance, seed=seed, batch=batch, scheduler=scheduler)
+    sample(net, labels[:batch], steps=1, **options)  # warms up
+    for first in range(0, len(labels), batch):
+        part = labels[first : first + batch]
+        for method, tally, ratio in zip(methods, tallies, ratios):
+            images, seconds = timed_sample(net, part, method, first=first, **options)
+            if method is methods[0]:
+                uncached, uncached_seconds = images, seconds
+            tally.update(images, uncached, part)
+            ratio.append(uncached_seconds / seconds)
+            done += len(part)
+            if progress is not None:
+                progress(done)
+    return [tally.row(method, steps, median(ratio), seed) for method, tally, ratio in zip(methods, tallies, ratios)]
+
+
+def timed_sample(net, labels: Tensor, method: Method, **options) -> tuple[Tensor, float]:
+    """The images of `method` on the CPU, and the seconds until they were there."""
+    start = time.perf_counter()
+    images = sample(net, labels, steps=method.steps, schedule=method.schedule, **options).cpu()
+    return images, time.perf_counter() - start

@@ -1,0 +1,84 @@
+"""What caching costs: error against the uncached images, label accuracy and Fréchet distance of the samples."""
+
+import math
+import os
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from harmonica_dit.files import load_tensors
+from harmonica_dit.models.fashion_classifier import REFERENCE, FashionClassifier, load_classifier
+
+MIN_FRECHET = 2000  # fewer samples than this make the covariance of the features, and so the distance, meaningless
+
+
+def rmse(images: Tensor, reference: Tensor) -> Tensor:
+    """Root mean square error of each image [n], images and reference [n, C, H, W] from the same noise.
+
+    Images in [-1, 1], clipped as a viewer would: an error of 2 is black for white.
+    """
+    if images.shape != reference.shape:
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected the reference's {tuple(reference.shape)}")
+    return (images.clamp(-1, 1) - reference.clamp(-1, 1)).square().flatten(1).mean(1).sqrt()
+
+
+def psnr(error: float) -> float:
+    """Peak signal-to-noise ratio in dB of an RMSE on the scale [-1, 1]; infinite for equal images."""
+    return 20 * math.log10(2 / error) if error > 0 else math.inf
+
+
+class Judge:
+    """Judges samples of the bundled model by the bundled classifier; batches come in through `update`.
+
+    The Fréchet distance (Heusel et al., 2017) is computed by torchmetrics, on the classifier's features in place of
+    Inception's and against statistics of the training images, so its scale is this project's own.
+
+    Args:
+        classifier: has `features(images)`, `head(features)` and `num_features`; the bundled one by default.
+        reference: a safetensors file with the real images' feature `mean` [F], `covariance` [F, F] and, in its
+            metadata, their `count`.
+    """
+
+    def __init__(self, classifier: FashionClassifier | None = None, reference: str | os.PathLike = REFERENCE):
+        self.classifier = classifier or load_classifier()
+        self.frechet = FrechetInceptionDistance(feature=_Given(self.classifier.num_features))
+        tensors, metadata = load_tensors(reference)
+        mean, covariance, count = tensors["mean"].double(), tensors["covariance"].double(), metadata["count"]
+        self.frechet.real_features_sum = mean * count
+        self.frechet.real_features_cov_sum = covariance * (count - 1) + count * torch.outer(mean, mean)
+        self.frechet.real_features_num_samples = torch.tensor(count)
+        self.right = 0
+
+    @torch.inference_mode()
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        """Takes in samples [n, C, H, W] in [-1, 1] that were asked for with labels [n]."""
+        features = self.classifier.features(images.clamp(-1, 1))
+        self.right += (self.classifier.head(features).argmax(1) == labels).sum().item()
+        self.frechet.update(features, real=False)
+
+    @property
+    def count(self) -> int:
+        """Samples seen."""
+        return int(self.frechet.fake_features_num_samples)
+
+    @property
+    def label_accuracy(self) -> float:
+        """Share of the samples that the classifier gives the label they were asked for with."""
+        return self.right / self.count
+
+    @property
+    def frechet_distance(self) -> float | None:
+        """To the training images; None below `MIN_FRECHET` samples."""
+        return self.frechet.compute().item() if self.count >= MIN_FRECHET else None
+
+
+class _Given(nn.Module):
+    """Stands where torchmetrics expects a feature extractor: features are computed once, for labels and distance."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.double()

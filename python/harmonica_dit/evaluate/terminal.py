@@ -1,0 +1,42 @@
+"""A comparison in the terminal: a progress bar while it runs, then one table."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .compare import compare
+from .methods import Method
+
+COLUMNS = {  # heading -> cell of a row
+    "method": lambda row: row["name"],
+    "CUR": lambda row: f"{row['cur']:.1%}",
+    "FLOPs speedup": lambda row: f"{row['flops_speedup']:.2f}×",
+    "wall-clock speedup": lambda row: f"{row['wall_speedup']:.2f}×",
+    "error": lambda row: f"{row['error']:.4f}",
+    "label accuracy": lambda row: "–" if row["label_accuracy"] is None else f"{row['label_accuracy']:.1%}",
+    "Fréchet distance": lambda row: "–" if row["frechet"] is None else f"{row['frechet']:.2f}",
+}
+
+
+def table(rows: Sequence[dict], title: str) -> Table:
+    """Rows of `compare` as a rich table; a column that no row has a value for is left out."""
+    made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left",
+                 caption="error: RMSE against the uncached images, pixels in [-1, 1]")
+    cells = {heading: [cell(row) for row in rows] for heading, cell in COLUMNS.items()}
+    cells = {heading: column for heading, column in cells.items() if set(column) != {"–"}}
+    for heading in cells:
+        made.add_column(heading, justify="left" if heading == "method" else "right")
+    for line in zip(*cells.values()):
+        made.add_row(*line)
+    return made
+
+
+def compare_with_bar(net, methods: Sequence[Method], labels, **options) -> list[dict]:
+    """`compare` behind a progress bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("sampling", total=(len(methods) + 1) * len(labels))
+        return compare(net, methods, labels, progress=lambda done: bar.update(task, completed=done), **options)
