@@ -1,6 +1,9 @@
 """HarmoniCa: learned feature caching for diffusion transformers (Huang et al., ICML 2025)."""
 
 from .models import load
+from .router import Router
 from .sample import sample
+from .schedule import Schedule
+from .train import train_router
 
-__all__ = ["load", "sample"]
+__all__ = ["Router", "Schedule", "load", "sample", "train_router"]
