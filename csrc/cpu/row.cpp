@@ -50,7 +50,7 @@ void write(const A* row, Moments<A> moments, const A* scale, const A* shift, voi
 
 template <class A>
 Moments<A> moments(const A* row, A eps, int64_t n) {
-    Sum<A> sum, squares;
+    Sum<A> sum, rest, squares;
     sweep<A>(n, [&](int64_t i, auto lane) __attribute__((always_inline)) {
         using V = typename decltype(lane)::type;
         sum.add(load<V>(row + i));
@@ -59,9 +59,11 @@ Moments<A> moments(const A* row, A eps, int64_t n) {
     sweep<A>(n, [&](int64_t i, auto lane) __attribute__((always_inline)) {
         using V = typename decltype(lane)::type;
         V centred = load<V>(row + i) - mean;
+        rest.add(centred);
         squares.add(centred * centred);
     });
-    return {mean, A(1) / A(__builtin_sqrt(squares.total() / A(n) + eps))};
+    const A missed = rest.total() / A(n);  // what rounding took from the mean
+    return {mean + missed, A(1) / A(__builtin_sqrt(squares.total() / A(n) - missed * missed + eps))};
 }
 
 template <class A>

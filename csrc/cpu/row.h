@@ -31,7 +31,7 @@ template <class A>
 struct RowOps {
     StorageOps<A> storage[4];  // by DType; those that do not go with A are empty
 
-    // Two passes: the variance is taken about the mean.
+    // Two passes: the variance is taken about the mean, and the mean is corrected by what the first pass missed.
     Moments<A> (*moments)(const A* row, A eps, int64_t n);
 
     // out = a·b

@@ -1,0 +1,54 @@
+"""The extension as a whole: instruction sets, threads, and what it says of itself."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from harmonica_kernels._info import info
+from harmonica_kernels.ops import residual_norm
+from harmonica_kernels.ops._library import kernels
+
+
+def python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, text=True,
+                          capture_output=True)
+
+
+@pytest.mark.parametrize("isa", kernels.available_isas())
+def test_environment_chooses_the_instruction_set(isa):
+    code = "from harmonica_kernels.ops._library import kernels; print(kernels.isa())"
+    assert python(code, HARMONICA_CPU=isa).stdout.strip() == isa
+
+
+def test_unknown_instruction_set_is_an_error():
+    result = python("import harmonica_kernels", HARMONICA_CPU="mmx")
+    assert result.returncode and "no CPU kernels named 'mmx'" in result.stderr and "portable" in result.stderr
+
+
+def test_missing_extension_says_what_to_do():
+    code = "import sys; sys.modules['harmonica_kernels._C'] = None; import harmonica_kernels"
+    assert "ImportError: harmonica_kernels' compiled kernels could not be loaded" in python(code).stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_threads_are_torchs_own(threads):
+    """No thread is added to those that torch has started, so no second pool competes with them."""
+    threads(3)
+    x = torch.randn(64, 64, 512)
+    x.mul(2.0)
+    before = len(os.listdir("/proc/self/task"))
+    residual_norm(x, [], None, None)
+    assert len(os.listdir("/proc/self/task")) == before
+    assert kernels.threading().startswith("OpenMP")
+
+
+def test_info_is_honest():
+    facts = info()
+    assert facts["isa"] in facts["isas"] and "portable" in facts["isas"]
+    assert facts["cuda"] is False and facts["cuda_reason"]
+    assert facts["ops"]["residual_norm"] == f"C++ ({kernels.isa()})"
+    printed = subprocess.run([sys.executable, "-m", "harmonica_kernels"], text=True, capture_output=True).stdout
+    assert facts["threading"] in printed and facts["extension"] in printed
