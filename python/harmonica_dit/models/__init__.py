@@ -8,9 +8,11 @@ import torch
 from harmonica_dit.files import load_tensors
 
 from .dit import DiT
-from .fashion_dit import CONFIG as FASHION, WEIGHTS
 from .flops import Flops, count_flops
 
+FASHION = dict(input_size=28, patch_size=4, in_channels=1, hidden_size=128, depth=8, num_heads=4, num_classes=10,
+               learn_sigma=False)
+FASHION_WEIGHTS = Path(__file__).parent / "weights" / "fashion_dit.safetensors"
 CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
            for size, width, depth, heads in (("XL", 1152, 28, 16), ("L", 1024, 24, 16), ("B", 768, 12, 12),
                                              ("S", 384, 12, 6))
@@ -31,7 +33,7 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
         FileNotFoundError: there is no such checkpoint.
     """
     if name == "fashion-dit":
-        net, checkpoint = DiT(**FASHION, name=name), checkpoint or WEIGHTS
+        net, checkpoint = DiT(**FASHION, name=name), checkpoint or FASHION_WEIGHTS
     elif name in CONFIGS:
         if checkpoint is None:
             raise ValueError(f"checkpoint: {name} needs its weights, such as DiT-XL-2-256x256.pt from "
@@ -68,4 +70,4 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return state
 
 
-__all__ = ["CONFIGS", "DiT", "Flops", "count_flops", "load", "read_weights"]
+__all__ = ["CONFIGS", "FASHION", "FASHION_WEIGHTS", "DiT", "Flops", "count_flops", "load", "read_weights"]

@@ -5,6 +5,7 @@ the weights, fp16) and beside it the training record, `fashion_dit.json`. Ctrl-C
 goes on from it.
 """
 
+import argparse
 import json
 import math
 import time
@@ -14,11 +15,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harmonica_dit.files import load_tensors, optimizer_tensors, replacing, restore_optimizer, save_tensors
-from harmonica_dit.models import fashion_data
+from harmonica_dit.models import FASHION, FASHION_WEIGHTS, fashion_data
+from harmonica_dit.models.dit import DiT
 
-WEIGHTS = Path(__file__).parent / "weights" / "fashion_dit.safetensors"
-CONFIG = dict(input_size=28, patch_size=4, in_channels=1, hidden_size=128, depth=8, num_heads=4,
-              num_classes=10, learn_sigma=False)
 LABEL_DROPOUT = 0.1  # how often the label is hidden, so that the unconditional model for guidance is learned too
 
 
@@ -27,7 +26,7 @@ def alphas_cumprod() -> torch.Tensor:
     return torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()
 
 
-def initialise(net: torch.nn.Module) -> None:
+def initialise(net: DiT) -> None:
     """DiT's initialisation (Peebles & Xie, 2023, section 3.2): Xavier linears, zero modulations and zero head."""
     for module in net.modules():
         if isinstance(module, torch.nn.Linear):
@@ -52,7 +51,7 @@ def position_embedding(width: int, grid: int) -> torch.Tensor:
     return torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1).float()[None]
 
 
-def train(net: torch.nn.Module, folder=fashion_data.FOLDER, out: Path = WEIGHTS, steps: int = 5000, batch: int = 128,
+def train(net: DiT, folder=fashion_data.FOLDER, out: Path = FASHION_WEIGHTS, steps: int = 4000, batch: int = 128,
           lr: float = 1.5e-3, warmup: int = 200, ema: float = 0.999, seed: int = 0, save_every: int = 250) -> None:
     """Trains `net`, initialised here, to predict the noise, and writes its averaged weights to `out`.
 
@@ -81,7 +80,7 @@ def train(net: torch.nn.Module, folder=fashion_data.FOLDER, out: Path = WEIGHTS,
                                   **optimizer_tensors(optimizer), "generator": generator.get_state()},
                      {"step": step, "log": log})
         save_tensors(out, {n: p.half() for n, p in average.items()} | {"pos_embed": net.pos_embed.half()},
-                     {"config": CONFIG, "steps": step})
+                     {"config": FASHION, "steps": step})
 
     start, total = time.monotonic(), 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -97,7 +96,7 @@ def train(net: torch.nn.Module, folder=fashion_data.FOLDER, out: Path = WEIGHTS,
                 t = torch.randint(1000, (batch,), generator=generator)
                 noise = torch.randn(batch, 1, 28, 28, generator=generator)
                 hidden = torch.rand(batch, generator=generator) < LABEL_DROPOUT
-                y = torch.where(hidden, CONFIG["num_classes"], labels[chosen])
+                y = torch.where(hidden, net.num_classes, labels[chosen])
                 a = abar[t].view(-1, 1, 1, 1)
                 loss = (net(a.sqrt() * images[chosen] + (1 - a).sqrt() * noise, t, y) - noise).square().mean()
                 optimizer.zero_grad()
@@ -120,6 +119,16 @@ def train(net: torch.nn.Module, folder=fashion_data.FOLDER, out: Path = WEIGHTS,
     checkpoint.unlink()
     with replacing(out.with_suffix(".json")) as path:
         path.write_text(json.dumps(dict(
-            config=CONFIG, parameters=sum(p.numel() for p in parameters.values()), steps=steps, batch=batch, lr=lr,
+            config=FASHION, parameters=sum(p.numel() for p in parameters.values()), steps=steps, batch=batch, lr=lr,
             warmup=warmup, ema=ema, seed=seed, label_dropout=LABEL_DROPOUT, torch=torch.__version__,
             minutes_of_this_run=round((time.monotonic() - start) / 60, 1), loss=log), indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("command", choices=["train"])
+    parser.add_argument("--folder", default=fashion_data.FOLDER, help="where the four idx files are")
+    parser.add_argument("--out", type=Path, default=FASHION_WEIGHTS, help="the weights' file")
+    parser.add_argument("--steps", type=int, default=4000)
+    given = parser.parse_args()
+    train(DiT(**FASHION), given.folder, given.out, given.steps)
