@@ -72,12 +72,6 @@ const RowOps<double>& row_ops<double>() {
     return *chosen().load()->double_ops;
 }
 
-void streams_done() {
-#if defined(__x86_64__)
-    __builtin_ia32_sfence();
-#endif
-}
-
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
     for (const Isa& isa : available()) names.push_back(isa.name);

@@ -7,9 +7,8 @@
 namespace harmonica {
 namespace {
 
-constexpr int64_t kWorthThreads = 32 * 1024;     // values, of all arguments together, from which threads pay
-constexpr int64_t kJobValues = 128 * 1024;       // values of a job: small enough to share out evenly
-constexpr int64_t kStreamBytes = 16 * 1024 * 1024;  // an h that no cache would hold until it is read
+constexpr int64_t kWorthThreads = 32 * 1024;  // values, of all arguments together, from which threads pay
+constexpr int64_t kJobValues = 128 * 1024;    // values of a job: small enough to share out evenly
 
 template <class A>
 void forward(Shape shape, Activation x_, Activation x_out_, Activation h_, Activation first_,
@@ -17,7 +16,6 @@ void forward(Shape shape, Activation x_, Activation x_out_, Activation h_, Activ
     const RowOps<A>& ops = row_ops<A>();
     const RowIO<A> x(ops, x_, shape), x_out(ops, x_out_, shape), h(ops, h_, shape), first(ops, first_, shape);
     const StorageOps<A>& accumulators = ops.storage[int(sizeof(A) == sizeof(double) ? DType::f64 : DType::f32)];
-    const bool streaming = h && h.bytes() >= kStreamBytes;
 
     const int64_t rows = shape.batch * shape.tokens, row_values = shape.width * int64_t(run.size() + 3);
     const int64_t job_rows = std::max<int64_t>(1, kJobValues / row_values);
@@ -46,11 +44,10 @@ void forward(Shape shape, Activation x_, Activation x_out_, Activation h_, Activ
                 if (x_out) x_out.write(sum, row);
                 if (h) {
                     const Moments<A> moments = norm.norm ? ops.moments(sum, A(norm.eps), shape.width) : Moments<A>{};
-                    h.write(sum, row, moments, terms.scale, terms.shift, streaming);
+                    h.write(sum, row, moments, terms.scale, terms.shift);
                 }
             }
         }
-        if (streaming) streams_done();
     });
 }
 

@@ -46,7 +46,7 @@ class TokenSums {
                     for (int64_t d = 0; d < width_; ++d) total[d] += of(job, index)[d];
                 const StorageOps<A>& io = ops.storage[int(rows.dtype)];
                 io.write(total, {}, nullptr, nullptr, static_cast<char*>(rows.data) + b * rows.stride * io.size,
-                         width_, false);
+                         width_);
             }
         });
     }

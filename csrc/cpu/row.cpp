@@ -33,18 +33,14 @@ void read(const void* src, const void* next, bool set, const A* gate, A factor, 
 }
 
 template <class A, class T>
-void write(const A* row, Moments<A> moments, const A* scale, const A* shift, void* dst, int64_t n, bool streaming) {
+void write(const A* row, Moments<A> moments, const A* scale, const A* shift, void* dst, int64_t n) {
     T* to = static_cast<T*>(dst);
-    const bool past = streaming && reinterpret_cast<uintptr_t>(dst) % kVecBytes == 0;
     sweep<A>(n, [=](int64_t i, auto lane) __attribute__((always_inline)) {
         using V = typename decltype(lane)::type;
         V value = (load<V>(row + i) - moments.mean) * moments.rstd;
         if (scale) value += value * load<V>(scale + i);
         if (shift) value += load<V>(shift + i);
-        if (past && sizeof(V) == kVecBytes)
-            stream(to + i, value);
-        else
-            store(to + i, value);
+        store(to + i, value);
     });
 }
 

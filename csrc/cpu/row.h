@@ -22,9 +22,8 @@ struct StorageOps {
     // will be read after this one: it is prefetched, since hardware prefetchers lose many short streams.
     void (*read)(const void* src, const void* next, bool set, const A* gate, A factor, A* row, int64_t n);
 
-    // dst = (row - mean)·rstd·(1 + scale) + shift; scale or shift == nullptr: 0. streaming: past the caches.
-    void (*write)(const A* row, Moments<A> moments, const A* scale, const A* shift, void* dst, int64_t n,
-                  bool streaming);
+    // dst = (row - mean)·rstd·(1 + scale) + shift; scale or shift == nullptr: 0
+    void (*write)(const A* row, Moments<A> moments, const A* scale, const A* shift, void* dst, int64_t n);
 };
 
 template <class A>
@@ -52,8 +51,5 @@ struct RowOps {
 // Those of the instruction set in use.
 template <class A>
 const RowOps<A>& row_ops();
-
-// Makes streamed stores visible to other threads; called once at the end of each worker.
-void streams_done();
 
 }  // namespace harmonica

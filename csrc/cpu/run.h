@@ -28,10 +28,9 @@ class RowIO {
     }
     // row = (from - mean)·rstd·(1 + scale) + shift
     void write(const A* from, int64_t row, Moments<A> moments = {}, const A* scale = nullptr,
-               const A* shift = nullptr, bool streaming = false) const {
-        ops_.write(from, moments, scale, shift, at(row), shape_.width, streaming);
+               const A* shift = nullptr) const {
+        ops_.write(from, moments, scale, shift, at(row), shape_.width);
     }
-    int64_t bytes() const { return shape_.batch * shape_.tokens * shape_.width * ops_.size; }
 
   private:
     void* at(int64_t row) const {

@@ -150,22 +150,6 @@ inline void store(T* p, V v) {
     memcpy(p, &bits, sizeof bits);
 }
 
-// A store past the caches; p is aligned to what it writes.
-template <class V, class T>
-inline void stream(T* p, V v) {
-    auto bits = Convert<V, T>::bits(v);
-#if defined(__AVX512F__)
-    if constexpr (sizeof bits == 64) return _mm512_stream_si512((__m512i*)p, bits_as<__m512i>(bits));
-#endif
-#if defined(__AVX2__)
-    if constexpr (sizeof bits == 32) return _mm256_stream_si256((__m256i*)p, bits_as<__m256i>(bits));
-#endif
-#if defined(__x86_64__)
-    if constexpr (sizeof bits == 16) return _mm_stream_si128((__m128i*)p, bits_as<__m128i>(bits));
-#endif
-    memcpy(p, &bits, sizeof bits);
-}
-
 template <class V>
 struct Lane {
     using type = V;

@@ -64,8 +64,8 @@ def test_an_empty_run_only_reads_x(isa):
     assert torch.equal(x, before) and x._version == version
 
 
-def test_streamed_outputs(isa, threads):
-    """h large enough to be written past the caches."""
+def test_large(isa, threads):
+    """More than the caches hold, in many jobs for the threads."""
     threads(2)
     x, o, rows = torch.randn(4, 1025, 1152), torch.randn(4, 1025, 1152), torch.randn(3, 4, 1, 1152)
     h = residual_norm(x, [Term(o, None, rows[0, :, 0])], rows[1, :, 0], rows[2, :, 0], x_out=torch.empty_like(x))
