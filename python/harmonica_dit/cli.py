@@ -48,7 +48,7 @@ Model = Annotated[str, typer.Option(help="The bundled fashion-dit, or a DiT conf
 Checkpoint = Annotated[Path | None, typer.Option(help="The model's weights, .pt or .safetensors; fashion-dit has its "
                                                       "own.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
-Seed = Annotated[int, typer.Option(help="Seed of the starting noise.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")]
 Batch = Annotated[int, typer.Option(help="Images at a time.")]
 Threshold = Annotated[float | None, typer.Option(help="Compute where a router's score is above this, in place of the "
                                                       "router's own threshold.")]

@@ -90,7 +90,7 @@ def plot_router(scores: Tensor, threshold: float, path: str | os.PathLike, branc
         levels = np.linspace(0, 1, 500)
         colours = np.where((levels > threshold)[:, None], blue((levels - threshold) / max(1 - threshold, 1e-9)),
                            sand(levels / max(threshold, 1e-9)))
-        shown = axis.imshow(scores.detach().float().cpu().T, aspect="auto", vmin=0, vmax=1,
+        shown = axis.imshow(scores.detach().float().cpu().numpy().T, aspect="auto", vmin=0, vmax=1,
                             cmap=ListedColormap(colours))
         bar = figure.colorbar(shown, ax=axis, fraction=0.05, pad=0.02, aspect=25)
         bar.outline.set_visible(False)
@@ -165,7 +165,8 @@ def _heat_map(shape: tuple[int, int], branches: Sequence[str], title: str) -> tu
 
 def _legend(axis: Axes, entries: Mapping[str, Artist | tuple[Artist, ...]]) -> None:
     axis.legend(entries.values(), entries.keys(), loc="lower left", bbox_to_anchor=(0, 1), ncols=len(entries),
-                frameon=False, borderaxespad=0.3, borderpad=0, handlelength=1.2, handleheight=1, columnspacing=1.5, fontsize=8)
+                frameon=False, borderaxespad=0.3, borderpad=0, handlelength=1.2, handleheight=1, columnspacing=1.5,
+                fontsize=8)
 
 
 def image_sheet(images: Tensor, path: str | os.PathLike, columns: int = 10, enlarge: int = 3) -> None:

@@ -1,0 +1,134 @@
+"""The command line: what it leaves behind, and one clear line for everything that it cannot do."""
+
+import json
+
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+import harmonica_dit.cli
+from harmonica_dit import demo
+from harmonica_dit.files import load_tensors
+
+TINY = ["--steps", "3", "--target-speedup", "1.3", "--trajectories", "1", "--batch", "1"]
+
+
+def harmonica(*arguments):
+    return CliRunner().invoke(harmonica_dit.cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    result = harmonica("train", "--out", folder, *TINY)
+    assert result.exit_code == 0, result.output
+    assert "FLOPs speedup" in result.output
+    return folder / "router.safetensors"
+
+
+def test_every_command_has_help():
+    for command in ("demo", "train", "sample", "evaluate", "show"):
+        result = harmonica(command, "--help")
+        assert result.exit_code == 0 and "--out" in result.output
+
+
+def test_sample_takes_names_and_numbers(tmp_path):
+    result = harmonica("sample", "--labels", "Dress, ankle boot,3", "--steps", 2, "--out", tmp_path / "x.png")
+    assert result.exit_code == 0 and "3 images" in result.output
+    with Image.open(tmp_path / "x.png") as sheet:
+        assert sheet.width > 3 * 28
+
+
+def test_sample_with_a_router_uses_its_steps(router, tmp_path):
+    result = harmonica("sample", "--labels", "0,1", "--router", router, "--out", tmp_path / "x.safetensors")
+    assert result.exit_code == 0 and "fewer FLOPs" in result.output
+    assert load_tensors(tmp_path / "x.safetensors")[0]["samples"].shape == (2, 1, 28, 28)
+    assert harmonica("sample", "--router", router, "--steps", 4, "--out", tmp_path / "x.png").exit_code == 2
+
+
+def test_show_draws_routers_and_schedules(router, tmp_path):
+    result = harmonica("show", router, "--out", tmp_path / "router.png", "--threshold", "1")
+    assert result.exit_code == 0 and "CUR 66.7%" in result.output and (tmp_path / "router.png").exists()
+    harmonica_dit.cli.read_schedule(router).save(tmp_path / "frozen.safetensors")
+    result = harmonica("show", tmp_path / "frozen.safetensors")
+    assert result.exit_code == 0 and "CUR" in result.output and (tmp_path / "frozen.png").exists()
+    refused = harmonica("show", tmp_path / "frozen.safetensors", "--threshold", "0.2")
+    assert refused.exit_code == 2 and "threshold" in refused.stderr
+
+
+def test_evaluate_leaves_rows_and_a_picture(router, tmp_path):
+    result = harmonica("evaluate", "--router", router, "--fora", 2, "--fewer", 2, "--steps", 3, "--samples", 3,
+                       "--seeds", 2, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"] for row in rows] == 2 * ["uncached", "router", "FORA n=2", "FORA n=2 + forecast", "2 steps"]
+    assert {row["seed"] for row in rows} == {0, 1} and (tmp_path / "tradeoff.png").exists()
+
+
+def test_demo_leaves_its_pictures(tmp_path):
+    rows = demo.run(tmp_path, Console(quiet=True), steps=3, target_speedup=1.3, trajectories=1, batch=1, samples=10)
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "router.png", "tradeoff.png", "rows.json",
+                                                          "router.safetensors"}
+    assert rows == json.loads((tmp_path / "rows.json").read_text())
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["sample", "--labels", "10"], "labels"),
+    (["sample", "--labels", "dress,hat"], "hat"),
+    (["sample", "--labels", ""], "labels"),
+    (["sample", "--steps", "0"], "steps"),
+    (["sample", "--steps", "many"], "steps"),
+    (["sample", "--guidance", "nan"], "guidance"),
+    (["sample", "--batch", "0"], "batch"),
+    (["sample", "--seed", "-1"], "seed"),
+    (["sample", "--router", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["sample", "--router", __file__], "test_cli.py"),
+    (["sample", "--model", "DiT-XXL"], "DiT-XXL"),
+    (["sample", "--model", "DiT-XL/2"], "checkpoint"),
+    (["sample", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
+    (["sample", "--what"], "--what"),
+    (["train", "--steps", "0"], "steps"),
+    (["train", "--target-speedup", "0.5"], "target_speedup"),
+    (["train", "--extrapolate", "perhaps"], "--extrapolate"),
+    (["evaluate", "--samples", "0"], "--samples"),
+    (["evaluate", "--fora", "0"], "every"),
+    (["evaluate", "--router", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["show", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["sing"], "sing"),
+])
+def test_what_cannot_be_done_is_said_in_one_line(tmp_path, arguments, said):
+    if arguments[0] != "sing":
+        arguments = [*arguments, "--out", tmp_path / ("x.png" if arguments[0] in ("sample", "show") else "folder")]
+    result = harmonica(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("harmonica: ") and result.stderr.count("\n") == 1
+    assert said in result.stderr and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [["demo"], ["train", *TINY], ["evaluate"], ["sample"], ["show", __file__]])
+def test_what_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch, command):
+    monkeypatch.setattr(harmonica_dit, "load", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").touch()
+    result = harmonica(*command, "--out", tmp_path / "file" / "x.png")
+    assert result.exit_code == 2 and "cannot write" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_an_output_that_is_a_folder_is_refused(tmp_path):
+    (tmp_path / "x.png").mkdir()
+    result = harmonica("sample", "--out", tmp_path / "x.png")
+    assert result.exit_code == 2 and "folder" in result.stderr
+
+
+def test_an_unknown_kind_of_output_is_refused(tmp_path):
+    assert ".safetensors" in harmonica("sample", "--out", tmp_path / "x.gif").stderr
+
+
+@pytest.mark.parametrize("message, said", [("run it again to go on", "run it again to go on"), ("", "starts again")])
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, message, said):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt(message)
+
+    monkeypatch.setattr(harmonica_dit.cli, "train_router", interrupted)
+    result = harmonica("train", "--out", tmp_path, *TINY)
+    assert result.exit_code == 130 and said in result.stderr
