@@ -120,7 +120,8 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
         save_tensors(path, tensors, metadata | {name: value})
         refused(message)
     for name, tensor, message in (("logits", torch.randn(4, 3), "branches"), ("logits", torch.randn(4), "logits"),
-                                  ("logits", torch.randn(1, 2), "T ≥ 2"), ("logits", torch.randn(4, 2).half(), "float32"),
+                                  ("logits", torch.randn(1, 2), "T ≥ 2"),
+                                  ("logits", torch.randn(4, 2).half(), "float32"),
                                   ("logits", torch.full((4, 2), float("nan")), "logits: .*not finite"),
                                   ("extrapolation", torch.randn(2, 4), "extrapolation")):
         save_tensors(path, tensors | {name: tensor}, metadata)

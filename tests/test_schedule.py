@@ -164,13 +164,15 @@ def test_hostile_files_are_refused_by_name(tmp_path):
             Schedule.load(path)
         assert str(path) in str(error.value)
 
-    for damaged in (b"", whole[:7], whole[:-1], b"\xff" * 8 + whole[8:], b"\x00" * 100, whole.replace(b"BOOL", b"BOOM")):
+    for damaged in (b"", whole[:7], whole[:-1], b"\xff" * 8 + whole[8:], b"\x00" * 100,
+                    whole.replace(b"BOOL", b"BOOM")):
         path.write_bytes(damaged)
         refused("not a whole safetensors file")
     save_file({"compute": tensors["compute"]}, path)
     refused("expected a schedule")
     for name, value, message in (("kind", "router", "expected a schedule"), ("format", 2, "format version 1, got 2"),
-                                 ("flops", 3, "flops"), ("flops", [["x", 1], 2], "flops"), ("branches", "ab", "branches"),
+                                 ("flops", 3, "flops"), ("flops", [["x", 1], 2], "flops"),
+                                 ("branches", "ab", "branches"),
                                  ("timesteps", [1], "timesteps"), ("timesteps", {"a": 1}, "timesteps")):
         save_tensors(path, tensors, metadata | {name: value})
         refused(message)

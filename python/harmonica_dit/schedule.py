@@ -189,7 +189,7 @@ def check_fits(where: str, branches: tuple[str, ...], model: str, net) -> None:
     names = tuple(net.branch_names)
     if len(names) != len(branches):
         raise ValueError(f"{where}for {len(branches)} branches of {model!r}, the model {net.name!r} has {len(names)}")
-    for k, (mine, theirs) in enumerate(zip(branches, names)):
+    for k, (mine, theirs) in enumerate(zip(branches, names, strict=True)):
         if mine != theirs:
             raise ValueError(f"{where}branch {k} is {mine!r}, the model {net.name!r} has {theirs!r} there")
     if model and model != net.name:

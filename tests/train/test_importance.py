@@ -20,7 +20,7 @@ def generate(router, trajectory, noise, routed, rows):
             if router.coefficients is not None:
                 e = [router.coefficients[s - 1][k].item() * ratio(decisions, s, k) for k in range(len(row))]
             if rows == "hard":
-                forward = dict(gate=row, extrapolate=e and [0.0 if c else v for c, v in zip(row, e)])
+                forward = dict(gate=row, extrapolate=e and [0.0 if c else v for c, v in zip(row, e, strict=True)])
             else:
                 forward = dict(gate=r, threshold=router.threshold, extrapolate=e and torch.tensor(e))
         decisions.append(row)
@@ -61,8 +61,22 @@ def test_equals_the_naive_computation_bit_for_bit(make_router, make_trajectory, 
     assert (found[1:] > 0).any() and found[0] == 0
 
 
+@torch.no_grad()
+def test_gain_is_the_papers_importance_by_the_error_at_its_step(make_router, make_trajectory, noise):
+    router, trajectory, cache = make_router(), make_trajectory(), hk.FeatureCache()
+    x, errors = trajectory.start(noise), [torch.tensor(1.0)]
+    for s in range(5):
+        row = dict(gate=router.scores()[s], threshold=router.threshold) if s else {}
+        everything, output = trajectory.predict(x, s), trajectory.predict(x, s, cache=cache, **row)
+        if s:
+            errors.append((output - everything)[:, :1].square().mean())  # channel 1, the variance, moves no pixel
+        x = trajectory.advance(output, s, x)
+    gains, raw = (importance(router, make_trajectory(), noise, kind=kind) for kind in ("gain", "paper"))
+    torch.testing.assert_close(gains, raw / torch.stack(errors), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("T", [2, 5])
-@pytest.mark.parametrize("kind", ["paper", "reference"])
+@pytest.mark.parametrize("kind", ["paper", "reference", "gain"])
 def test_forwards(net, make_router, make_trajectory, noise, kind, T):
     router, calls = make_router(T), []
     handle = net.register_forward_hook(lambda *_: calls.append(1))

@@ -43,7 +43,7 @@ def test_an_update_moves_its_row_alone_in_spite_of_momentum(net, make_router, ma
         run(net, router, Walk(router, make_trajectory(), noise), recorder)
     assert len(recorder.steps) == 8
     for i, (before, after) in enumerate(recorder.steps):
-        moved = {j % 4 for j, (a, b) in enumerate(zip(before, after)) if not torch.equal(a, b)}
+        moved = {j % 4 for j, (a, b) in enumerate(zip(before, after, strict=True)) if not torch.equal(a, b)}
         assert moved == {i % 4}
 
 
@@ -123,7 +123,7 @@ def test_learned_coefficients_get_gradient_where_two_outputs_are_held(net, make_
     before = [row.detach().clone() for row in router.coefficients]
     run(net, router, Walk(router, make_trajectory(4), noise), optimizer_of(router))
     assert torch.equal(router.coefficients[0], before[0])  # step 1: one output held, nothing to forecast from
-    assert all((new != old).all() for new, old in zip(router.coefficients[1:], before[1:]))
+    assert all((new != old).all() for new, old in zip(router.coefficients[1:], before[1:], strict=True))
 
 
 def test_forecasts_are_used(net, make_router, make_trajectory, noise):

@@ -126,9 +126,10 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training(net, tmp_pa
     (dict(target_cur=float("nan")), "target_cur"), (dict(beta=-1.0), "beta"), (dict(beta=float("nan")), "beta"),
     (dict(beta=1.0, steps=1), "steps"), (dict(beta=1.0, steps=2.0), "steps"), (dict(beta=1.0, batch=0), "batch"),
     (dict(beta=1.0, trajectories=0), "trajectories"), (dict(beta=1.0, refresh=0), "refresh"),
-    (dict(beta=1.0, lr=0.0), "lr"), (dict(beta=1.0, lr=float("nan")), "lr"), (dict(beta=1.0, threshold=1.5), "threshold"),
+    (dict(beta=1.0, lr=0.0), "lr"), (dict(beta=1.0, lr=float("nan")), "lr"),
+    (dict(beta=1.0, threshold=1.5), "threshold"), (dict(beta=1.0, seed=-1), "seed"),
     (dict(beta=1.0, importance="soft"), "importance"), (dict(beta=1.0, importance_rows="x"), "importance_rows"),
-    (dict(beta=1.0, costs="time"), "costs"), (dict(beta=1.0, compare="x"), "compare"), (dict(beta=1.0, seed=-1), "seed"),
+    (dict(beta=1.0, costs="time"), "costs"), (dict(beta=1.0, compare="x"), "compare"),
     (dict(beta=1.0, extrapolate="yes"), "extrapolate"), (dict(beta=1.0, extrapolate=float("inf")), "extrapolate"),
     (dict(beta=1.0, scheduler="nonsense"), "scheduler"), (dict(beta=1.0, guidance=float("nan")), "guidance"),
 ])

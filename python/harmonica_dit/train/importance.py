@@ -13,42 +13,57 @@ from .walk import Walk
 @torch.no_grad()
 def importance(router: Router, trajectory: Trajectory, noise: Tensor, *, kind: str = "paper",
                rows: str = "soft") -> Tensor:
-    """λ [T], in units of a mean squared pixel; λ_0 is 0, for row 0 computes everything anyway.
+    """λ [T]; λ_0 is 0, for row 0 computes everything anyway.
 
     "paper": λ_s = mean((x_final - x_final^(s))²), x_final from the router at every step and x_final^(s) with row s
-    all computed (leave-one-out; HarmoniCa, section 3.3, with the mean for the squared norm). "reference", the
-    published code: start from all computed and turn the router's rows on one after another from the noisiest step on;
-    λ_s is the mean squared change that row s makes.
+    all computed (leave-one-out; HarmoniCa, section 3.3, with the mean for the squared norm).
+
+    "reference", the published code: start from all computed and turn the router's rows on one after another from the
+    noisiest step on; λ_s is the mean squared change that row s makes.
+
+    "gain": the paper's λ_s / mean((ε_s - ε_s^(s))²), the error that row s makes in its own step's output. The paper's
+    λ_s already grows with that error, so that λ_s·error counts it twice, and rows that make a small error early pass
+    for harmless; the quotient is what one unit of error at step s does to the image, and gain·error the image's error.
 
     Each of the T-1 other trajectories shares its first steps with the router's own and is forked from it, so that T +
     T(T-1)/2 guided forwards are run instead of T²; on a CPU the result is the same to the last bit.
 
     Args:
         router: its rows, threshold and extrapolation. trajectory: a fresh one. noise: [n, C, H, W], standard normal.
-        kind: "paper" or "reference". rows: "soft" blends, as published; "hard" thresholds, as inference does.
+        kind: "paper", "reference" or "gain". rows: "soft" blends, as published; "hard" thresholds, as inference does.
     """
+    T, one_by_one = router.steps, kind == "reference"
     walk = Walk(router, trajectory, noise, hard=rows == "hard")
-    spare = hk.FeatureCache(router.history) if kind == "paper" else None  # what is all computed needs no cache
-    finals = []  # the image of the trajectory that leaves the router's at step s = 1, 2, …
-    for s in range(router.steps):
-        if s > 0:
-            other = walk.fork(spare)
-            while other.s < router.steps:
-                routed = kind == "paper" and other.s > s
-                other.advance(other.predict(router.score(other.s) if routed else None))
-            finals.append(other.x)
-        walk.advance(walk.predict(router.score(s) if s else None))
-    after = [walk.x] * len(finals) if kind == "paper" else [*finals[1:], walk.x]
-    changes = [(a.float() - b.float()).square().mean() for a, b in zip(after, finals, strict=True)]
-    return torch.stack([torch.zeros_like(changes[0]), *changes])
+    spare = None if one_by_one else hk.FeatureCache(router.history)  # what only computes everything needs no cache
+    images, errors = [], []  # for s = 1, 2, …: of the trajectory that leaves the router's at step s
+    walk.advance(walk.predict())
+    for s in range(1, T):
+        other = walk.fork(spare)
+        all_computed, output = other.predict(), walk.predict(router.score(s))
+        errors.append(_mean_square((output - all_computed)[:, : noise.shape[1]]))  # the channels that reach the image
+        other.advance(all_computed)
+        while other.s < T:
+            other.advance(other.predict(None if one_by_one else router.score(other.s)))
+        images.append(other.x)
+        walk.advance(output)
+    with_row = [*images[1:], walk.x] if one_by_one else [walk.x] * len(images)
+    changes = [_mean_square(a - b) for a, b in zip(with_row, images, strict=True)]
+    found = torch.stack([torch.zeros_like(changes[0]), *changes])
+    if kind == "gain":
+        found[1:] /= torch.stack(errors).clamp_min(torch.finfo(found.dtype).tiny)
+    return found
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    return difference.float().square().mean()
 
 
 def normalised(importance: Tensor) -> Tensor:
     """λ [T] with mean 1 over the rows that learn.
 
-    It leaves the loss's balance between steps as it is and gives β one meaning for every model and step count: the
-    mean squared error of the guided output that skipping a branch of average cost is worth. The paper's β, for its
-    raw λ, is this one times the raw mean. All ones where no row matters.
+    It leaves the loss's balance between steps as it is and gives β a scale that carries over between models and step
+    counts: the mean squared error of the guided output, at a step of average λ, that one branch of average cost is
+    worth. With the raw λ the same router needs this β times the raw mean. All ones where no row matters.
     """
     mean = importance[1:].mean()
     return importance / mean if mean > 0 else torch.ones_like(importance)

@@ -52,7 +52,7 @@ class Settings:
         if not is_number(self.lr) or self.lr <= 0:
             raise ValueError(f"lr: got {self.lr!r}, expected a number above 0")
         check_threshold(self.threshold)
-        for name, known in (("importance", ("paper", "reference")), ("importance_rows", ("soft", "hard")),
+        for name, known in (("importance", ("paper", "reference", "gain")), ("importance_rows", ("soft", "hard")),
                             ("costs", ("flops", "ones")), ("compare", ("all", "noise"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
@@ -77,5 +77,6 @@ def fingerprint(net) -> str:
     checksum = 0
     for name, parameter in net.named_parameters():
         values = parameter.detach().flatten()[:64].double().cpu()
-        checksum = zlib.crc32(values.numpy().tobytes(), zlib.crc32(f"{name}{tuple(parameter.shape)}".encode(), checksum))
+        checksum = zlib.crc32(f"{name}{tuple(parameter.shape)}".encode(), checksum)
+        checksum = zlib.crc32(values.numpy().tobytes(), checksum)
     return f"{checksum:08x}"

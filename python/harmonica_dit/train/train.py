@@ -44,7 +44,8 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         trajectories: how many are run; each updates every row once.
         batch: images a trajectory; with guidance the model sees twice as many rows.
         lr: AdamW's. threshold: τ of the router.
-        importance: λ's definition, "paper" or "reference"; importance_rows: with "soft" or "hard" rows.
+        importance: λ's definition, "paper", "reference" or "gain", see `train.importance`; importance_rows: with "soft"
+            or "hard" rows.
         refresh: C, the denoising steps after which λ is measured again.
         extrapolate: None repeats cached outputs; a number is the forecasts' coefficient; "learned" learns one an entry.
         costs: c_k by "flops" or "ones", of mean 1 either way.

@@ -34,7 +34,7 @@ class Walk:
         else:
             decided, e = computed(r, self.router.threshold), self._forecast()
             if self.hard:
-                row = {"gate": tuple(decided.tolist()), "extrapolate": None if e is None else (e * ~decided).tolist()}
+                row = {"gate": tuple(decided.tolist()), "extrapolate": None if e is None else e.tolist()}
             else:
                 row = {"gate": r, "threshold": self.router.threshold, "extrapolate": e}
         self.decisions = torch.cat([self.decisions, decided[None]])
