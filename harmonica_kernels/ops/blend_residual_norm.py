@@ -23,8 +23,8 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
     shift, scale: [B or 1, D], or None for 0.
     e: [len(run)] extrapolation coefficients, o = (1 + e)·latest - e·previous; None where all are 0.
     fresh: [B, N, D], r: one element; both or neither. With them the first term's output is the soft gate's
-    o = r·fresh + (1 - r)·((1 + e)·latest - e·previous) (HarmoniCa, Huang et al., 2025), and is returned in fresh's dtype
-    and without gradient, for the cache; else o is None.
+    o = r·fresh + (1 - r)·((1 + e)·latest - e·previous) (HarmoniCa, Huang et al., 2025), and is returned in
+    fresh's dtype and without gradient, for the cache; else o is None.
     h_dtype: dtype of h, x's by default. norm=False leaves the LN out.
     An empty run returns x itself for x'; norm=False without shift and scale returns x' itself for h.
 

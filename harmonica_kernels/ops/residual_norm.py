@@ -22,8 +22,8 @@ def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: T
     e: one extrapolation coefficient a term, o = (1 + e)·latest - e·previous; None where all are 0.
     x_out: [B, N, D], required unless the run is empty (x is then only read); may be x itself.
     store: [B, N, D] buffer that receives run[0].latest, in its own dtype, on the way; e[0] must be 0.
-    h_dtype: dtype of h, x's by default. norm=False leaves the LN out, and without shift and scale returns x_out (x where
-    the run is empty) itself, without a pass, provided that h_dtype is its dtype.
+    h_dtype: dtype of h, x's by default. norm=False leaves the LN out, and without shift and scale returns x_out (x
+    where the run is empty) itself, without a pass, provided that h_dtype is its dtype.
 
     Raises ValueError (shapes, overlap, coefficients), TypeError (dtypes), NotImplementedError (devices other than the
     CPU), and RuntimeError where a gradient is asked for: `blend_residual_norm` is the differentiable one.
@@ -32,7 +32,7 @@ def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: T
         raise RuntimeError("residual_norm is for inference and gives no gradients: call it under torch.no_grad(), or "
                            "use blend_residual_norm")
     if run and x_out is None:
-        raise ValueError("residual_norm: x_out is required with a run that is not empty; pass x itself to work in place")
+        raise ValueError("residual_norm: x_out is required where the run is not empty; pass x itself to work in place")
     if x_out is x and not run:
         x_out = None  # nothing is added
     x_new = x if x_out is None else x_out
@@ -55,9 +55,10 @@ def _requires_grad(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: 
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+# x = None: in place. h = None: no norm.
 library.define(
-    "residual_norm(Tensor? x, Tensor(a!)? x_out, Tensor(b!)? h, Tensor(c!)? store, Tensor[] latest, Tensor?[] previous, "
-    "float[] e, Tensor?[] gate, Tensor? shift, Tensor? scale, bool norm, float eps) -> ()")  # x = None: in place
+    "residual_norm(Tensor? x, Tensor(a!)? x_out, Tensor(b!)? h, Tensor(c!)? store, Tensor[] latest, "
+    "Tensor?[] previous, float[] e, Tensor?[] gate, Tensor? shift, Tensor? scale, bool norm, float eps) -> ()")
 _op = torch.ops.harmonica.residual_norm.default
 
 

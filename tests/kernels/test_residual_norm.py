@@ -164,12 +164,12 @@ def test_opcheck():
                                [None, o + 2], [0.0, 0.5], [row, None], row, None, True, 1e-6))
 
 
-X, O, ROW = (2, 3, 8), (2, 3, 8), (2, 8)
+X, ROW = (2, 3, 8), (2, 8)
 
 
 def call(x=None, run=None, shift=None, scale=None, **kwargs):
     x = torch.randn(X) if x is None else x
-    run = [Term(torch.randn(O))] if run is None else run
+    run = [Term(torch.randn(X))] if run is None else run
     kwargs.setdefault("x_out", torch.empty(X, dtype=x.dtype))
     return residual_norm(x, run, shift, scale, **kwargs)
 
@@ -178,15 +178,15 @@ def call(x=None, run=None, shift=None, scale=None, **kwargs):
     (ValueError, r"x must be \[B, N, D\].*\[3, 8\]", lambda: dict(x=torch.randn(3, 8))),
     (ValueError, r"run\[0\].latest must be \[B, N, D\] = \[2, 3, 8\].*\[2, 3, 9\]",
      lambda: dict(run=[Term(torch.randn(2, 3, 9))])),
-    (ValueError, r"run\[0\].previous must be", lambda: dict(run=[Term(torch.randn(O), torch.randn(2, 1, 8))])),
-    (ValueError, r"run\[0\].gate must be \[B or 1, D\]", lambda: dict(run=[Term(torch.randn(O), None, torch.ones(8))])),
+    (ValueError, r"run\[0\].previous must be", lambda: dict(run=[Term(torch.randn(X), torch.randn(2, 1, 8))])),
+    (ValueError, r"run\[0\].gate must be \[B or 1, D\]", lambda: dict(run=[Term(torch.randn(X), None, torch.ones(8))])),
     (ValueError, r"shift must be \[B or 1, D\] = \[2 or 1, 8\], got \[3, 8\]", lambda: dict(shift=torch.randn(3, 8))),
     (ValueError, "scale must be", lambda: dict(scale=torch.randn(2, 1, 8))),
     (ValueError, "x_out must be", lambda: dict(x_out=torch.empty(2, 3, 9))),
     (ValueError, "store must be", lambda: dict(store=torch.empty(1, 3, 8))),
     (ValueError, "x_out is required", lambda: dict(x_out=None)),
     (ValueError, "store receives", lambda: dict(run=[], store=torch.empty(X))),
-    (ValueError, "store receives", lambda: dict(run=[Term(torch.randn(O), torch.randn(O))], e=[0.5],
+    (ValueError, "store receives", lambda: dict(run=[Term(torch.randn(X), torch.randn(X))], e=[0.5],
                                                 store=torch.empty(X))),
     (ValueError, "1 terms needs", lambda: dict(e=[0.0, 0.0])),
     (ValueError, r"e\[0\] is 0.5, but run\[0\].previous", lambda: dict(e=[0.5])),
@@ -207,7 +207,7 @@ def test_refuses_overlap():
     for name, arguments in {
         "x": dict(x=buffer[:2], x_out=buffer[1:3]),
         r"run\[0\].latest": dict(run=[Term(buffer[2:4])], x_out=buffer[1:3]),
-        r"run\[1\].previous": dict(run=[Term(torch.randn(O)), Term(torch.randn(O), buffer[:2])], e=[0, 1],
+        r"run\[1\].previous": dict(run=[Term(torch.randn(X)), Term(torch.randn(X), buffer[:2])], e=[0, 1],
                                    x_out=buffer[1:3]),
         "shift": dict(shift=buffer[0, :2], x_out=buffer[:2]),
         "store": dict(store=buffer[1:3], x_out=buffer[:2]),
