@@ -76,8 +76,8 @@ def train(
     batch: Batch = 32,
     lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-2,
     threshold: Annotated[float, typer.Option(help="Compute where the score is above this.")] = 0.1,
-    importance: Annotated[str, typer.Option(help='What reuse at a step costs the image: "paper" or "reference".')]
-    = "paper",
+    importance: Annotated[str, typer.Option(help='How what reuse at a step costs the image is measured: "paper", '
+                                                 '"reference" (the published code) or "gain".')] = "paper",
     extrapolate: Annotated[str, typer.Option(help='Reused outputs: "none" repeats them, a number forecasts them (1: '
                                                   'first-order Taylor), "learned" learns how far.')] = "none",
     guidance: Guidance = 1.5,

@@ -41,13 +41,13 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
                   f"alone: {trajectories} trajectories of {batch} images")
     training = out / "training"
     router = train_router(net, steps=steps, target_speedup=target_speedup, trajectories=trajectories, batch=batch,
-                          lr=0.1, extrapolate=1.0, out=training)
+                          lr=0.1, importance="gain", extrapolate=1.0, out=training)
     router.save(out / "router.safetensors")
     shutil.rmtree(training)  # it is there for an interrupted demo to go on from
     plot_router(router.scores(), router.threshold, out / "router.png", router.branches,
                 f"Router of {net.name}, {steps} steps")
 
-    ours = Method("router", "router + forecast", steps, router.schedule())
+    ours = Method("router + forecast", "router + forecast", steps, router.schedule())
     methods = [ours, *fora_methods(net, steps, 2), *fora_methods(net, steps, 3),
                *(fewer_steps(steps, speedup) for speedup in (1.4, target_speedup, 2.5))]
     labels = torch.arange(samples) % len(CLASSES)

@@ -104,5 +104,5 @@ def test_the_bundled_classifier_and_its_statistics_fit_each_other():
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     save_tensors(tmp_path / "other.safetensors", {"weight": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="other.safetensors"):
+    with pytest.raises(ValueError, match="holds no"):
         load_classifier(tmp_path / "other.safetensors")

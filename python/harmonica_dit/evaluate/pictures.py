@@ -1,5 +1,6 @@
 """Pictures: samples side by side, routers and schedules as heat maps, quality against speedup."""
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -12,6 +13,8 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -204,9 +207,9 @@ def plot_tradeoff(groups: Mapping[str, Sequence[dict]], path: str | os.PathLike,
         title: of the whole picture.
     """
     metrics = [metric for metric in METRICS if any(row[metric[0]] is not None for g in groups.values() for row in g)]
-    families = list(dict.fromkeys(row["family"] for rows in groups.values() for row in rows))
-    unknown = [family for family in families if family not in COLOURS]
-    colours = COLOURS | {family: SPARE[i % len(SPARE)] for i, family in enumerate(unknown)}
+    found = dict.fromkeys(row["family"] for rows in groups.values() for row in rows)
+    colours = COLOURS | dict(zip((family for family in found if family not in COLOURS), itertools.cycle(SPARE)))
+    families = [family for family in colours if family in found]
 
     def draw() -> Figure:
         figure = Figure((3.9 * len(metrics), 3.3 * len(groups) + 0.7), layout="constrained")
@@ -223,9 +226,9 @@ def plot_tradeoff(groups: Mapping[str, Sequence[dict]], path: str | os.PathLike,
                 axis.set_ylabel(label)
                 axis.annotate(better, (1, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", ha="right",
                               size=7.5, color=FAINT)
-        handles = {h.get_label(): h for axis in panels.flat for h in axis.get_legend_handles_labels()[0]}
-        figure.legend(handles=handles.values(), loc="outside upper left", ncols=len(handles), frameon=False,
-                      title=title or None, title_fontproperties=dict(weight="bold", size=11), alignment="left")
+        handles = [Line2D([], [], label=family, **_line(family, colours)) for family in families]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(families), frameon=False, alignment="left",
+                      title=title or None, title_fontproperties=dict(weight="bold", size=11))
         return figure
 
     _save(draw, path)
@@ -242,18 +245,18 @@ def _panel(axis: Axes, rows: Sequence[dict], key: str, colours: Mapping[str, str
                         by_name.values())
         x, y = [speedup for speedup, _ in points], [fmean(values) for _, values in points]
         if family == "uncached":
-            axis.axhline(y[0], color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1, label="uncached")
+            axis.axhline(y[0], zorder=1, **_line(family, colours))
             continue
         ends[family] = x[-1], y[-1]
         spread = [[mean - min(values) for mean, (_, values) in zip(y, points)],
                   [max(values) - mean for mean, (_, values) in zip(y, points)]]
-        axis.errorbar(x, y, spread, color=colours[family], marker=MARKERS.get(family, "P"), markersize=5.5,
-                      linewidth=1.8, elinewidth=1, capsize=2, markeredgecolor="white", markeredgewidth=0.7,
-                      label=family, zorder=4 if family.startswith("router") else 3)
+        axis.errorbar(x, y, spread if len({row["seed"] for row in rows}) > 1 else None, elinewidth=1, capsize=2,
+                      zorder=4 if family.startswith("router") else 3, **_line(family, colours))
     axis.grid(axis="y", color=RULE, linewidth=0.6)
     axis.set_axisbelow(True)
     axis.tick_params(length=2)
     axis.set_xlabel("FLOPs speedup")
+    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axis.margins(x=0.08)
     if key == "label_accuracy":
@@ -262,6 +265,13 @@ def _panel(axis: Axes, rows: Sequence[dict], key: str, colours: Mapping[str, str
     if key == "error":
         axis.set_ylim(bottom=0)
     _label_ends(axis, ends, colours)
+
+
+def _line(family: str, colours: Mapping[str, str]) -> dict:
+    if family == "uncached":
+        return {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+    return {"color": colours[family], "linewidth": 1.8, "marker": MARKERS.get(family, "P"), "markersize": 5.5,
+            "markeredgecolor": "white", "markeredgewidth": 0.7}
 
 
 def _label_ends(axis: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
@@ -273,4 +283,5 @@ def _label_ends(axis: Axes, ends: Mapping[str, tuple[float, float]], colours: Ma
         at = max(y, floor)
         floor = at + 9.5 * points
         axis.annotate(family, (x, y), (8, (at - y) / points), textcoords="offset points", va="center", size=7.5,
-                      color=colours[family], annotation_clip=False)
+                      color=colours[family], annotation_clip=False, zorder=5,
+                      path_effects=[withStroke(linewidth=2.5, foreground="white")])

@@ -27,7 +27,7 @@ def table(rows: Sequence[dict], title: str) -> Table:
     cells = {heading: [cell(row) for row in rows] for heading, cell in COLUMNS.items()}
     cells = {heading: column for heading, column in cells.items() if set(column) != {"–"}}
     for heading in cells:
-        made.add_column(heading, justify="left" if heading == "method" else "right")
+        made.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
     for line in zip(*cells.values()):
         made.add_row(*line)
     return made
