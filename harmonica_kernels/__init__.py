@@ -1,6 +1,7 @@
 """Kernels for diffusion transformers that reuse residual branches between denoising steps."""
 
+from ._info import info
 from .cache import FeatureCache
 from .forward import Branch, Modulation, cached_forward
 
-__all__ = ["Branch", "FeatureCache", "Modulation", "cached_forward"]
+__all__ = ["Branch", "FeatureCache", "Modulation", "cached_forward", "info"]

@@ -21,7 +21,8 @@ class Branch:
     """One residual branch `x + gate·body(LN(x)·(1 + scale) + shift)`.
 
     Args:
-        body: `body(h, context) -> o`, h and o of shape [B, N, D]. It must neither change h nor return it.
+        body: `body(h, context) -> o`, h and o of shape [B, N, D]. It must neither change h nor return it, nor keep it
+            where no gradient is wanted: the next body's input is written into the same memory.
         body_out: `body_out(h, context, out)` writes o into `out` instead, a contiguous [B, N, D] cache buffer; used
             where a computed output is cached, no gradient is wanted and autocast is off.
         norm: whether the body sees the norm of x. Without it, and without modulation rows, it is given x itself.
@@ -105,7 +106,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
                 stream.renew = partial(cache._renew, k)
         else:
             stream.compute(o, None if cache is None else cache._push(k, o.dtype), mod.gate[k])
-    y = stream.norm(mod.shift[K], mod.scale[K], True, eps)
+    y = stream.norm(mod.shift[K], mod.scale[K], True, eps, last=True)
     if cache is not None:
         cache._end()
     return y
@@ -116,6 +117,7 @@ class _Stream:
 
     def __init__(self, x: Tensor, h_dtype: torch.dtype):
         self.x, self.owned, self.h_dtype = x, False, h_dtype
+        self.h: Tensor | None = None  # the buffer that the bodies are given, one after the other
         self._clear()
 
     def _clear(self) -> None:
@@ -141,20 +143,23 @@ class _Stream:
         self.reuse(cache, k, gate, e)
         self.fresh, self.r = o, r
 
-    def norm(self, shift: Tensor | None, scale: Tensor | None, norm: bool, eps: float) -> Tensor:
+    def norm(self, shift: Tensor | None, scale: Tensor | None, norm: bool, eps: float, last: bool = False) -> Tensor:
         """Adds the run to x and returns the modulated norm: the one fused call between two bodies."""
         h_dtype = self.h_dtype if norm or shift is not None or scale is not None else self.x.dtype
         if self.fresh is not None or self._wants_grad(shift, scale):
             h = self._functional(shift, scale, h_dtype, norm, eps)
         else:
             x_out = None
-            if self.run:
+            if self.run and not last:
                 x_out = self.x if self.owned else torch.empty_like(self.x, memory_format=torch.contiguous_format)
             e = [float(weight) for weight in self.e]
-            h = residual_norm(self.x, self.run, shift, scale, e=e, x_out=x_out, store=self.store,
+            h_out = self.h if self.h is not None and self.h.dtype == h_dtype else None
+            h = residual_norm(self.x, self.run, shift, scale, e=e, x_out=x_out, store=self.store, h_out=h_out,
                               h_dtype=h_dtype, norm=norm, eps=eps)
             if x_out is not None:
                 self.x, self.owned = x_out, True
+            if h is not self.x and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.h = h  # with grad a body may have saved it; a compiler plans memory by itself
         self._clear()
         return h
 

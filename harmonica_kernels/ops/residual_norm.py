@@ -12,7 +12,8 @@ from .run import Term
 
 def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: Tensor | None, *,
                   e: Sequence[float] | None = None, x_out: Tensor | None = None, store: Tensor | None = None,
-                  h_dtype: torch.dtype | None = None, norm: bool = True, eps: float = 1e-6) -> Tensor:
+                  h_out: Tensor | None = None, h_dtype: torch.dtype | None = None, norm: bool = True,
+                  eps: float = 1e-6) -> Tensor:
     """`x_out = x + Σ gate·o` over the run; returns `h = LN(x_out)·(1 + scale) + shift` of adaLN (Peebles & Xie, 2023).
 
     One pass over memory, whatever the run's length; sums and statistics in float32 (in float64 where x is).
@@ -20,10 +21,11 @@ def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: T
     x: [B, N, D]. run: terms whose latest and previous are [B, N, D], gate [B or 1, D] or None for 1.
     shift, scale: [B or 1, D], or None for 0.
     e: one extrapolation coefficient a term, o = (1 + e)·latest - e·previous; None where all are 0.
-    x_out: [B, N, D], required unless the run is empty (x is then only read); may be x itself.
+    x_out: [B, N, D], may be x itself; None where the sum is not needed afterwards (x is only read).
     store: [B, N, D] buffer that receives run[0].latest, in its own dtype, on the way; e[0] must be 0.
-    h_dtype: dtype of h, x's by default. norm=False leaves the LN out, and without shift and scale returns x_out (x
-    where the run is empty) itself, without a pass, provided that h_dtype is its dtype.
+    h_out: [B, N, D] buffer to write h into, which saves the page faults of a new one; None makes a new one.
+    h_dtype: dtype of h, x's by default; h_out has to be of it. norm=False leaves the LN out, and without shift and
+    scale returns x_out (x where the run is empty) itself, without a pass, provided that h_dtype is its dtype.
 
     Raises ValueError (shapes, overlap, coefficients), TypeError (dtypes), NotImplementedError (devices other than the
     CPU), and RuntimeError where a gradient is asked for: `blend_residual_norm` is the differentiable one.
@@ -31,14 +33,14 @@ def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: T
     if torch.is_grad_enabled() and _requires_grad(x, run, shift, scale):
         raise RuntimeError("residual_norm is for inference and gives no gradients: call it under torch.no_grad(), or "
                            "use blend_residual_norm")
-    if run and x_out is None:
-        raise ValueError("residual_norm: x_out is required where the run is not empty; pass x itself to work in place")
     if x_out is x and not run:
         x_out = None  # nothing is added
     x_new = x if x_out is None else x_out
     h_dtype = x.dtype if h_dtype is None else h_dtype
-    if norm or shift is not None or scale is not None or h_dtype != x_new.dtype:
-        h = torch.empty(x.shape, dtype=h_dtype, device=x.device)
+    if h_out is not None and h_out.dtype != h_dtype:
+        raise TypeError(f"residual_norm: h_out is {h_out.dtype}, expected {h_dtype} like h")
+    if norm or shift is not None or scale is not None or h_dtype != x_new.dtype or (run and x_out is None):
+        h = torch.empty(x.shape, dtype=h_dtype, device=x.device) if h_out is None else h_out
     elif x_out is None:
         return x
     else:

@@ -46,6 +46,17 @@ def test_store_receives_the_first_output(dtype, isa):
     assert torch.equal(h, without)
 
 
+def test_the_sum_need_not_be_kept(isa):
+    """x_out=None: h is the same, x is only read; h_out receives h."""
+    p, x_out = Problem(3, 4, 33, 2, plain=True), torch.empty(3, 4, 33)
+    before, h_out = p.x.clone(), torch.full((3, 4, 33), torch.nan)
+    kept = residual_norm(p.x, p.run, p.shift, p.scale, x_out=x_out, eps=p.eps)
+    assert residual_norm(p.x, p.run, p.shift, p.scale, h_out=h_out, eps=p.eps) is h_out
+    assert torch.equal(h_out, kept) and torch.equal(p.x, before)
+    assert torch.equal(residual_norm(p.x, p.run, None, None, norm=False), residual_norm(
+        p.x, p.run, None, None, x_out=x_out, norm=False))
+
+
 def test_nothing_to_do_returns_x_itself():
     x, x_out = torch.randn(2, 3, 8), torch.empty(2, 3, 8)
     before = x.clone()
@@ -184,7 +195,8 @@ def call(x=None, run=None, shift=None, scale=None, **kwargs):
     (ValueError, "scale must be", lambda: dict(scale=torch.randn(2, 1, 8))),
     (ValueError, "x_out must be", lambda: dict(x_out=torch.empty(2, 3, 9))),
     (ValueError, "store must be", lambda: dict(store=torch.empty(1, 3, 8))),
-    (ValueError, "x_out is required", lambda: dict(x_out=None)),
+    (TypeError, "h_out is torch.float16, expected torch.float32", lambda: dict(h_out=torch.empty(X, dtype=torch.float16))),
+    (ValueError, "h must be", lambda: dict(h_out=torch.empty(2, 3, 9))),
     (ValueError, "store receives", lambda: dict(run=[], store=torch.empty(X))),
     (ValueError, "store receives", lambda: dict(run=[Term(torch.randn(X), torch.randn(X))], e=[0.5],
                                                 store=torch.empty(X))),

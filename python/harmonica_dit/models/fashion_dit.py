@@ -121,7 +121,7 @@ def train(net: DiT, folder=fashion_data.FOLDER, out: Path = FASHION_WEIGHTS, ste
         path.write_text(json.dumps(dict(
             config=FASHION, parameters=sum(p.numel() for p in parameters.values()), steps=steps, batch=batch, lr=lr,
             warmup=warmup, ema=ema, seed=seed, label_dropout=LABEL_DROPOUT, torch=torch.__version__,
-            minutes_of_this_run=round((time.monotonic() - start) / 60, 1), loss=log), indent=1))
+            minutes_of_this_run=round((time.monotonic() - start) / 60, 1), loss=log)) + "\n")
 
 
 if __name__ == "__main__":
