@@ -48,8 +48,8 @@ def test_store_receives_the_first_output(dtype, isa):
 
 def test_the_sum_need_not_be_kept(isa):
     """x_out=None: h is the same, x is only read; h_out receives h."""
-    p, x_out = Problem(3, 4, 33, 2, plain=True), torch.empty(3, 4, 33)
-    before, h_out = p.x.clone(), torch.full((3, 4, 33), torch.nan)
+    p = Problem(3, 4, 33, 2, plain=True)
+    x_out, h_out, before = torch.empty_like(p.x), torch.full_like(p.x, torch.nan), p.x.clone()
     kept = residual_norm(p.x, p.run, p.shift, p.scale, x_out=x_out, eps=p.eps)
     assert residual_norm(p.x, p.run, p.shift, p.scale, h_out=h_out, eps=p.eps) is h_out
     assert torch.equal(h_out, kept) and torch.equal(p.x, before)
