@@ -355,8 +355,8 @@ def bad(x=None, mod=None, branches=None, fill=True, history=1, **options):
     (dict(threshold=float("nan")), ValueError, "threshold"),
     (dict(mod=lambda toy: hk.Modulation(toy.mod.shift[:-1], toy.mod.scale, toy.mod.gate)), ValueError, "mod.shift"),
     (dict(mod=lambda toy: hk.Modulation(toy.mod.shift, toy.mod.scale, [None] * K)), ValueError, r"mod.gate\[0\]"),
-    (dict(branches=[hk.Branch(lambda h, c: h)] * 2 + [hk.Branch(lambda h, c: h, gated=False), hk.Branch(lambda h, c: h)]),
-     ValueError, "returned its input"),
+    (dict(branches=[hk.Branch(lambda h, c: h)] * 2
+          + [hk.Branch(lambda h, c: h, gated=False), hk.Branch(lambda h, c: h)]), ValueError, "returned its input"),
     (dict(branches=[hk.Branch(lambda h, c: h.view_as(h))] * 2
           + [hk.Branch(lambda h, c: h, gated=False), hk.Branch(lambda h, c: h)]), ValueError, "returned its input"),
     (dict(branches=[hk.Branch(lambda h, c: h[:1].clone())] * 2

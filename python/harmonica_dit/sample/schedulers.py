@@ -60,6 +60,7 @@ def make_scheduler(scheduler: str | SchedulerMixin, steps: int) -> SchedulerMixi
             wanted = NOISE | dict(clip_sample=False, prediction_type="epsilon")
             made = cls(**{name: value for name, value in wanted.items() if name in accepted})
     else:
-        made = type(scheduler).from_config(scheduler.config) if type(scheduler) is not ReferenceDDIM else ReferenceDDIM()
+        cls = type(scheduler)
+        made = ReferenceDDIM() if cls is ReferenceDDIM else cls.from_config(scheduler.config)
     made.set_timesteps(steps)
     return made

@@ -40,8 +40,8 @@ class Trajectory:
         self.timesteps = [t.item() for t in self.scheduler.timesteps]
         self._generators = None
         if "generator" in inspect.signature(self.scheduler.step).parameters:
-            seeds = [np.random.SeedSequence((seed, i, 1)).generate_state(1)[0] for i in range(first, first + len(labels))]
-            self._generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+            states = [np.random.SeedSequence((seed, i, 1)) for i in range(first, first + len(labels))]
+            self._generators = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in states]
 
     @property
     def steps(self) -> int:
