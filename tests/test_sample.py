@@ -114,7 +114,8 @@ def test_a_fork_goes_its_own_way():
     (dict(labels=[4]), "labels: got 4"), (dict(labels=[-1]), "labels: got -1"), (dict(labels=[]), "labels"),
     (dict(labels=[0.5]), "labels"), (dict(labels=[[1]]), "labels"),
     (dict(steps=0), "steps: got 0"), (dict(steps=-3), "steps: got -3"), (dict(steps=1001), "steps"),
-    (dict(steps=2.5), "steps"), (dict(batch=0), "batch"), (dict(guidance=float("nan")), "guidance"),
+    (dict(steps=2.5), "steps"), (dict(batch=0), "batch"), (dict(seed=-1), "seed: got -1"),
+    (dict(first=-2), "first: got -2"), (dict(guidance=float("nan")), "guidance"),
     (dict(guidance_channels=0), "guidance_channels"), (dict(scheduler="NoSuch"), "scheduler: got 'NoSuch'"),
     (dict(scheduler="DiTPipeline"), "scheduler"),
 ])

@@ -34,8 +34,9 @@ def sample(net, labels, *, steps: int = 20, schedule=None, guidance: float = 1.5
         ValueError: an argument is not as above, or the schedule is for another model or another T.
     """
     labels = check_labels(labels, net.num_classes)
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch: got {batch!r}, expected a whole number of images ≥ 1")
+    for name, value, least in (("batch", batch, 1), ("seed", seed, 0), ("first", first, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: got {value!r}, expected a whole number ≥ {least}")
     device = next(net.parameters()).device
     images = []
     for start in range(0, len(labels), batch):
