@@ -23,7 +23,7 @@ from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file
 from harmonica_dit.evaluate.compare import Tally, timed_sample
 from harmonica_dit.files import load_tensors, replacing, save_tensors
 
-TIMED = 8  # batches for which the uncached run is repeated beside the method's, for the wall-clock speedup
+TIMED = 3  # batches for which the uncached run is repeated beside the method's, for the wall-clock speedup
 
 
 def main() -> None:
