@@ -36,9 +36,9 @@ class FeatureCache:
         return 0 if self._arena is None else self._arena.nbytes
 
     @property
-    def empty(self) -> bool:
-        """Whether no output has been stored since the last reset."""
-        return self._arena is None
+    def dtype(self) -> torch.dtype | None:
+        """Of the entries; None before the first is stored."""
+        return None if self._arena is None else self._arena.dtype
 
     def filled(self, k: int) -> int:
         """How many outputs of branch k the cache holds, 0 to `history`."""
@@ -53,16 +53,17 @@ class FeatureCache:
         return self._slots[k][1] if self.filled(k) == 2 else None
 
     def copy_(self, other: "FeatureCache") -> "FeatureCache":
-        """Becomes equal to `other`, reusing this cache's memory where the shapes agree. Returns itself."""
+        """Becomes equal to `other`, reusing this cache's memory where the shapes agree. Returns itself.
+
+        What `other` has to renew is renewed first, so a backward through its last forward has to be done by then.
+        """
         other.commit()
-        if other._arena is None:
-            self.reset()
-            return self
-        if self._of != other._of or self.history != other.history or self._arena.dtype != other._arena.dtype:
+        if (self._of, self.history, self.dtype) != (other._of, other.history, other.dtype):
             self.history = other.history
             self.reset()
             self._of = other._of
-            self._allocate(other._arena.dtype)
+            if other._arena is not None:
+                self._allocate(other._arena.dtype)
         for mine, theirs, filled in zip(self._slots, other._slots, other._filled, strict=True):
             for slot in range(filled):
                 mine[slot].copy_(theirs[slot])
@@ -80,8 +81,8 @@ class FeatureCache:
 
     # What `cached_forward` calls.
 
-    def _begin(self, x: Tensor, branches: int) -> None:
-        """Opens a forward, or says why this cache cannot serve it. `_end` closes it."""
+    def _check(self, x: Tensor, branches: int) -> None:
+        """Says why this cache cannot serve a forward of x [B, N, D] through so many branches, if so."""
         if self._open:
             raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
                                "call cache.reset() and start the trajectory again")
@@ -91,8 +92,10 @@ class FeatureCache:
             raise ValueError(f"cache: holds {of[3]} branches for x of shape {tuple(of[0])}, {of[1]} on {of[2]}; got "
                              f"{branches} branches and x of shape {tuple(x.shape)}, {x.dtype} on {x.device}; "
                              "call cache.reset() before another trajectory")
-        self.commit()
-        self._of = now
+
+    def _begin(self, x: Tensor, branches: int) -> None:
+        """Opens a forward that has been checked; `_end` closes it."""
+        self._of = (x.shape, x.dtype, x.device, branches)
         self._open = True
 
     def _end(self) -> None:

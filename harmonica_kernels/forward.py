@@ -15,6 +15,8 @@ from torch import Tensor
 from .cache import FeatureCache
 from .ops import Term, blend_residual_norm, residual_norm
 
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -23,8 +25,8 @@ class Branch:
     Args:
         body: `body(h, context) -> o`, h and o of shape [B, N, D]. It must neither change h nor return it, nor keep it
             where no gradient is wanted: the next body's input is written into the same memory.
-        body_out: `body_out(h, context, out)` writes o into `out` instead, a contiguous [B, N, D] cache buffer; used
-            where a computed output is cached, no gradient is wanted and autocast is off.
+        body_out: `body_out(h, context, out)` writes o into `out` instead, a contiguous [B, N, D] cache buffer of h's
+            dtype; used where a computed output is cached in that dtype, no gradient is wanted and autocast is off.
         norm: whether the body sees the norm of x. Without it, and without modulation rows, it is given x itself.
         gated: whether the modulation has a gate row for this branch.
         eps: of the norm.
@@ -73,8 +75,10 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         y [B, N, D], in the autocast dtype where autocast is on, else in x's.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it. Nothing has been changed then.
+        TypeError, ValueError: an argument is not as above; the message names it. Nothing has been changed then, but
+            where it was a body that returned something else: the cache has to be reset after that.
         RuntimeError: the last forward with this cache was interrupted.
+        NotImplementedError: x is not on the CPU; this version has kernels for no other device.
 
     Source: HarmoniCa (Huang et al., ICML 2025), section 3; forecasts after TaylorSeer (Liu et al., 2025), first order.
     """
@@ -93,7 +97,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
             stream.reuse(cache, k, mod.gate[k], extrapolate)
             continue
         h = stream.norm(mod.shift[k], mod.scale[k], branch.norm, branch.eps)
-        if in_place_bodies and branch.body_out is not None:
+        if in_place_bodies and branch.body_out is not None and cache.dtype in (None, h.dtype):
             o = cache._push(k, h.dtype)
             branch.body_out(h, context, o)
             stream.compute(o, None, mod.gate[k])
@@ -167,7 +171,8 @@ class _Stream:
                     eps: float) -> Tensor:
         e = None
         if any(isinstance(weight, Tensor) or weight != 0 for weight in self.e):
-            e = torch.stack([weight if isinstance(weight, Tensor) else self.x.new_tensor(weight) for weight in self.e])
+            exact = torch.float64 if self.x.dtype == torch.float64 else torch.float32
+            e = torch.stack([torch.as_tensor(weight, dtype=exact, device=self.x.device) for weight in self.e])
         self.x, h, o = blend_residual_norm(self.x, self.run, shift, scale, e=e, fresh=self.fresh, r=self.r,
                                            h_dtype=h_dtype, norm=norm, eps=eps)
         self.owned = False  # autograd may have saved it
@@ -192,9 +197,16 @@ def _check(branches, x, mod, gate, extrapolate, cache, threshold) -> Sequence[bo
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
         what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: got {what}, expected a float tensor [B, N, D]")
+    if x.device.type != "cpu":
+        raise NotImplementedError(f"x: is on {x.device}; this version has kernels for the CPU only")
+    if x.dtype not in (*STORAGE, torch.float64):
+        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16 or float16 (float64 for checking gradients)")
     _check_modulation(branches, x, mod)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: got {threshold}, expected a number from 0 to 1")
+    if cache is not None:
+        cache._check(x, K)
+        cache.commit()
     compute = _check_gate(K, gate, cache)
     _check_extrapolation(K, extrapolate, cache, compute, isinstance(gate, Tensor))
     return compute
@@ -202,12 +214,16 @@ def _check(branches, x, mod, gate, extrapolate, cache, threshold) -> Sequence[bo
 
 def _check_modulation(branches, x, mod) -> None:
     K, (B, _, D) = len(branches), x.shape
+    dtypes = (torch.float64,) if x.dtype == torch.float64 else STORAGE
     for name, rows, count in (("shift", mod.shift, K + 1), ("scale", mod.scale, K + 1), ("gate", mod.gate, K)):
         if len(rows) != count:
             raise ValueError(f"mod.{name}: got {len(rows)} rows, expected {count} for {K} branches")
         for k, row in enumerate(rows):
             if row is not None and (row.dim() != 2 or row.shape[0] not in (1, B) or row.shape[1] != D):
                 raise ValueError(f"mod.{name}[{k}]: got shape {tuple(row.shape)}, expected [{B} or 1, {D}]")
+            if row is not None and (row.device != x.device or row.dtype not in dtypes):
+                raise TypeError(f"mod.{name}[{k}]: got {row.dtype} on {row.device}, expected one of {dtypes} on "
+                                f"{x.device}")
     for k, branch in enumerate(branches):
         if branch.gated != (mod.gate[k] is not None):
             raise ValueError(f"mod.gate[{k}]: got {'no row' if branch.gated else 'a row'}, but branch {k} "

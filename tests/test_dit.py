@@ -1,7 +1,10 @@
 """The DiT through `cached_forward` equals the plain one, and loads facebookresearch's layout."""
 
+import argparse
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import harmonica_dit
 import harmonica_kernels as hk
@@ -62,6 +65,24 @@ def test_a_reused_branch_keeps_its_new_gate():
     torch.testing.assert_close(again, now, rtol=1e-4, atol=1e-4)  # the outputs computed a line ago, the same gates
 
 
+def test_bad_rows():
+    _, net = pair()
+    x, t, y = inputs()
+    cache = hk.FeatureCache()
+    net(x, t, y, cache=cache)
+    for row in ((True,), (False,) * 7):
+        with pytest.raises(ValueError, match=f"gate: got {len(row)} entries, expected 6"):
+            net(x, t, y, cache=cache, gate=row)
+
+
+def test_bfloat16_weights():
+    """A model in bfloat16 samples from float32 noise."""
+    plain, net = pair(learn_sigma=False)
+    exact = harmonica_dit.sample(net, [0, 1, 2], steps=3)
+    images = harmonica_dit.sample(net.bfloat16(), [0, 1, 2], steps=3)
+    assert images.dtype == torch.float32 and (images - exact).norm() / exact.norm() < 0.1
+
+
 def test_flops():
     """Counted by torch; here by hand."""
     _, net = pair()
@@ -77,8 +98,8 @@ def test_loads_facebookresearch_layout(tmp_path):
     """DiT-S/8 weights under the published names, from .pt (plain or with ema) and safetensors."""
     plain = PlainDiT(32, 8, 4, 384, 12, 6)
     torch.save(plain.state_dict(), tmp_path / "a.pt")
-    torch.save({"ema": plain.state_dict(), "args": 1}, tmp_path / "b.pt")
-    save_tensors(tmp_path / "c.safetensors", plain.state_dict(), {})
+    torch.save({"ema": plain.state_dict(), "args": argparse.Namespace(lr=1e-4)}, tmp_path / "b.pt")
+    save_file(plain.state_dict(), tmp_path / "c.safetensors", {"format": "pt"})
     for name in ("a.pt", "b.pt", "c.safetensors"):
         net = harmonica_dit.load("DiT-S/8", tmp_path / name)
         assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values()))

@@ -187,17 +187,19 @@ def test_a_reused_body_is_never_called_and_body_out_writes_the_slot():
             assert [k for k, _ in toy.calls] == [k for k in range(K) if row[k]]
 
 
-def test_fused_calls(monkeypatch):
-    """m computed branches are joined by m + 1 fused calls, however many reused ones lie between."""
+@pytest.mark.parametrize("op", ["residual_norm", "blend_residual_norm"])
+def test_fused_calls(monkeypatch, op):
+    """m computed branches are joined by m + 1 fused calls, however many reused ones lie between; also with grad."""
     toy, cache, calls = Toy(), hk.FeatureCache(), []
-    original = forward_module.residual_norm
+    original = getattr(forward_module, op)
 
     def counted(x, run, *args, **kwargs):
         calls.append(len(run))
         return original(x, run, *args, **kwargs)
 
-    monkeypatch.setattr(forward_module, "residual_norm", counted)
-    with torch.no_grad():
+    monkeypatch.setattr(forward_module, op, counted)
+    toy.x.requires_grad_(op == "blend_residual_norm")
+    with torch.set_grad_enabled(toy.x.requires_grad):
         toy(toy.x, cache=cache)
         for row in product((True, False), repeat=K):
             calls.clear()
@@ -299,6 +301,77 @@ def test_compile_one_graph_a_row():
         assert counter.frame_count == len(rows)
 
 
+def test_compile_with_forecasts():
+    """FORA n=2 with forecasts: its first two steps differ, for the cache fills; then two graphs serve every step."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    branches = [hk.Branch(lambda h, c: torch.tanh(h)) for _ in range(3)]
+    mod = hk.Modulation(*([torch.randn(2, 8) for _ in range(n)] for n in (4, 4, 3)))
+    rows = [((s % 2 == 0,) * 3, (0.5,) * 3 if s % 2 and s > 1 else None) for s in range(10)]
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def model(x, gate, e, cache):
+        return hk.cached_forward(branches, x, mod, gate=gate, extrapolate=e, cache=cache)
+
+    compiled = torch.compile(model, fullgraph=True, backend=counter, recompile_limit=10)
+    x = torch.randn(2, 4, 8)
+
+    def trajectory(call):
+        cache, y = hk.FeatureCache(2), x
+        for gate, e in rows:
+            y = call(y, gate, e, cache)
+        return y
+
+    with torch.no_grad():
+        expected = trajectory(model)
+        torch.testing.assert_close(trajectory(compiled), expected)
+        graphs = counter.frame_count
+        assert graphs <= 5
+        torch.testing.assert_close(trajectory(compiled), expected)
+        assert counter.frame_count == graphs
+
+
+def test_what_is_pending_counts():
+    """The next forward renews unasked, also where it needs the renewed entry for a forecast."""
+    toy, cache, store = Toy(), hk.FeatureCache(2), [[] for _ in range(K)]
+    with torch.no_grad():
+        toy(toy.x, cache=cache), toy.naive(toy.x, store)
+    gate = torch.full((K,), 0.5, dtype=torch.float64, requires_grad=True)
+    toy(toy.x + 1, gate=gate, cache=cache).sum().backward()
+    with torch.no_grad():
+        toy.naive(toy.x + 1, store, gate.detach())
+        row, e = (True, False, False, False), (0.0, 1.0, 1.0, 0.5)
+        torch.testing.assert_close(toy(toy.x, gate=row, cache=cache, extrapolate=e), toy.naive(toy.x, store, row, e))
+
+
+def test_body_out_is_passed_over_where_the_cache_has_another_dtype():
+    """An arena filled under autocast goes on in its dtype; the fused call stores and converts."""
+    toy, cache = Toy(dtype=torch.float32), hk.FeatureCache()
+    toy.context = toy.context.bfloat16()  # so that the bodies' outputs are bfloat16 under autocast
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            toy(toy.x, cache=cache)
+        toy.calls.clear()
+        toy(toy.x, gate=(True, True, True, False), cache=cache)
+    assert cache.dtype == torch.bfloat16 and {kind for _, kind in toy.calls} == {"body"}
+
+
+def test_copies_of_caches():
+    toy, cache, other = Toy(), hk.FeatureCache(2), hk.FeatureCache()
+    with torch.no_grad():
+        toy(toy.x, cache=cache)
+        other.copy_(cache)
+        toy(toy.x + 1, cache=cache)
+        torch.testing.assert_close(toy(toy.x, gate=(False,) * K, cache=other), toy(toy.x, cache=None))
+        with pytest.raises(ZeroDivisionError):
+            hk.cached_forward([hk.Branch(lambda h, c: 1 / 0, None, n, g) for n, g in zip(NORM, GATED)], toy.x, toy.mod,
+                              cache=(failed := hk.FeatureCache()))
+        failed.copy_(cache)
+        assert torch.equal(failed.latest(2), cache.latest(2)) and failed.filled(2) == 2
+        assert failed.copy_(hk.FeatureCache()).dtype is None
+
+
 def test_an_interrupted_forward_asks_for_a_reset():
     toy, cache = Toy(), hk.FeatureCache()
 
@@ -337,7 +410,11 @@ def bad(x=None, mod=None, branches=None, fill=True, history=1, **options):
     (dict(x=torch.zeros(2, 3, 8, dtype=torch.long)), TypeError, "x: got"),
     (dict(x=torch.randn(4, 3, 8).double()), ValueError, r"mod.shift\[0\]"),
     (dict(x=torch.randn(2, 5, 8).double()), ValueError, "cache: holds"),
-    (dict(x=torch.randn(2, 3, 8)), ValueError, "cache: holds"),
+    (dict(x=torch.randn(2, 3, 8)), TypeError, r"mod.shift\[0\]: got torch.float64"),
+    (dict(mod=lambda toy: hk.Modulation([r if r is None else r.float() for r in toy.mod.shift], *toy.mod[1:])),
+     TypeError, r"mod.shift\[0\]: got torch.float32"),
+    (dict(x=torch.randn(2, 3, 8).to(torch.float8_e5m2)), TypeError, "x: got torch.float8"),
+    (dict(x=torch.randn(2, 3, 8, device="meta")), NotImplementedError, "x: is on meta"),
     (dict(gate=(True,) * 3), ValueError, "gate: got 3 entries, expected 4"),
     (dict(gate=(True, 1, True, True)), TypeError, r"gate\[1\]"),
     (dict(gate=torch.tensor([True] * K)), TypeError, "tolist"),
@@ -365,6 +442,24 @@ def bad(x=None, mod=None, branches=None, fill=True, history=1, **options):
 def test_bad_input(options, error, words):
     with pytest.raises(error, match=words):
         bad(**options)
+
+
+def test_a_cache_of_another_dtype():
+    toy, cache = Toy(dtype=torch.float32), hk.FeatureCache()
+    with torch.no_grad():
+        toy(toy.x, cache=cache)
+        with pytest.raises(ValueError, match="cache: holds 4 branches for x of shape .* torch.float32"):
+            toy(toy.x.bfloat16(), gate=(False,) * K, cache=cache)
+
+
+def test_a_cache_of_another_model():
+    small, cache = Toy(), hk.FeatureCache()
+    with torch.no_grad():
+        hk.cached_forward(small.branches[:2], small.x, hk.Modulation(small.mod.shift[:3], small.mod.scale[:3],
+                                                                     small.mod.gate[:2]), cache=cache, context=0)
+        for gate in (None, (True, False, True, False), torch.rand(K)):
+            with pytest.raises(ValueError, match="cache: holds 2 branches"):
+                small(small.x, gate=gate, cache=cache)
 
 
 @pytest.mark.parametrize("history", [0, 3, True, "2"])

@@ -117,10 +117,13 @@ def test_a_fork_goes_its_own_way():
     (dict(steps=2.5), "steps"), (dict(batch=0), "batch"), (dict(seed=-1), "seed: got -1"),
     (dict(first=-2), "first: got -2"), (dict(guidance=float("nan")), "guidance"),
     (dict(guidance_channels=0), "guidance_channels"), (dict(scheduler="NoSuch"), "scheduler: got 'NoSuch'"),
-    (dict(scheduler="DiTPipeline"), "scheduler"),
+    (dict(scheduler="DiTPipeline"), "scheduler"), (dict(scheduler=5), "scheduler: got int"),
+    (dict(scheduler="FlowMatchEulerDiscreteScheduler"), "scheduler: FlowMatch"),
+    (dict(labels=None), "labels: got None"), (dict(guidance="a"), "guidance: got 'a'"),
+    (dict(schedule="x"), "schedule: got str"),
 ])
 def test_bad_input(options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         sample(small(), **(dict(labels=[0], steps=3) | options))
 
 
@@ -128,6 +131,7 @@ def test_bundled_model_is_recognised():
     """Uncached DDIM-20 samples with guidance show the requested class; the shipped classifier says so."""
     from harmonica_dit.models.fashion_classifier import load_classifier
 
-    labels = torch.arange(100) % 10
-    images = harmonica_dit.sample(harmonica_dit.load("fashion-dit"), labels, steps=20, batch=50)
-    assert (load_classifier()(images).argmax(1) == labels).float().mean() >= 0.85
+    labels = torch.arange(200) % 10
+    images = harmonica_dit.sample(harmonica_dit.load("fashion-dit"), labels, steps=20, guidance=2.0)
+    shown = load_classifier()(images.clamp(-1, 1)).argmax(1)
+    assert (shown == labels).float().mean() >= 0.85

@@ -1,11 +1,11 @@
 """Denoisers, and `load` to get one."""
 
+import argparse
 import os
 from pathlib import Path
 
 import torch
-
-from harmonica_dit.files import load_tensors
+from safetensors.torch import load_file
 
 from .dit import DiT
 from .flops import Flops, count_flops
@@ -55,15 +55,16 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """A state dict from safetensors or, without running any code in it, from a `.pt` file."""
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_tensors(path)[0]
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of facebookresearch/DiT's training checkpoints
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its readers raise: pickle, zip and runtime errors
         raise ValueError(f"{path} is not a checkpoint of plain tensors: {error}") from None
-    if isinstance(state, dict) and "ema" in state:  # facebookresearch/DiT's training checkpoints
+    if isinstance(state, dict) and "ema" in state:
         state = state["ema"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path}: expected a state dict of tensors")

@@ -140,7 +140,7 @@ class DiT(nn.Module):
         gate, extrapolate, cache, threshold: as in `harmonica_kernels.cached_forward`.
         """
         condition = F.silu(self.t_embedder(t) + self.y_embedder(y))
-        tokens = self.x_embedder(x) + self.pos_embed
+        tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
         tokens = hk.cached_forward(self.branches, tokens, self.modulation(condition, gate), gate=gate,
                                    extrapolate=extrapolate, cache=cache, threshold=threshold)
         g, p = self.grid, self.patch
@@ -155,7 +155,8 @@ class DiT(nn.Module):
         shift, scale, gates = [], [], []
         for k in range(len(self.branches)):
             linear, end = linears[k // 2], 3 * D * (k % 2 + 1)  # a branch's rows: shift, scale, gate
-            first = end - D if hard and not gate[k] else end - 3 * D
+            reused = hard and k < len(gate) and not gate[k]  # cached_forward refuses a row of another length
+            first = end - D if reused else end - 3 * D
             rows = F.linear(condition, linear.weight[first:end], linear.bias[first:end]).split(D, 1)
             shift.append(rows[-3] if len(rows) == 3 else None)
             scale.append(rows[-2] if len(rows) == 3 else None)

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit.schedule import Schedule
 
 from .trajectory import Trajectory, check_labels, image_noise
 
 
 @torch.no_grad()
-def sample(net, labels, *, steps: int = 20, schedule=None, guidance: float = 1.5, guidance_channels: int | None = 3,
+def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, guidance: float = 1.5, guidance_channels: int | None = 3,
            seed: int = 0, first: int = 0, scheduler="ddim", batch: int = 64,
            progress: Callable[[int], None] | None = None) -> Tensor:
     """Samples one image for each label.
@@ -20,7 +21,7 @@ def sample(net, labels, *, steps: int = 20, schedule=None, guidance: float = 1.5
         net: a denoiser, see `harmonica_dit.load`.
         labels: [n] whole numbers.
         steps: T, the scheduler's steps.
-        schedule: a `Schedule` for this model and T; None computes every branch at every step.
+        schedule: for this model and T; None computes every branch at every step.
         guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`.
         seed, first: image i starts from noise number `first` + i of the seed, whatever the batch size.
         scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one.
@@ -31,9 +32,11 @@ def sample(net, labels, *, steps: int = 20, schedule=None, guidance: float = 1.5
         [n, C, H, W] float32, unclipped; the model's images lie in about [-1, 1].
 
     Raises:
-        ValueError: an argument is not as above, or the schedule is for another model or another T.
+        TypeError, ValueError: an argument is not as above, or the schedule is for another model or another T.
     """
     labels = check_labels(labels, net.num_classes)
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (of a router: router.schedule())")
     for name, value, least in (("batch", batch, 1), ("seed", seed, 0), ("first", first, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: got {value!r}, expected a whole number ≥ {least}")
@@ -53,7 +56,7 @@ def sample(net, labels, *, steps: int = 20, schedule=None, guidance: float = 1.5
 
 
 @torch.no_grad()
-def denoise(trajectory: Trajectory, noise: Tensor, schedule=None) -> Tensor:
+def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = None) -> Tensor:
     """Runs one trajectory from its noise [n, C, H, W] to images."""
     cache = None if schedule is None else hk.FeatureCache(schedule.history)
     x = trajectory.start(noise)

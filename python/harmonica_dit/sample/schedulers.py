@@ -48,6 +48,8 @@ def make_scheduler(scheduler: str | SchedulerMixin, steps: int) -> SchedulerMixi
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
         raise ValueError(f"steps: got {steps!r}, expected a whole number from 1 to 1000")
+    if not isinstance(scheduler, (str, SchedulerMixin)):
+        raise TypeError(f"scheduler: got {type(scheduler).__name__}, expected a name or a diffusers scheduler")
     if isinstance(scheduler, str):
         if scheduler == "ddim":
             made = ReferenceDDIM()
@@ -57,6 +59,9 @@ def make_scheduler(scheduler: str | SchedulerMixin, steps: int) -> SchedulerMixi
                 raise ValueError(f'scheduler: got {scheduler!r}, expected "ddim" or the name of a diffusers scheduler, '
                                  'such as "DPMSolverMultistepScheduler"')
             accepted = inspect.signature(cls.__init__).parameters
+            if "beta_schedule" not in accepted:
+                raise ValueError(f"scheduler: {scheduler} has no noise schedule of the kind that these models predict "
+                                 "the noise of")
             wanted = NOISE | dict(clip_sample=False, prediction_type="epsilon")
             made = cls(**{name: value for name, value in wanted.items() if name in accepted})
     else:

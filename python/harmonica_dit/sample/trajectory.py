@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from numbers import Real
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ class Trajectory:
     def __init__(self, net, labels: Tensor, *, steps: int, scheduler="ddim", guidance: float = 1.5,
                  guidance_channels: int | None = 3, seed: int = 0, first: int = 0):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
-        if not 0 <= guidance < float("inf"):
-            raise ValueError(f"guidance: got {guidance}, expected a finite number ≥ 0 (1 is no guidance)")
+        if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
+            raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
         if guidance_channels is not None and guidance_channels < 1:
             raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1, or None for all")
         self.guidance, self.guidance_channels = guidance, guidance_channels
@@ -90,7 +91,10 @@ def check_labels(labels, classes: int) -> Tensor:
     Raises:
         ValueError: it is empty, not one-dimensional, not of integers, or has a label outside 0..classes-1.
     """
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"labels: got {labels!r}, expected whole numbers [n]") from None
     if labels.dim() != 1 or labels.numel() == 0 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels: got {labels.dtype} of shape {tuple(labels.shape)}, expected whole numbers [n]")
     if labels.min() < 0 or labels.max() >= classes:
