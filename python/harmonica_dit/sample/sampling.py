@@ -12,8 +12,8 @@ from .trajectory import Trajectory, check_labels, image_noise
 
 
 @torch.no_grad()
-def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, guidance: float = 1.5, guidance_channels: int | None = 3,
-           seed: int = 0, first: int = 0, scheduler="ddim", batch: int = 64,
+def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, guidance: float = 1.5,
+           guidance_channels: int | None = 3, seed: int = 0, first: int = 0, scheduler="ddim", batch: int = 64,
            progress: Callable[[int], None] | None = None) -> Tensor:
     """Samples one image for each label.
 
@@ -36,7 +36,7 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
     """
     labels = check_labels(labels, net.num_classes)
     if schedule is not None and not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (of a router: router.schedule())")
+        raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
     for name, value, least in (("batch", batch, 1), ("seed", seed, 0), ("first", first, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: got {value!r}, expected a whole number ≥ {least}")
