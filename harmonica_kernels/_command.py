@@ -1,0 +1,14 @@
+"""The command `harmonica`, for an installation that may lack what harmonica_dit needs."""
+
+import sys
+
+
+def main() -> None:
+    # Here, not in harmonica_dit: importing anything of that needs its dependencies.
+    try:
+        from harmonica_dit.cli import app
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("harmonica"):
+            raise
+        sys.exit(f"harmonica: {error.name} is missing; pip install 'harmonica-kernels[dit]' brings it")
+    app()
