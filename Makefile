@@ -1,4 +1,6 @@
-# `make demo` and `make test` set up .venv by themselves: Python ≥ 3.10, python3-venv and a C++ compiler are enough.
+# `make demo` and `make test` set up .venv by themselves. They need Python ≥ 3.10 with its venv module and headers and a
+# C++ compiler: on Debian and Ubuntu, apt-get install python3-venv python3-dev g++. A .venv that is there already keeps
+# its Python, whatever PYTHON says; remove it to change that.
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed

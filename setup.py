@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,7 +24,12 @@ class CMakeBuild(build_ext):
                              "--no-build-isolation, `pip install pybind11 cmake ninja` first") from None
         cmake, ninja = (self._tool(name) for name in ("cmake", "ninja"))
         if not (os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-            raise SystemExit("harmonica-kernels: no C++ compiler found; install g++ or clang++, or set CXX")
+            raise SystemExit("harmonica-kernels: no C++ compiler found; install g++ or clang++ (on Debian and Ubuntu, "
+                             "apt-get install g++), or set CXX")
+        headers = sysconfig.get_path("include")
+        if not Path(headers, "Python.h").exists():
+            raise SystemExit(f"harmonica-kernels: no Python.h in {headers}; install Python's headers (on Debian and "
+                             f"Ubuntu, apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-dev)")
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
