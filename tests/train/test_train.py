@@ -6,10 +6,14 @@ import warnings
 
 import pytest
 import torch
+from diffusers import DDIMParallelScheduler, DDIMScheduler
 
 import harmonica_dit.train.train as module
+from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.models.flops import Flops
 from harmonica_dit.router import Router
 from harmonica_dit.train import train_router
+from harmonica_dit.train.log import COLUMNS, Log
 
 SMALL = dict(steps=4, batch=2, lr=0.1, refresh=12, progress=False, trajectories=6)
 
@@ -110,6 +114,72 @@ def test_a_file_that_is_no_checkpoint_is_refused(net, tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="checkpoint.safetensors is not a whole"):
         train_router(net, beta=1e-5, out=tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize("missing", ["settings", "threshold", "trajectory", "beta", "seen", "importance", "steering",
+                                     "router.logits.0", "optimizer.0.exp_avg", "optimizer.0.step"])
+def test_a_checkpoint_that_lacks_something_is_refused(net, tmp_path, missing):
+    path = one_checkpoint(net, tmp_path)
+    tensors, metadata = load_tensors(path)
+    assert missing in tensors or missing in metadata
+    save_tensors(path, {name: tensor for name, tensor in tensors.items() if name != missing},
+                 {name: value for name, value in metadata.items() if name != missing})
+    refused(net, path)
+
+
+@pytest.mark.parametrize("change", [
+    dict(settings=[]), dict(threshold="x"), dict(threshold=2), dict(trajectory=1.5), dict(trajectory=-1),
+    dict(beta="x"), dict(seen=None), {"importance": torch.zeros(3)}, {"steering": torch.zeros(1, 1)},
+    {"router.logits.0": torch.zeros(7)}, {"router.logits.0": torch.full((4,), float("nan"))},
+    {"optimizer.0.exp_avg": torch.zeros(9)}, {"optimizer.0.step": torch.zeros(2)}, {"optimizer.9.step": torch.ones(1)},
+    {"optimizer.x.step": torch.ones(1)}, {"optimizer.0": torch.ones(1)}])
+def test_a_checkpoint_of_something_else_is_refused(net, tmp_path, change):
+    path = one_checkpoint(net, tmp_path)
+    tensors, metadata = load_tensors(path)
+    changed = {True: {}, False: {}}
+    for name, value in change.items():
+        changed[isinstance(value, torch.Tensor)][name] = value
+    save_tensors(path, tensors | changed[True], metadata | changed[False])
+    refused(net, path)
+
+
+def one_checkpoint(net, folder):
+    train_router(net, target_speedup=1.5, out=folder, **SMALL | dict(trajectories=2))
+    return folder / "checkpoint.safetensors"
+
+
+def refused(net, path):
+    with pytest.raises(ValueError, match="not a whole training checkpoint") as error:
+        train_router(net, target_speedup=1.5, out=path.parent, **SMALL | dict(trajectories=2))
+    assert str(path) in str(error.value)
+
+
+def test_a_scheduler_instance_of_another_class_is_another_setting(net):
+    schedulers = [cls(num_train_timesteps=1000) for cls in (DDIMScheduler, DDIMParallelScheduler)]
+    one, other = (module.Settings(2, None, None, 1.0, 1, 1, 0.1, 0.1, "paper", "soft", 1, None, "flops", "all", 1.5, 3,
+                                  scheduler, 0).record(net)["scheduler"] for scheduler in schedulers)
+    assert one["config"] == other["config"] and one != other
+
+
+def test_a_resumed_log_keeps_its_lines_through_an_interruption(tmp_path):
+    line = dict.fromkeys(COLUMNS, 1.0)
+    with Log(tmp_path, 3, 0, False) as log:
+        for n in range(3):
+            log.line(**line | dict(trajectory=n))
+    whole = (tmp_path / "log.csv").read_bytes()
+    with Log(tmp_path, 3, 2, False) as log:  # nothing is closed yet, as after a power failure
+        assert (tmp_path / "log.csv").read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+        log.line(**line | dict(trajectory=2))
+        assert (tmp_path / "log.csv").read_bytes() == whole
+
+
+def test_a_branch_without_flops_has_no_cost_to_weigh(net, monkeypatch):
+    free = module.count_flops(net)
+    monkeypatch.setattr(module, "count_flops", lambda _: Flops((0.0, *free.branches[1:]), free.fixed))
+    with pytest.raises(ValueError, match="costs: .*'blocks.0.attn' costs nothing"):
+        train_router(net, beta=1e-5, **SMALL)
+    router = train_router(net, target_speedup=1.3, costs="ones", **SMALL)
+    assert router.scores().isfinite().all() and router.schedule().speedup >= 1.3
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_training(net, tmp_path, monkeypatch):

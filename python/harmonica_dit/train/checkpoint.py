@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
-from harmonica_dit.router import Router
+from harmonica_dit.router import Router, check_threshold
+from harmonica_dit.schedule import described, is_number
 
 from .budget import Steering
 
@@ -41,22 +42,49 @@ class Training:
         """Goes on from a checkpoint.
 
         Raises:
-            ValueError: it is no such checkpoint, or is of a training with other settings; the message names them.
+            ValueError: it is no whole checkpoint, or is of a training with other settings; the message names them.
         """
         tensors, metadata = load_tensors(path)
-        if metadata.get("kind") != "router training" or metadata.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a training checkpoint of format version {FORMAT}")
-        theirs = metadata["settings"]
+        theirs = metadata.get("settings")
+        kind = metadata.get("kind"), metadata.get("format")
+        if kind != ("router training", FORMAT) or not isinstance(theirs, dict):
+            raise ValueError(f"{path} is not a whole training checkpoint of format version {FORMAT}")
         for name, value in record.items():
             if theirs.get(name) != value:
                 raise ValueError(f"{path} is of a training with {name}={theirs.get(name)!r}, this one has "
                                  f"{name}={value!r}; give another folder, or remove it to start again")
-        device = self.importance.device
-        self.router.load_state_dict({name.removeprefix("router."): value for name, value in tensors.items()
-                                     if name.startswith("router.")})
+        try:
+            self._take(tensors, metadata)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole training checkpoint: {error}") from None
+
+    def _take(self, tensors: dict[str, Tensor], metadata: dict) -> None:
+        self.router.load_state_dict({name: check_like(f"router.{name}", tensors[f"router.{name}"], value)
+                                     for name, value in self.router.state_dict().items()})
         restore_optimizer(self.optimizer, tensors)
-        self.importance = tensors["importance"].to(device)
+        for parameter, state in self.optimizer.state.items():
+            if state["step"].numel() != 1 or not state["step"] >= 1:
+                raise ValueError(f"optimizer: step is {state['step']}")
+            for name in ("exp_avg", "exp_avg_sq"):
+                check_like(f"optimizer: {name}", state[name], parameter)
+        self.importance = check_like("importance", tensors["importance"], self.importance)
         if self.steering is not None:
-            self.steering.values, self.steering.seen = tensors["steering"].to(device), metadata["seen"]
-        self.beta, self.router.threshold = metadata["beta"], metadata["threshold"]
-        self.trajectory = metadata["trajectory"]
+            self.steering.values = check_like("steering", tensors["steering"], self.steering.values)
+            self.steering.seen = check_count("seen", metadata["seen"])
+        self.beta, self.router.threshold = metadata["beta"], check_threshold(metadata["threshold"])
+        if self.beta is not None and not is_number(self.beta):
+            raise ValueError(f"beta is {self.beta!r}")
+        self.trajectory = check_count("trajectory", metadata["trajectory"])
+
+
+def check_like(name: str, tensor: Tensor, expected: Tensor) -> Tensor:
+    """`tensor` on `expected`'s device, if it is finite and has its shape and dtype."""
+    if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype) or not tensor.isfinite().all():
+        raise ValueError(f"{name}: expected finite {described(expected)}, got {described(tensor)}")
+    return tensor.to(expected.device)
+
+
+def check_count(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}: got {value!r}, expected a whole number ≥ 0")
+    return value

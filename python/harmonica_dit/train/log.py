@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from harmonica_dit.files import replacing
+
 COLUMNS = ("trajectory", "seconds", "loss", "error", "beta", "threshold", "cur", "speedup")
 
 
@@ -25,12 +27,11 @@ class Log:
         self._file = self._board = None
         if out is not None:
             path = out / "log.csv"
-            kept = path.read_text().splitlines(keepends=True)[: first + 1] if first and path.exists() else []
-            self._file = open(path, "w", newline="")
-            self._file.writelines(kept)
+            kept = path.read_bytes().splitlines(keepends=True)[: first + 1] if first and path.exists() else []
+            with replacing(path) as temporary:
+                temporary.write_bytes(b"".join(kept) or (",".join(COLUMNS) + "\r\n").encode())
+            self._file = open(path, "a", newline="")
             self._csv = csv.DictWriter(self._file, COLUMNS)
-            if not kept:
-                self._csv.writeheader()
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:

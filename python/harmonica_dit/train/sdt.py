@@ -27,7 +27,7 @@ def train_trajectory(router: Router, walk: Walk, optimizer: torch.optim.Optimize
 
     Args:
         walk: at its start. optimizer: of the rows, one Parameter each; only the row that has a gradient moves.
-        importance: λ [T]. costs: c [K].
+        importance: λ [T]. costs: c [K], above 0.
         beta: None only measures; nothing is updated.
         channels: how many leading output channels are compared, None for all.
         threshold: τ at which `values` are stated.

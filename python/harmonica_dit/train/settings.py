@@ -67,7 +67,8 @@ class Settings:
         """What a checkpoint must agree on, the model included, as JSON gives it back."""
         scheduler = self.scheduler
         if not isinstance(scheduler, str):
-            scheduler = {name: str(value) for name, value in scheduler.config.items()}
+            config = {name: str(value) for name, value in scheduler.config.items()}
+            scheduler = {"class": self.scheduler_name, "config": config}
         return json.loads(json.dumps(asdict(self) | {
             "scheduler": scheduler, "model": net.name, "branches": net.branch_names, "weights": fingerprint(net)}))
 

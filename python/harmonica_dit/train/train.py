@@ -48,7 +48,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
             or "hard" rows.
         refresh: C, the denoising steps after which λ is measured again.
         extrapolate: None repeats cached outputs; a number is the forecasts' coefficient; "learned" learns one an entry.
-        costs: c_k by "flops" or "ones", of mean 1 either way.
+        costs: c_k by "flops", where every branch has to have some, or "ones"; of mean 1 either way.
         compare: "all" output channels in the loss, the learned variance's too (published code), or the "noise" alone.
         guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`.
         seed: decides initial logits, noise and labels.
@@ -103,6 +103,9 @@ def _start(net, settings: Settings) -> tuple[Training, Budget | None]:
     first = _trajectory(net, settings, 0)
     T, flops = first.steps, count_flops(net)
     K = len(flops.branches)
+    if settings.costs == "flops" and min(flops.branches) == 0:
+        free = net.branch_names[flops.branches.index(0)]
+        raise ValueError(f'costs: got "flops", by which the branch {free!r} costs nothing; "ones" counts all alike')
     device = next(net.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     logits = torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)
