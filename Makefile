@@ -18,5 +18,6 @@ $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell fin
 		|| { echo 'Python 3.10 or newer is needed; name one with `make PYTHON=python3.12 $(MAKECMDGOALS)`' >&2; exit 1; }
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
 		|| { echo 'No virtual environment could be made in $(VENV): on Debian and Ubuntu, apt-get install python3-venv' >&2; exit 1; }
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
