@@ -21,6 +21,7 @@ import harmonica_dit
 from harmonica_dit.demo import CURVE
 from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file
 from harmonica_dit.evaluate.compare import Tally, timed_sample
+from harmonica_dit.evaluate.methods import check_names
 from harmonica_dit.files import load_tensors, replacing, save_tensors
 
 TIMED = 3  # batches for which the uncached run is repeated beside the method's, for the wall-clock speedup
@@ -46,6 +47,7 @@ def main() -> None:
     methods = [Method("uncached", "uncached", args.steps), *(from_file(path, net) for path in args.routers),
                *(method for n in args.fora for method in fora_methods(net, args.steps, n)),
                *(Method(f"{n} steps", "fewer steps", n) for n in args.fewer)]
+    check_names(methods)
     settings = dict(model=net.name, weights=digest(net.state_dict()), samples=args.samples, steps=args.steps,
                     guidance=args.guidance, scheduler="ddim", dtype="float32")
     rows = []

@@ -1,15 +1,21 @@
 """The command line: what it leaves behind, and one clear line for everything that it cannot do."""
 
 import json
+import sys
+import warnings
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 import harmonica_dit.cli
 from harmonica_dit import demo
+from harmonica_dit.evaluate import compare, read_schedule
 from harmonica_dit.files import load_tensors
+from harmonica_dit.models.flops import Flops
+from harmonica_dit.router import Router
 
 TINY = ["--steps", "3", "--target-speedup", "1.3", "--trajectories", "1", "--batch", "1"]
 
@@ -25,6 +31,20 @@ def router(tmp_path_factory):
     assert result.exit_code == 0, result.output
     assert "FLOPs speedup" in result.output
     return folder / "router.safetensors"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `sample` is called with, by the command or by a comparison."""
+    calls = []
+
+    def sample(net, labels, **options):
+        calls.append(options)
+        return torch.zeros(len(labels), *net.sample_shape)
+
+    for module in (harmonica_dit, sys.modules[compare.__module__]):
+        monkeypatch.setattr(module, "sample", sample)
+    return calls
 
 
 def test_every_command_has_help():
@@ -47,10 +67,61 @@ def test_sample_with_a_router_uses_its_steps(router, tmp_path):
     assert harmonica("sample", "--router", router, "--steps", 4, "--out", tmp_path / "x.png").exit_code == 2
 
 
+@pytest.mark.parametrize("command", [["sample"], ["evaluate", "--samples", 1, "--fora", 2, "--steps", 4]])
+@pytest.mark.parametrize("given, guidance, scheduler", [
+    ([], 3.0, "DPMSolverMultistepScheduler"),
+    (["--guidance", 1, "--scheduler", "ddim"], 1.0, "ddim")])
+def test_guidance_and_scheduler_are_the_routers_own_unless_given(asked, tmp_path, command, given, guidance, scheduler):
+    make_router(tmp_path / "own.safetensors", guidance=3.0, scheduler="DPMSolverMultistepScheduler")
+    out = tmp_path / ("x.safetensors" if command[0] == "sample" else "folder")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*other timesteps")
+        result = harmonica(*command, "--router", tmp_path / "own.safetensors", *given, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert {(options["guidance"], options["scheduler"]) for options in asked} == {(guidance, scheduler)}
+
+
+def test_without_a_router_guidance_and_scheduler_are_the_defaults(asked, tmp_path):
+    assert harmonica("sample", "--out", tmp_path / "x.safetensors").exit_code == 0
+    assert (asked[0]["guidance"], asked[0]["scheduler"]) == (1.5, "ddim")
+
+
+def test_routers_that_disagree_need_an_answer(tmp_path):
+    for name, guidance in (("a", 3.0), ("b", 2.0)):
+        make_router(tmp_path / f"{name}.safetensors", guidance=guidance)
+    result = harmonica("evaluate", "--router", tmp_path / "a.safetensors", "--router", tmp_path / "b.safetensors",
+                       "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "--guidance: the routers were trained with 2.0, 3.0" in result.stderr
+
+
+def make_router(path, **options):
+    net = harmonica_dit.load("fashion-dit")
+    K = len(net.branch_names)
+    Router(torch.zeros(4, K), net.branch_names, Flops((1.0,) * K, 1.0), (999, 666, 333, 0), threshold=0.5,
+           model=net.name, **options).save(path)
+
+
+def test_a_bundled_router_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonica_dit.router.BUNDLED", tmp_path / "bundled")
+    monkeypatch.chdir(tmp_path)
+    make_router(tmp_path / "bundled" / "fashion-dit-2.5x.safetensors")
+    result = harmonica("show", "fashion-dit-2.5x")
+    assert result.exit_code == 0 and (tmp_path / "fashion-dit-2.5x.png").exists(), result.output
+    result = harmonica("sample", "--labels", 1, "--router", "fashion-dit-2.5x", "--out", "x.png")
+    assert result.exit_code == 0, result.output
+    result = harmonica("show", "fashion-dit-9x")
+    assert result.exit_code == 2 and "fashion-dit-2.5x" in result.stderr
+
+
+def test_show_of_a_missing_file_leaves_nothing_behind(tmp_path):
+    assert harmonica("show", tmp_path / "typo" / "x.safetensors").exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_show_draws_routers_and_schedules(router, tmp_path):
     result = harmonica("show", router, "--out", tmp_path / "router.png", "--threshold", "1")
     assert result.exit_code == 0 and "CUR 66.7%" in result.output and (tmp_path / "router.png").exists()
-    harmonica_dit.cli.read_schedule(router).save(tmp_path / "frozen.safetensors")
+    read_schedule(router).save(tmp_path / "frozen.safetensors")
     result = harmonica("show", tmp_path / "frozen.safetensors")
     assert result.exit_code == 0 and "CUR" in result.output and (tmp_path / "frozen.png").exists()
     refused = harmonica("show", tmp_path / "frozen.safetensors", "--threshold", "0.2")
@@ -62,7 +133,8 @@ def test_evaluate_leaves_rows_and_a_picture(router, tmp_path):
                        "--seeds", 2, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["name"] for row in rows] == 2 * ["uncached", "router", "FORA n=2", "FORA n=2 + forecast", "2 steps"]
+    assert [row["name"] for row in rows] == 2 * ["uncached", router.parent.name, "FORA n=2", "FORA n=2 + forecast",
+                                                 "2 steps"]
     assert {row["seed"] for row in rows} == {0, 1} and (tmp_path / "tradeoff.png").exists()
 
 
@@ -95,6 +167,10 @@ def test_demo_leaves_its_pictures(tmp_path):
     (["evaluate", "--fora", "0"], "every"),
     (["evaluate", "--router", "nowhere.safetensors"], "nowhere.safetensors"),
     (["show", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["sample", "--scheduler", "nonsense"], "scheduler"),
+    (["evaluate", "--fewer", "0"], "steps"),
+    (["evaluate", "--batch", "0"], "batch"),
+    (["evaluate", "--fora", "2", "--fora", "2"], "FORA n=2"),
     (["sing"], "sing"),
 ])
 def test_what_cannot_be_done_is_said_in_one_line(tmp_path, arguments, said):
@@ -122,6 +198,15 @@ def test_an_output_that_is_a_folder_is_refused(tmp_path):
 
 def test_an_unknown_kind_of_output_is_refused(tmp_path):
     assert ".safetensors" in harmonica("sample", "--out", tmp_path / "x.gif").stderr
+
+
+def test_a_loss_that_is_not_finite_is_said_in_one_line(tmp_path, monkeypatch):
+    def diverged(*_, **__):
+        raise FloatingPointError("the loss is not finite in trajectory 3")
+
+    monkeypatch.setattr(harmonica_dit.cli, "train_router", diverged)
+    result = harmonica("train", "--out", tmp_path, *TINY)
+    assert (result.exit_code, result.stderr) == (2, "harmonica: the loss is not finite in trajectory 3\n")
 
 
 @pytest.mark.parametrize("message, said", [("run it again to go on", "run it again to go on"), ("", "starts again")])

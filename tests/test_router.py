@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import save_file
 
 from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.models import load
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.models.flops import Flops
-from harmonica_dit.router import Router
+from harmonica_dit.router import BUNDLED, Router
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,9 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
             ("threshold", float("nan"), "threshold"), ("guidance", "x", "guidance"), ("seed", [1], "seed"),
             ("beta", float("inf"), "beta"), ("model", 3, "model"), ("scheduler", None, "scheduler"),
             ("timesteps", [3, 2], "timesteps"), ("timesteps", None, "timesteps"), ("branches", ["a"], "branches"),
-            ("flops", [[1, 2, 3], 4], "flops"), ("flops", {}, "flops"), ("flops", [[-1, 2], 4], "flops")):
+            ("flops", [[1, 2, 3], 4], "flops"), ("flops", {}, "flops"),
+            ("seed", 10**400, "seed"), ("flops", [[10**400, 2], 4], "flops"), ("flops", [[1e308, 1e308], 4], "flops"),
+            ("flops", [[-1, 2], 4], "flops")):
         save_tensors(path, tensors, metadata | {name: value})
         refused(message)
     for name, tensor, message in (("logits", torch.randn(4, 3), "branches"), ("logits", torch.randn(4), "logits"),
@@ -128,6 +131,32 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
         refused(message)
     save_tensors(path, {"extrapolation": tensors["extrapolation"]}, metadata)
     refused("has to hold logits")
+
+
+BUNDLED_NAMES = sorted(file.stem for file in BUNDLED.glob("*"))
+
+
+def test_there_are_bundled_routers():
+    assert BUNDLED_NAMES
+
+
+@pytest.mark.parametrize("name", BUNDLED_NAMES)
+def test_a_bundled_router_does_what_its_name_says(name):
+    router = Router.load(name, load("fashion-dit"))
+    assert router.model == "fashion-dit" and router.steps == 20
+    assert router.schedule().speedup == pytest.approx(float(name.removeprefix("fashion-dit-").removesuffix("x")), 0.02)
+
+
+def test_a_bare_name_is_a_file_or_a_bundled_router(net, tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonica_dit.router.BUNDLED", tmp_path / "bundled")
+    monkeypatch.chdir(tmp_path)
+    make(net, seed=1).save("bundled/tiny-2.0x.safetensors")
+    assert Router.load("tiny-2.0x", net).seed == 1
+    for wrong in ("tiny-3.0x", "folder/tiny-2.0x", ""):
+        with pytest.raises(FileNotFoundError, match=f"no file at {wrong}.*bundled routers are tiny-2.0x"):
+            Router.load(wrong)
+    make(net, seed=2).save("tiny-2.0x")
+    assert Router.load("tiny-2.0x", net).seed == 2
 
 
 def test_picture(net, tmp_path):

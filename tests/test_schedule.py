@@ -76,11 +76,15 @@ def test_a_coefficient_without_two_outputs_forecasts_nothing():
     (dict(branches=("a",)), ValueError, "branches: expected 2 names"),
     (dict(flops=Flops((1.0,), 2.0)), ValueError, "flops: expected 2"),
     (dict(flops=Flops((1.0, float("nan")), 2.0)), ValueError, "flops"),
+    (dict(flops=Flops((1e308, 1e308), 2.0)), ValueError, "flops"),
+    (dict(flops=Flops((10**400, 1.0), 2.0)), ValueError, "flops"),
     (dict(flops=3), TypeError, "flops"),
     (dict(extrapolation=torch.zeros(2, 3)), TypeError, r"extrapolation: .*\[2, 2\]"),
     (dict(extrapolation=torch.zeros(2, 2, dtype=torch.float64)), TypeError, "extrapolation"),
     (dict(extrapolation=torch.full((2, 2), float("nan"))), ValueError, "extrapolation: has entries"),
     (dict(timesteps=(1,)), ValueError, "timesteps: expected 2"),
+    (dict(timesteps=(10**400, 1)), ValueError, "timesteps: expected 2"),
+    (dict(timesteps=(True, 1)), ValueError, "timesteps: expected 2"),
     (dict(origin=None), TypeError, "origin"),
 ])
 def test_what_is_no_schedule_is_refused(change, error, message):
@@ -188,6 +192,16 @@ def test_hostile_files_are_refused_by_name(tmp_path):
     refused("not JSON")
     with pytest.raises(FileNotFoundError, match="missing"):
         Schedule.load(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_allows(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        Schedule(table("11", "01"), NAMES, FLOPS).save(tmp_path / "s.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "s.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):

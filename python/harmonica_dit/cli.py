@@ -12,8 +12,8 @@ from typer.core import TyperGroup
 
 import harmonica_dit
 from harmonica_dit import demo as demonstration
-from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file, read_schedule
-from harmonica_dit.evaluate.methods import is_router
+from harmonica_dit.evaluate import Judge, Method, fora_methods
+from harmonica_dit.evaluate.methods import frozen, named_after, read
 from harmonica_dit.evaluate.pictures import image_sheet, plot_router, plot_schedule, plot_tradeoff
 from harmonica_dit.evaluate.terminal import compare_with_bar, table
 from harmonica_dit.files import replacing, save_tensors
@@ -33,7 +33,7 @@ class Commands(TyperGroup):
             return super().invoke(context)
         except typer.TyperException as error:  # a misspelt option, a value that does not parse
             message, code = error.format_message(), 2
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, FloatingPointError) as error:
             message, code = str(error), 2
         except KeyboardInterrupt as interruption:
             message, code = str(interruption) or "interrupted; the same command starts again", 130
@@ -47,7 +47,13 @@ app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pret
 Model = Annotated[str, typer.Option(help="The bundled fashion-dit, or a DiT configuration such as DiT-XL/2.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="The model's weights, .pt or .safetensors; fashion-dit has its "
                                                       "own.")]
+FILE = "A router's or a schedule's file, or the name of a bundled router, such as fashion-dit-2.0x"
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
+Scheduler = Annotated[str, typer.Option(help='"ddim", or the name of a diffusers scheduler.')]
+OwnGuidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the "
+                                                        "router's, or 1.5]")]
+OwnScheduler = Annotated[str | None, typer.Option(help='"ddim", or the name of a diffusers scheduler.  [default: the '
+                                                       'router\'s, or ddim]')]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")]
 Batch = Annotated[int, typer.Option(help="Images at a time.")]
 Threshold = Annotated[float | None, typer.Option(help="Compute where a router's score is above this, in place of the "
@@ -56,7 +62,7 @@ Threshold = Annotated[float | None, typer.Option(help="Compute where a router's 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for pictures and figures.")] = Path("demo")) -> None:
-    """Train a router on the bundled model, sample with it, compare: about three minutes on two CPU cores."""
+    """Train a router on the bundled model, sample with it, compare: a few minutes on a CPU."""
     check_folder(out)
     demonstration.run(out, console)
 
@@ -73,15 +79,16 @@ def train(
     target_cur: Annotated[float | None, typer.Option(help="Cache utilization ratio to reach, from 0 to 1.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the cost, in place of a target.")] = None,
     trajectories: Annotated[int, typer.Option(help="Trajectories to train on.")] = 500,
-    batch: Batch = 32,
+    batch: Annotated[int, typer.Option(help="Images a trajectory; another number gives another router.")] = 32,
     lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-2,
-    threshold: Annotated[float, typer.Option(help="Compute where the score is above this.")] = 0.1,
+    threshold: Annotated[float, typer.Option(help="Compute where the score is above this. A target replaces it, "
+                                                      "at the end, by the threshold that meets the target.")] = 0.1,
     importance: Annotated[str, typer.Option(help='How what reuse at a step costs the image is measured: "paper", '
                                                  '"reference" (the published code) or "gain".')] = "paper",
     extrapolate: Annotated[str, typer.Option(help='Reused outputs: "none" repeats them, a number forecasts them (1: '
                                                   'first-order Taylor), "learned" learns how far.')] = "none",
     guidance: Guidance = 1.5,
-    scheduler: Annotated[str, typer.Option(help='"ddim", or the name of a diffusers scheduler.')] = "ddim",
+    scheduler: Scheduler = "ddim",
     seed: Seed = 0,
 ) -> None:
     """Train a router: which branches to compute at which step. No images are needed."""
@@ -102,13 +109,14 @@ def sample(
     out: Annotated[Path, typer.Option(help="A .png, or a .safetensors for the values themselves (such as latents).")],
     labels: Annotated[str | None, typer.Option(help="Numbers or, for fashion-dit, class names, with commas between: "
                                                     "dress,bag,3. All ten of fashion-dit by default.")] = None,
-    schedule: Annotated[Path | None, typer.Option("--schedule", "--router", help="A router's or a schedule's file; "
-                                                  "without one, everything is computed.")] = None,
+    schedule: Annotated[Path | None, typer.Option("--schedule", "--router", help=f"{FILE}; without one, everything is "
+                                                  "computed.")] = None,
     threshold: Threshold = None,
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
     steps: Annotated[int | None, typer.Option(help="Steps; by default the schedule's, or 20.")] = None,
-    guidance: Guidance = 1.5,
+    guidance: OwnGuidance = None,
+    scheduler: OwnScheduler = None,
     seed: Seed = 0,
     batch: Batch = 64,
 ) -> None:
@@ -120,23 +128,25 @@ def sample(
     if out.suffix == ".png" and net.sample_shape[0] not in (1, 3):
         raise ValueError(f"--out: {net.name} makes latents of {net.sample_shape[0]} channels, not images; "
                          "write a .safetensors file")
-    frozen = None if schedule is None else read_schedule(schedule, net, threshold)
+    found = None if schedule is None else read(schedule, net)
+    used = None if found is None else frozen(found, threshold)
     if steps is None:
-        steps = 20 if frozen is None else frozen.steps
-    images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=frozen, guidance=guidance,
-                                  seed=seed, batch=batch)
+        steps = 20 if used is None else used.steps
+    images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=used,
+                                  guidance=own("guidance", guidance, [found], 1.5),
+                                  scheduler=own("scheduler", scheduler, [found], "ddim"), seed=seed, batch=batch)
     if out.suffix == ".png":
         image_sheet(images, out)
     else:
         save_tensors(out, {"samples": images}, {"model": net.name, "seed": seed})
-    console.print(f"{len(images)} images in {out}" + (f", {frozen.speedup:.2f}× fewer FLOPs" if frozen else ""))
+    console.print(f"{len(images)} images in {out}" + (f", {used.speedup:.2f}× fewer FLOPs" if used else ""))
 
 
 @app.command()
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for rows.json and tradeoff.png.")],
-    schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help="A router's or a schedule's "
-                                                        "file; may be given again.")] = None,
+    schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help=f"{FILE}; may be given "
+                                                        "again.")] = None,
     every: Annotated[list[int] | None, typer.Option("--fora", help="FORA: compute at every n-th step, once repeated "
                                                     "and once forecast; may be given again.  [default: 2 and 3]")]
     = None,
@@ -146,8 +156,10 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="How often all is repeated, with seeds 0, 1, …")] = 1,
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
-    steps: Annotated[int, typer.Option(help="Steps of the uncached trajectory and of every schedule.")] = 20,
-    guidance: Guidance = 1.5,
+    steps: Annotated[int, typer.Option(help="Steps of the uncached trajectory and of FORA; a file's schedule has "
+                                               "its own.")] = 20,
+    guidance: OwnGuidance = None,
+    scheduler: OwnScheduler = None,
     batch: Batch = 64,
 ) -> None:
     """Compare schedules, FORA and fewer steps on the same noise: error, label accuracy, speedup."""
@@ -156,15 +168,17 @@ def evaluate(
             raise ValueError(f"{name}: got {value}, expected at least 1")
     check_folder(out)
     net = harmonica_dit.load(model, checkpoint)
-    methods = [from_file(path, net) for path in schedule or ()]
+    found = [read(path, net) for path in schedule or ()]
+    guidance, scheduler = own("guidance", guidance, found, 1.5), own("scheduler", scheduler, found, "ddim")
+    methods = [named_after(path, one) for path, one in zip(schedule or (), found)]
     methods += [method for n in every or (2, 3) for method in fora_methods(net, steps, n)]
     methods += [Method(f"{n} steps", "fewer steps", n) for n in fewer or ()]
     labels = torch.arange(samples) % net.num_classes
     judge = Judge if net.name == "fashion-dit" else None
     rows = []
     for seed in range(seeds):
-        rows += compare_with_bar(net, methods, labels, steps=steps, guidance=guidance, seed=seed, batch=batch,
-                                 judge=judge)
+        rows += compare_with_bar(net, methods, labels, steps=steps, guidance=guidance, scheduler=scheduler, seed=seed,
+                                 batch=batch, judge=judge)
         with replacing(out / "rows.json") as path:
             path.write_text(json.dumps(rows, indent=1) + "\n")
     plot_tradeoff({f"{samples:,} samples a method": rows}, out / "tradeoff.png", f"Quality against speedup: {net.name}")
@@ -173,18 +187,18 @@ def evaluate(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A router's or a schedule's file.")],
+    file: Annotated[Path, typer.Argument(help=f"{FILE}.")],
     out: Annotated[Path | None, typer.Option(help="The picture, a .png.  [default: beside the file]")] = None,
     threshold: Threshold = None,
 ) -> None:
     """Draw a router or a schedule, and say what it saves."""
-    out = out or file.with_suffix(".png")
+    out = out or file.parent / Router.find(file).with_suffix(".png").name  # a bundled one has nothing beside it here
     check_file(out)
-    schedule = read_schedule(file, None, threshold)
-    if is_router(file):
-        router = Router.load(file)
-        plot_router(router.scores(), router.threshold if threshold is None else threshold, out, router.branches,
-                    f"Router of {router.model}, {router.steps} steps")
+    found = read(file)
+    schedule = frozen(found, threshold)
+    if isinstance(found, Router):
+        plot_router(found.scores(), found.threshold if threshold is None else threshold, out, found.branches,
+                    f"Router of {found.model}, {found.steps} steps")
     else:
         plot_schedule(schedule, out)
     describe(schedule, out)
@@ -193,6 +207,16 @@ def show(
 def describe(schedule: Schedule, path: Path) -> None:
     console.print(f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×",
                   soft_wrap=True)
+
+
+def own(option: str, given, found: list, default):
+    """An option's value: as given, or as the routers among `found` were trained with, or the default."""
+    if given is not None:
+        return given
+    values = {getattr(one, option) for one in found if isinstance(one, Router)} - {None}
+    if len(values) > 1:
+        raise ValueError(f"--{option}: the routers were trained with {', '.join(sorted(map(str, values)))}; give one")
+    return values.pop() if values else default
 
 
 def parse_labels(text: str | None, net) -> list[int]:

@@ -1,4 +1,4 @@
-"""The demonstration: a router trained, used, and compared with the methods that need no training, in three minutes."""
+"""The demonstration: a router trained, used, and compared with the methods that need no training, in a few minutes."""
 
 import json
 import os

@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,20 +22,21 @@ def replacing(path: str | os.PathLike):
         OSError: the folder does not exist and cannot be made, or cannot be written to; the message names it.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        with open(temporary, "x") as made:  # not tempfile's: its files are their owner's alone, whatever the umask
+            mode = os.fstat(made.fileno()).st_mode
     except OSError as error:
         raise type(error)(error.errno, f"cannot write into the folder of {path}: {error.strerror}") from None
-    os.close(handle)
     try:
-        yield Path(temporary)
+        yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, mode)  # safetensors puts a file of its own in this one's place
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -1,25 +1,27 @@
 """The router: T×K learned scores that say which branches are computed at which step."""
 
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from harmonica_dit.files import save_tensors
+from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.models.flops import Flops
 from harmonica_dit.schedule import (
     FORMAT,
     Schedule,
     check_branches,
+    check_content,
     check_fits,
     check_flops,
     check_table,
     check_timesteps,
     described,
     is_number,
-    read_table,
 )
 
+BUNDLED = Path(__file__).parent / "routers"
 LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
 FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
 
@@ -116,14 +118,37 @@ class Router(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike, net=None) -> "Router":
-        """Reads what `save` wrote; with `net`, checks that it fits that model.
+        """Reads what `save` wrote, or the bundled router of a name such as "fashion-dit-2.0x" (see `find`).
+
+        With `net`, checks that it fits that model.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, and no such bundled router.
             ValueError: the file is not a whole router of this format, or is for other branches than the model's; the
                 message names the file and what was expected. Another model's name alone is a warning.
         """
-        tensors, metadata = read_table(path, "router", ("logits",), FIELDS, optional=("extrapolation",))
+        path = cls.find(path)
+        return cls.from_tensors(*load_tensors(path), path, net)
+
+    @staticmethod
+    def find(path: str | os.PathLike) -> Path:
+        """The file at `path` or, for a bare name that is no file here, of the bundled router of that name.
+
+        Raises:
+            FileNotFoundError: there is neither; the message lists the bundled ones.
+        """
+        path = Path(path)
+        if path.is_file():
+            return path
+        bundled = {file.stem: file for file in sorted(BUNDLED.glob("*.safetensors"))}
+        if str(path) in bundled:
+            return bundled[str(path)]
+        raise FileNotFoundError(f"no file at {path}; the bundled routers are {', '.join(bundled)}")
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike, net=None) -> "Router":
+        """What `load` makes of a file's content; `path` is for its messages."""
+        tensors, metadata = check_content(tensors, metadata, path, "router", ("logits",), FIELDS, ("extrapolation",))
         try:
             router = cls(**tensors, **metadata)
         except (TypeError, ValueError) as error:

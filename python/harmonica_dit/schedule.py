@@ -131,8 +131,13 @@ class Schedule:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a whole schedule of this format; the message names it and what is wrong.
         """
-        tensors, metadata = read_table(path, "schedule", ("compute", "extrapolation"),
-                                       ("branches", "flops", "origin", "model", "timesteps"))
+        return cls.from_tensors(*load_tensors(path), path)
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike) -> "Schedule":
+        """What `load` makes of a file's content; `path` is for its messages."""
+        tensors, metadata = check_content(tensors, metadata, path, "schedule", ("compute", "extrapolation"),
+                                          ("branches", "flops", "origin", "model", "timesteps"))
         try:
             return cls(**tensors, **metadata)
         except (TypeError, ValueError) as error:
@@ -158,15 +163,14 @@ class Schedule:
         plot_schedule(self, path)
 
 
-def read_table(path: str | os.PathLike, kind: str, tensors: tuple[str, ...], fields: tuple[str, ...],
-               optional: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
-    """The named tensors and metadata fields of a router's or schedule's file, `flops` as `Flops`.
+def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathLike, kind: str,
+                  tensors: tuple[str, ...], fields: tuple[str, ...],
+                  optional: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
+    """The named tensors and metadata fields of what a router's or schedule's file holds, `flops` as `Flops`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no file of this kind and format, or something is missing.
+        ValueError: it is of no file of this kind and format, or something is missing.
     """
-    found, metadata = load_tensors(path)
     if metadata.get("kind") != kind:
         raise ValueError(f"{path}: expected a {kind}, its metadata says kind={metadata.get('kind')!r}")
     if metadata.get("format") != FORMAT:
@@ -212,11 +216,12 @@ def check_branches(branches, K: int) -> tuple[str, ...]:
 
 
 def check_flops(flops, K: int) -> None:
-    """Refuses what is not a `Flops` of K branches with finite numbers, at least one above 0."""
+    """Refuses what is not a `Flops` of K branches with numbers ≥ 0 whose sum is finite and above 0."""
     if not isinstance(flops, Flops):
         raise TypeError(f"flops: got {type(flops).__name__}, expected Flops")
     numbers = (*flops.branches, flops.fixed)
-    if len(flops.branches) != K or not all(map(is_number, numbers)) or min(numbers) < 0 or flops.total == 0:
+    good = len(flops.branches) == K and all(map(is_number, numbers)) and min(numbers) >= 0
+    if not good or not 0 < flops.total < math.inf:
         raise ValueError(f"flops: expected {K} branches' numbers ≥ 0 and a fixed one, got {shortened(flops)}")
 
 
@@ -228,8 +233,10 @@ def check_timesteps(timesteps, T: int) -> tuple[float, ...]:
 
 
 def is_number(value) -> bool:
-    """Whether value is a finite int or float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether value is a finite float or an int that fits in 64 bits, and no bool."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
 
 
 def described(value) -> str:

@@ -24,7 +24,7 @@ def test_a_schedule_that_computes_everything_costs_nothing_and_saves_nothing(net
     done = []
     rows = compare(net, [Method("all", "all", 4, uncached(net, 4))], [0, 1, 2], steps=4, batch=2, judge=None,
                    progress=done.append)
-    assert [row["name"] for row in rows] == ["uncached", "all"] and done == [2, 4, 5, 6]
+    assert [row["name"] for row in rows] == ["uncached", "all"] and done == [0, 2, 4, 5, 6]
     for row in rows:
         assert (row["error"], row["psnr"], row["cur"], row["flops_speedup"]) == (0, None, 0, 1)
         assert row["label_accuracy"] is row["frechet"] is None
@@ -50,9 +50,22 @@ def test_the_bundled_model_is_judged(net):
     assert 0 <= rows[0]["label_accuracy"] <= 1 and rows[0]["frechet"] is None
 
 
-def test_bad_labels_are_refused(net):
-    with pytest.raises(ValueError, match="labels"):
-        compare(net, [], [10], steps=2, judge=None)
+@pytest.mark.parametrize("methods, options, message", [
+    ([], dict(labels=[10]), "labels"), ([], dict(labels=[]), "labels"), ([], dict(batch=0), "batch: got 0"),
+    ([], dict(batch=2.0), "batch"), ([Method("0 steps", "fewer steps", 0)], {}, "steps: got 0"),
+    ([Method("a", "a", 2), Method("b", "b", 2), Method("a", "c", 2)], {}, "more than one is called 'a'"),
+    ([Method("uncached", "mine", 2)], {}, "'uncached'"), ([], dict(scheduler="nonsense"), "scheduler"),
+])
+def test_what_cannot_be_compared_is_refused_before_the_first_batch(net, monkeypatch, methods, options, message):
+    monkeypatch.setattr(sys.modules[compare.__module__], "sample", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(ValueError, match=message):
+        compare(net, methods, **dict(labels=[0], steps=2, judge=None) | options)
+
+
+def test_a_schedule_that_does_not_fit_is_refused_before_the_first_batch(net, monkeypatch):
+    monkeypatch.setattr(sys.modules[compare.__module__], "sample", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(ValueError, match="4 steps, the trajectory has 3"):
+        compare(net, [Method("all", "all", 3, uncached(net, 4))], [0], steps=3, judge=None)
 
 
 @pytest.mark.parametrize("extrapolation, family", [(None, "router"), (1.0, "router + forecast")])
@@ -64,6 +77,8 @@ def test_routers_and_schedules_are_read_from_files(net, tmp_path, extrapolation,
     router.schedule().save(tmp_path / "frozen.safetensors")
     mine, frozen = (from_file(tmp_path / f"{name}.safetensors", net) for name in ("mine", "frozen"))
     assert (mine.name, mine.family, mine.steps) == ("mine", family, 4)
+    router.save(tmp_path / "run" / "router.safetensors")
+    assert from_file(tmp_path / "run" / "router.safetensors", net).name == "run"
     assert frozen.family.startswith("frozen") and mine.speedup(4) == frozen.speedup(4) > 1
 
 
@@ -82,5 +97,7 @@ def test_the_curve_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert [row["name"] for row in first] == ["uncached", "2 steps"]
     second = run("--fora", "2")
     assert second[:2] == first and [row["name"] for row in second[2:]] == ["FORA n=2", "FORA n=2 + forecast"]
+    with pytest.raises(ValueError, match="more than one is called 'FORA n=2'"):
+        run("--fora", "2", "2")
     with pytest.raises(SystemExit, match="other settings"):
         run("--guidance", "2")

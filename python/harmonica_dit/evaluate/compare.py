@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-import torch
 from torch import Tensor
 
-from harmonica_dit.sample import sample
+from harmonica_dit.sample import Trajectory, check_labels, sample
 
-from .methods import Method
+from .methods import Method, check_names
 from .metrics import Judge, psnr, rmse
 
 
@@ -51,7 +50,8 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
         guidance, seed, batch, scheduler: as in `harmonica_dit.sample`.
         judge: makes a judge for each method; None where there is none for this model: then no label accuracy and
             no Fréchet distance.
-        progress: called after each batch of each method with the images done so far, over all methods.
+        progress: called with the images done so far, over all methods: 0 when all arguments have been found good,
+            then after each batch of each method.
 
     Returns:
         One plain dict a method, ready for JSON: name, family, steps, seed, samples, cur, flops_speedup, wall_speedup
@@ -60,10 +60,19 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
         frechet (None below `metrics.MIN_FRECHET` samples).
 
     Raises:
-        ValueError: as `harmonica_dit.sample` does.
+        ValueError: as `harmonica_dit.sample` does, or two methods have one name; before anything is sampled.
     """
-    labels = torch.as_tensor(labels)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch: got {batch!r}, expected a whole number ≥ 1")
+    labels = check_labels(labels, net.num_classes)
     methods = [Method("uncached", "uncached", steps), *methods]
+    check_names(methods)
+    for method in methods:
+        trajectory = Trajectory(net, labels[:1], steps=method.steps, scheduler=scheduler, guidance=guidance)
+        if method.schedule is not None:
+            method.schedule.check(net, trajectory)
+    if progress is not None:
+        progress(0)
     tallies = [Tally(None if judge is None else judge()) for _ in methods]
     ratios: list[list[float]] = [[] for _ in methods]
     done = 0

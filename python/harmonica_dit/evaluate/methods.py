@@ -1,7 +1,9 @@
 """Ways to spend less on a trajectory, named so that tables and plots know which belong together."""
 
+import os
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from harmonica_dit.files import load_tensors
 from harmonica_dit.router import Router
@@ -41,26 +43,50 @@ def fora_methods(net, steps: int, every: int) -> list[Method]:
             Method(f"FORA n={every} + forecast", "FORA + forecast", steps, fora(net, steps, every, 1.0))]
 
 
-def read_schedule(path: Path, net=None, threshold: float | None = None) -> Schedule:
-    """The schedule in a router's or a schedule's file; `threshold` replaces a router's own.
+def read(path: str | os.PathLike, net=None) -> Router | Schedule:
+    """What a router's or a schedule's file holds; a bare name may be a bundled router's, see `Router.find`.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, it holds neither, or does not fit `net`.
+        FileNotFoundError, ValueError: there is no such file, it holds neither, or its router does not fit `net`.
     """
-    if is_router(path):
-        return Router.load(path, net).schedule(threshold)
+    path = Router.find(path)
+    tensors, metadata = load_tensors(path)
+    if metadata.get("kind") == "router":
+        return Router.from_tensors(tensors, metadata, path, net)
+    return Schedule.from_tensors(tensors, metadata, path)
+
+
+def frozen(found: Router | Schedule, threshold: float | None = None) -> Schedule:
+    """The schedule that `read` found; `threshold` replaces a router's own."""
+    if isinstance(found, Router):
+        return found.schedule(threshold)
     if threshold is not None:
-        raise ValueError(f"threshold: {path} is a frozen schedule; only a router has one")
-    return Schedule.load(path)
+        raise ValueError("threshold: the file holds a frozen schedule; only a router has one")
+    return found
 
 
-def from_file(path: Path, net) -> Method:
-    """A router's or a schedule's file as a method, named after the file."""
-    schedule = read_schedule(path, net)
-    family = "router" if is_router(path) else path.stem
-    return Method(path.stem, f"{family} + forecast" if schedule.history > 1 else family, schedule.steps, schedule)
+def read_schedule(path: str | os.PathLike, net=None, threshold: float | None = None) -> Schedule:
+    """The schedule in a router's or a schedule's file, see `read`; `threshold` replaces a router's own."""
+    return frozen(read(path, net), threshold)
 
 
-def is_router(path: Path) -> bool:
-    """Whether the file holds a router, not a schedule."""
-    return load_tensors(path)[1].get("kind") == "router"
+def from_file(path: str | os.PathLike, net) -> Method:
+    """A router's or a schedule's file, see `read`, as a method."""
+    return named_after(path, read(path, net))
+
+
+def named_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
+    """What `read` found as a method named after its file or, if that is `train`'s router.safetensors, its folder."""
+    path = Router.find(path)
+    name = path.absolute().parent.name if path.stem == "router" else path.stem
+    family, schedule = "router" if isinstance(found, Router) else name, frozen(found)
+    return Method(name, f"{family} + forecast" if schedule.history > 1 else family, schedule.steps, schedule)
+
+
+def check_names(methods: Iterable[Method]) -> None:
+    """Refuses methods of one name, whose rows could not be told apart."""
+    counts = Counter(method.name for method in methods)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"methods: more than one is called {', '.join(map(repr, twice))}; rename a file or leave one "
+                         "out")

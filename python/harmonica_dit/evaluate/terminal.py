@@ -1,6 +1,7 @@
 """A comparison in the terminal: a progress bar while it runs, then one table."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -37,6 +38,13 @@ def compare_with_bar(net, methods: Sequence[Method], labels, **options) -> list[
     """`compare` behind a progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("sampling", total=(len(methods) + 1) * len(labels))
-        return compare(net, methods, labels, progress=lambda done: bar.update(task, completed=done), **options)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("sampling", total=(len(methods) + 1) * len(labels))
+    with ExitStack() as stack:
+
+        def progress(done: int) -> None:
+            if done == 0:
+                stack.enter_context(bar)  # not before: what is refused leaves no bar above the message
+            bar.update(task, completed=done)
+
+        return compare(net, methods, labels, progress=progress, **options)
