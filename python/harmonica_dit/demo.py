@@ -49,7 +49,7 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
 
     ours = Method("router + forecast", "router + forecast", steps, router.schedule())
     methods = [ours, *fora_methods(net, steps, 2), *fora_methods(net, steps, 3),
-               *(fewer_steps(steps, speedup) for speedup in (1.4, target_speedup, 2.5))]
+               *dict.fromkeys(fewer_steps(steps, speedup) for speedup in (1.4, target_speedup, 2.5))]
     labels = torch.arange(samples) % len(CLASSES)
     console.print(f"[bold]2.[/] Sampling {samples} images from the same noise in {len(methods) + 1} ways")
     rows = compare_with_bar(net, methods, labels, steps=steps)
