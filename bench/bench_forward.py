@@ -1,24 +1,20 @@
 """A whole trajectory: ours beside the same model in plain PyTorch, and beside what its schedule promises.
 
-    python bench/bench_forward.py [--threads 2] [--rounds 9] [--models fashion-dit DiT-B/2]
+    OMP_NUM_THREADS=2 python -m pytest bench/bench_forward.py [-k fashion]
 
-Each round times every candidate once, in turn, so that a busy machine slows all of them alike; the table has ratios of
-medians. Columns:
-
-plain/ours: uncached trajectory of the plain model (tests/plain_dit.py) over ours; ≥ 1 is no slower.
-should/does: the time that the schedule should take over the time that it takes. Should = the fixed part + the computed
-    bodies' own times, both measured in the uncached trajectories: a body's time by a clock around it, the fixed part as
-    all the rest. Reused branches are promised to cost nothing.
-wall, FLOPs: speedups over our own uncached trajectory.
+plain / ours: uncached trajectory of the plain model (tests/plain_dit.py) over ours; ≥ 1 is no slower.
+should / does: the time that the schedule should take over the time that it takes. Should = the fixed part + the
+    computed bodies' own times, both measured in the uncached trajectories: a body's time by a clock around it, the
+    fixed part as all the rest. Reused branches are promised to cost nothing.
+wall, FLOPs: its speedups over our own uncached trajectory.
 """
 
-import argparse
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
+import pytest
 import torch
 
 import harmonica_dit
@@ -31,6 +27,7 @@ from harmonica_dit.schedules import fora
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from plain_dit import PlainDiT  # noqa: E402  (the tests' reference model is this benchmark's too)
 
+ROUNDS = 9
 MODELS = {"fashion-dit": dict(images=32, steps=20), "DiT-B/2": dict(images=8, steps=4)}  # rows: twice the images
 
 
@@ -73,7 +70,10 @@ def schedules(net: DiT, steps: int) -> list[Schedule]:
                                    origin="random, CUR 37.5 %")]
 
 
-def measure(name: str, images: int, steps: int, rounds: int) -> None:
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_trajectory(interleaved, report, name):
+    images, steps = MODELS[name].values()
     torch.manual_seed(0)
     if name == "fashion-dit":
         net, config = harmonica_dit.load(name), harmonica_dit.models.FASHION
@@ -84,8 +84,7 @@ def measure(name: str, images: int, steps: int, rounds: int) -> None:
             p.normal_(std=0.02)
     plain, labels = Plain(net, **config), torch.arange(images) % net.num_classes
     noise = image_noise(0, 0, images, net.sample_shape)
-    clocks, own_branches = Clocks(net), net.branches
-    rows = schedules(net, steps)
+    clocks, own_branches, bodies = Clocks(net), net.branches, []
 
     def run(model, schedule=None):
         trajectory = Trajectory(model, labels, steps=steps)
@@ -93,41 +92,23 @@ def measure(name: str, images: int, steps: int, rounds: int) -> None:
         denoise(trajectory, noise, schedule)
         return time.perf_counter() - start
 
-    times, bodies = defaultdict(list), []
-    for _ in range(rounds + 1):
-        times["plain"].append(run(plain))
-        times["ours"].append(run(net))
+    def clocked(_):
         net.branches, clocks.seconds[:] = clocks.branches, [0.0] * len(own_branches)
-        times["clocked"].append(run(net))
+        seconds = run(net)
         net.branches = own_branches
         bodies.append(list(clocks.seconds))
-        for schedule in rows:
-            times[schedule.origin].append(run(net, schedule))
-    mid = {key: median(values[1:]) for key, values in times.items()}  # the first round warms up
-    body = [median(values) / steps for values in zip(*bodies[1:])]
-    fixed = mid["clocked"] - steps * sum(body)
-    print(f"\n{name}: {2 * images} rows, T = {steps}, uncached {mid['ours']:.2f} s, "
-          f"plain/ours {mid['plain'] / mid['ours']:.3f}")
-    print(f"  {'schedule':<22}{'should/does':>12}{'wall':>8}{'FLOPs':>8}{'wall/FLOPs':>12}")
-    for schedule in rows:
+        return seconds
+
+    found = {schedule.origin: schedule for schedule in schedules(net, steps)}
+    seconds = interleaved({"plain": lambda _: run(plain), "ours": lambda _: run(net), "clocked": clocked}
+                          | {origin: lambda _, schedule=schedule: run(net, schedule)
+                             for origin, schedule in found.items()}, ROUNDS)
+    body = [median(values) / steps for values in zip(*bodies[-ROUNDS:])]
+    fixed = seconds["clocked"] - steps * sum(body)
+    for origin, schedule in found.items():
         should = fixed + sum(sum(b for b, c in zip(body, row) if c) for row in schedule.rows)
-        wall = mid["ours"] / mid[schedule.origin]
-        print(f"  {schedule.origin:<22}{should / mid[schedule.origin]:>12.3f}{wall:>8.2f}{schedule.speedup:>8.2f}"
-              f"{wall / schedule.speedup:>12.3f}", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"{args.threads} threads, float32, medians of {args.rounds} interleaved rounds")
-    with torch.inference_mode():
-        for name in args.models:
-            measure(name, **MODELS[name], rounds=args.rounds)
-
-
-if __name__ == "__main__":
-    main()
+        wall = seconds["ours"] / seconds[origin]
+        report(model=name, rows=2 * images, T=steps, **{
+            "ours, s": seconds["ours"], "plain / ours": seconds["plain"] / seconds["ours"], "schedule": origin,
+            "should / does": should / seconds[origin], "wall": wall, "FLOPs": schedule.speedup,
+            "wall / FLOPs": wall / schedule.speedup})
