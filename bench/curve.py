@@ -3,7 +3,8 @@
     python bench/curve.py --routers runs/r16.safetensors runs/r20.safetensors --fora 2 3 4 --fewer 14 12 10 8
 
 Each finished row is saved at once; the same command goes on with the rows that are missing, and recomputes those whose
-schedule has changed. The uncached images are kept beside, in build/curve.
+schedule has changed. The uncached images are kept beside, in build/curve. Wall-clock speedups are measured at the end,
+for all methods that the command names, interleaved: let the machine be quiet then.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from harmonica_dit.evaluate.compare import Tally, timed_sample
 from harmonica_dit.evaluate.methods import check_names
 from harmonica_dit.files import load_tensors, replacing, save_tensors
 
-TIMED = 3  # batches for which the uncached run is repeated beside the method's, for the wall-clock speedup
+ROUNDS = 5  # of the timing, each of them one batch with every method
 
 
 def main() -> None:
@@ -64,37 +65,54 @@ def main() -> None:
                 continue
             row = measure(net, method, args, seed, settings["weights"]) | key
             rows = [old for old in rows if (old["name"], old["seed"]) != (method.name, seed)] + [row]
-            with replacing(args.out) as path:
-                path.write_text(json.dumps(settings | {"rows": rows}, indent=1) + "\n")
-            print({name: row[name] for name in ("name", "seed", "flops_speedup", "wall_speedup", "error",
-                                                "label_accuracy", "frechet")}, flush=True)
+            save(args.out, settings, rows)
+            print({name: row[name] for name in ("name", "seed", "flops_speedup", "error", "label_accuracy", "frechet")},
+                  flush=True)
+    speedups = wall_speedups(net, methods, args)
+    for row in rows:
+        if row["name"] in speedups:
+            row |= dict(wall_speedup=speedups[row["name"]], threads=args.threads, cpu=cpu_model(), cores=os.cpu_count())
+    save(args.out, settings, rows)
+
+
+def save(path: Path, settings: dict, rows: list[dict]) -> None:
+    with replacing(path) as whole:
+        whole.write_text(json.dumps(settings | {"rows": rows}, indent=1) + "\n")
 
 
 def measure(net, method: Method, args, seed: int, weights: str) -> dict:
-    """One row of the curve: `compare`'s, and what it was measured on."""
+    """One row of the curve: `compare`'s, but for the wall-clock speedup, and what it was measured with."""
     labels = torch.arange(args.samples) % net.num_classes
     options = dict(guidance=args.guidance, seed=seed, batch=args.batch)
-    plain = Method("uncached", "uncached", args.steps)
     kept = args.work / f"uncached-{weights}-{args.samples}-{args.steps}-{args.guidance:g}-{seed}.safetensors"
     uncached = load_tensors(kept)[0]["images"].split(args.batch) if kept.exists() else None
-    tally, ratios, made = Tally(Judge()), [], []
+    if uncached is None and method.family != "uncached":
+        raise SystemExit(f"the uncached images of seed {seed} are not in {args.work}, but their row is in {args.out}: "
+                         "move one of both away")
+    tally, made = Tally(Judge()), []
     for i, part in enumerate(track(labels.split(args.batch), f"{method.name}, seed {seed}")):
-        first = i * args.batch
-        if method.family == "uncached" and uncached is None:
-            made.append(timed_sample(net, part, plain, first=first, **options)[0])
-            tally.update(made[-1], made[-1], part)
-            continue
-        if i < TIMED:
-            _, uncached_seconds = timed_sample(net, part, plain, first=first, **options)
-        images, seconds = timed_sample(net, part, method, first=first, **options)
-        tally.update(images, uncached[i], part)
-        if i < TIMED:
-            ratios.append(uncached_seconds / seconds)
-    if made:
+        if method.family == "uncached" and uncached is not None:
+            images = uncached[i]
+        else:
+            images, _ = timed_sample(net, part, method, first=i * args.batch, **options)
+        made.append(images)
+        tally.update(images, images if uncached is None else uncached[i], part)
+    if uncached is None:
         save_tensors(kept, {"images": torch.cat(made)}, {})
-    row = tally.row(method, args.steps, median(ratios) if ratios else 1.0, seed)
-    return row | dict(batch=args.batch, threads=args.threads, cpu=cpu_model(), cores=os.cpu_count(),
-                      torch=torch.__version__, commit=commit())
+    row = tally.row(method, args.steps, None, seed)
+    return row | dict(batch=args.batch, torch=torch.__version__, commit=commit())
+
+
+def wall_speedups(net, methods: list[Method], args) -> dict[str, float]:
+    """Each method's, by the median over rounds in which every method samples one batch in turn."""
+    labels = torch.arange(args.batch) % net.num_classes
+    seconds = {method.name: [] for method in methods}
+    for number in track(range(ROUNDS), "wall-clock speedups"):
+        for method in methods:
+            seconds[method.name].append(timed_sample(net, labels, method, first=number * args.batch, seed=0,
+                                                     guidance=args.guidance, batch=args.batch)[1])
+    mid = {name: median(times) for name, times in seconds.items()}
+    return {name: mid["uncached"] / time for name, time in mid.items()}
 
 
 def digest(what) -> str:

@@ -26,7 +26,7 @@ class Tally:
         if self.judge is not None:
             self.judge.update(images, labels)
 
-    def row(self, method: Method, steps: int, wall_speedup: float, seed: int) -> dict:
+    def row(self, method: Method, steps: int, wall_speedup: float | None, seed: int) -> dict:
         """The finished row, see `compare`; `steps`: of the uncached trajectory."""
         error = fmean(self.errors)
         return dict(
