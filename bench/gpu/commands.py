@@ -1,0 +1,65 @@
+"""The parts that are commands: the build, the tests, the sanitizer, and the device-gated benchmark."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+from .record import ROOT, Record
+
+TAIL = 60  # lines of a command's output that are kept
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+
+
+def run(record: Record) -> None:
+    {"build": build, "tests": tests, "sanitizer": sanitizer, "gated": gated}[record.part](record)
+
+
+def build(record: Record) -> None:
+    wanted = ["--name"] if record.tiny else ["build_ext", "--inplace"]
+    call(record, {"build_ext": [sys.executable, "setup.py", *wanted]})
+    call(record, {"info": [sys.executable, "-m", "harmonica_kernels"]})
+
+
+def tests(record: Record) -> None:
+    # tests of what is not installed there cannot be collected; the others run
+    wanted = ["--collect-only", "tests/kernels"] if record.tiny else ["--durations=5", "tests"]
+    call(record, {"pytest -m gpu": [*PYTEST, "--continue-on-collection-errors", *wanted]}, none_collected=record.tiny)
+
+
+def sanitizer(record: Record) -> None:
+    """Both tools at once: each leaves most of the GPU idle."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None and not record.tiny:
+        raise FileNotFoundError("compute-sanitizer is not on the PATH; it comes with CUDA's toolkit")
+    pytest = [*PYTEST, *(["--collect-only"] if record.tiny else ["-x"]), "tests/kernels"]
+    call(record, {name: pytest if record.tiny else
+                  [tool, "--tool", name, "--error-exitcode", "9", *pytest] for name in ("memcheck", "racecheck")},
+         none_collected=record.tiny, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def gated(record: Record) -> None:
+    script = ROOT / "bench" / "gpu_gated.py"
+    call(record, {"gpu_gated.py": [sys.executable, str(script), *(["--tiny"] if record.tiny else [])]})
+
+
+def call(record: Record, commands: dict[str, list[str]], none_collected: bool = False,
+         environment: dict[str, str] | None = None) -> None:
+    """Runs the commands side by side; each may fail by itself. none_collected: pytest may find nothing."""
+    record.stage(", ".join(commands))
+    started, running = time.monotonic(), {}
+    for name, command in commands.items():
+        path = record.path.with_name(f"{record.part}-{name.replace(' ', '_')}.log")
+        with path.open("w") as log:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                                       env=os.environ | (environment or {}))
+        running[name] = process, path
+    for name, (process, path) in running.items():
+        status = process.wait()
+        lines = path.read_text(errors="replace").splitlines()
+        record.note(name, dict(status=status, output=lines[-TAIL:]))
+        record.row(command=name, status=status, seconds=time.monotonic() - started, last=lines[-1] if lines else "")
+        if status != 0 and not (none_collected and status == 5):
+            record.failed[name] = "\n".join(lines[-TAIL:])
+            print(record.failed[name])

@@ -1,0 +1,86 @@
+"""bench/gpu.sh runs through on a machine without a GPU, at tiny sizes: no Python error is left for the GPU to find."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from bench.gpu.__main__ import PARTS, run  # noqa: E402
+from bench.gpu.merge import merge  # noqa: E402
+from bench.gpu.record import Record  # noqa: E402
+
+MEASURED = ("kernels", "trajectory", "compiled", "attention", "sdt")
+
+
+@pytest.mark.parametrize("part", MEASURED)
+def test_dry_run(part, tmp_path):
+    assert run(part, tmp_path, tiny=True), json.loads((tmp_path / f"{part}.json").read_text())["failed"]
+    found = json.loads((tmp_path / f"{part}.json").read_text())
+    assert found["finished"] and found["machine"]["dry_run"] and "no measurement" not in found["notes"]
+    assert found["rows"] and found["samples"]
+    assert all(sample["median"] > 0 and sample["count"] > 0 for sample in found["samples"].values())
+    if part != "sdt":
+        assert found["checks"], "results are compared before they are timed"
+
+
+def test_the_command(tmp_path):
+    results = set((ROOT / "bench/results").iterdir())
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "attention", "build"], capture_output=True,
+                          text=True, env=os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.index("== build") < done.stdout.index("== attention")
+    merged = json.loads((tmp_path / "dry-run.json").read_text())
+    assert merged["dry_run"] and {"attention", "build"} <= merged["parts"].keys()
+    assert "attention" in (tmp_path / "gpu.log").read_text()
+    assert set((ROOT / "bench/results").iterdir()) == results
+
+
+def test_an_unknown_part_is_refused():
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "kernel"], capture_output=True, text=True)
+    assert done.returncode == 2 and "there are: build kernels" in done.stderr
+
+
+def test_the_limits_name_the_parts():
+    table = (ROOT / "bench/gpu.sh").read_text().split('parts="')[1].split('"')[0]
+    assert {line.split()[0] for line in table.strip().splitlines()} == set(PARTS)
+
+
+def test_a_stopped_part_leaves_what_it_had(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Record("kernels", tmp_path, tiny=True) as record:
+        record.row(case="first")
+        with record.attempt("second"):
+            raise ValueError("wrong")
+        record.stage("third")
+        assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == [{"case": "first"}]
+        raise KeyboardInterrupt
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert not found["finished"] and found["stage"] == "third" and "wrong" in found["failed"]["second"]
+
+
+def test_what_is_wrong_is_not_timed(tmp_path):
+    with Record("kernels", tmp_path, tiny=True) as record:
+        for error in (0.2, float("nan")):
+            with pytest.raises(ValueError, match="relative error"):
+                record.check("h", error, 0.1)
+
+
+def test_merging_keeps_the_parts_that_were_not_run_again(tmp_path, capsys):
+    for part in ("kernels", "attention"):
+        with Record(part, tmp_path, tiny=True) as record:
+            record.ratio("speed", 0.9, 1.0)
+        merge(tmp_path, tmp_path / "results", tiny=True)
+        (tmp_path / f"{part}.json").unlink()
+    [path] = (tmp_path / "results").glob("*.json")
+    assert json.loads(path.read_text())["parts"].keys() == {"kernels", "attention"}
+    assert "SHORT" in capsys.readouterr().out
+
+
+def test_a_dry_run_is_never_merged_into_results(tmp_path):
+    with Record("kernels", tmp_path, tiny=True):
+        pass
+    assert merge(tmp_path, tmp_path / "results", tiny=False) == [] and not (tmp_path / "results").exists()
