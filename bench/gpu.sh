@@ -68,15 +68,17 @@ while read -r part limit <&3; do
         continue
     fi
     echo "== $part (at most $seconds s)" | tee -a "$log"
-    timeout -k 5 "$seconds" "$python" -m bench.gpu $tiny "$part" "$work" 2>&1 | tee -a "$log"
-    status=${PIPESTATUS[0]}
+    before=$(wc -c < "$log")
+    timeout -k 5 "$seconds" "$python" -m bench.gpu $tiny "$part" "$work" >> "$log" 2>&1  # no pipe, which a child that
+    status=$?                                                                            # outlives it would keep open
+    tail -c +$((before + 1)) "$log"
     if [ "$status" -ne 0 ]; then
         case "$status" in 124|137) why="stopped after $seconds s" ;; *) why="exit status $status" ;; esac
         echo "== $part: $why" | tee -a "$log"
         failed="$failed $part"
     fi
-    "$python" -m bench.gpu.merge $tiny "$work" > "$work/summary" 2>&1 || failed="$failed merge"
+    "$python" -m bench.gpu.merge $tiny "$work" > "$work/merged" 2>&1 || { cat "$work/merged"; failed="$failed merge"; }
 done 3< "$work/parts"
 
-tee -a "$log" < "$work/summary"
+"$python" -m bench.gpu.merge $tiny --plots "$work" 2>&1 | tee -a "$log"
 if [ -n "$failed" ]; then echo "== not whole:$failed" | tee -a "$log"; exit 1; fi

@@ -31,7 +31,7 @@ def measure(record: Record, rows: int, N: int, heads: int, d: int) -> None:
         with record.attempt(f"{rows} rows, {name}"):
             record.check(f"{rows} rows, {name}", error(attention(*qkv[0].unbind(2)), exact), TOLERANCE)
             candidates[name] = captured(lambda f=attention: [f(*t.unbind(2)) for t in qkv], record.device)
-    found = interleaved(candidates, 3 if record.tiny else ROUNDS, record.device)
+    found = interleaved(candidates, ROUNDS, record.device)
     seconds = record.samples(f"{rows} rows", {key: [s / LAUNCHES for s in values] for key, values in found.items()})
     for name, value in sorted(seconds.items(), key=lambda item: item[1]):
         record.row(rows=rows, back_end=name, **{"µs": value * 1e6, "TFLOP/s": 4e-12 * rows * heads * N * N * d / value})

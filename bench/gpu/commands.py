@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 
-from .record import ROOT, Record
+from .merge import ROOT
+from .record import Record
 
 TAIL = 60  # lines of a command's output that are kept
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]

@@ -33,7 +33,7 @@ def run(record: Record) -> None:
     compiled, plain = Compiled(net, record.tiny), models.Plain(net, torch.bfloat16, models.config(record.tiny))
     for images, rounds in ((1, 15), (8, 9)):
         with torch.inference_mode(), record.attempt(f"{2 * images} rows, compiling"):
-            measure(record, net, compiled, plain, images, 2 if record.tiny else rounds)
+            measure(record, net, compiled, plain, images, rounds)
 
 
 def measure(record: Record, net, compiled: Compiled, plain: models.Plain, images: int, rounds: int) -> None:
@@ -44,7 +44,7 @@ def measure(record: Record, net, compiled: Compiled, plain: models.Plain, images
     found = denoise(theirs, noise)
     record.note(f"{rows} rows, seconds until the first compiled trajectory", time.monotonic() - began)
     record.stage(f"{rows} rows, timing")
-    record.check(f"{rows} rows: compiled beside eager", error(found, denoise(eager, noise)), 0.05)
+    record.check(f"{rows} rows: compiled beside eager", error(found, denoise(eager, noise)), 0.1)
     for _ in range(3):  # runs, records, replays
         executor(ours, noise)
     seconds = record.samples(f"{rows} rows", interleaved(

@@ -1,7 +1,7 @@
-"""Merges the parts' files into bench/results/<gpu>.json and plots: `python -m bench.gpu.merge [--tiny] FOLDER`.
+"""Merges the parts' files into bench/results/<gpu>.json: `python -m bench.gpu.merge [--tiny] [--plots] FOLDER`.
 
 A part that was not run again keeps what the file had. A dry run is merged into FOLDER alone. $OUT, where it is set,
-receives a copy of all.
+receives a copy of all. No torch is imported here: it runs after each part.
 """
 
 import argparse
@@ -11,24 +11,26 @@ import re
 import shutil
 from pathlib import Path
 
-from .record import ROOT, ratio_line
-
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--plots", action="store_true", help="draw them too, where matplotlib is")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     written = merge(args.folder, args.folder if args.tiny else RESULTS, args.tiny)
+    if args.plots:
+        written += [picture for path in written for picture in plots(path)]
     if out := os.environ.get("OUT"):
         for path in written:
             shutil.copy2(path, out)
 
 
 def merge(folder: Path, results: Path, tiny: bool) -> list[Path]:
-    """Writes the merged file and the plots; their paths. Prints what was reached."""
+    """Writes the merged file, if there is anything to merge; its path. Prints what was reached."""
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem != "dry-run"]
     parts = [part for part in parts if part["machine"]["dry_run"] == tiny]
     if not parts:
@@ -47,16 +49,23 @@ def merge(folder: Path, results: Path, tiny: bool) -> list[Path]:
             print(f"  failed: {failure}")
         for ratio in part["ratios"]:
             print(f"  {ratio_line(ratio)}")
-    return [path, *plots(merged, path)]
+    return [path]
 
 
-def plots(merged: dict, path: Path) -> list[Path]:
+def ratio_line(ratio: dict) -> str:
+    reached = ratio["value"] <= ratio["reach"] if ratio["at_most"] else ratio["value"] >= ratio["reach"]
+    return (f"{ratio['measure']}: {ratio['value']:.3f}, to reach {'≤' if ratio['at_most'] else '≥'} {ratio['reach']}"
+            f"{'' if reached else ': SHORT'}")
+
+
+def plots(path: Path) -> list[Path]:
     """A picture of the ratios to reach, and one of the kernels; none where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
         return []
     matplotlib.use("Agg")
+    merged = json.loads(path.read_text())
     parts = merged["parts"].values()
     ratios = [(ratio["measure"], ratio["value"], ratio["reach"]) for part in parts for ratio in part["ratios"]]
     kernels = [(row["case"], row["ours / copy"], 0.92 if row["case"].startswith("residual_norm") else None)

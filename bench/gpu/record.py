@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from .merge import ROOT, ratio_line
 
 
 class Record:
@@ -50,7 +50,7 @@ class Record:
             yield
         except Exception:
             self.failed[stage] = traceback.format_exc()
-            print(f"  {stage}: failed\n{self.failed[stage]}")
+            self._say(f"{stage}: failed\n{self.failed[stage]}")
             self._write()
 
     def stage(self, stage: str) -> None:
@@ -77,19 +77,22 @@ class Record:
     def row(self, **columns: Any) -> None:
         """A line of the part's table."""
         self.content["rows"].append(columns)
-        print("  " + ", ".join(f"{name} {shown(value)}" for name, value in columns.items()))
+        self._say(", ".join(f"{name} {shown(value)}" for name, value in columns.items()))
         self._write()
 
     def ratio(self, measure: str, value: float, reach: float, at_most: bool = False) -> None:
         """One of the numbers to reach."""
         self.content["ratios"].append(dict(measure=measure, value=value, reach=reach, at_most=at_most))
-        print(f"  {ratio_line(self.content['ratios'][-1])}")
+        self._say(ratio_line(self.content["ratios"][-1]))
         self._write()
 
     def note(self, name: str, value: Any) -> None:
         """Anything else that belongs to the results."""
         self.content["notes"][name] = value
         self._write()
+
+    def _say(self, line: str) -> None:
+        print(f"  {'dry run, no measurement: ' if self.tiny else ''}{line}")
 
     def _write(self) -> None:
         self.content["seconds"] = time.monotonic() - self.started
@@ -100,12 +103,6 @@ class Record:
 
 def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def ratio_line(ratio: dict) -> str:
-    reached = ratio["value"] <= ratio["reach"] if ratio["at_most"] else ratio["value"] >= ratio["reach"]
-    return (f"{ratio['measure']}: {ratio['value']:.3f}, to reach {'≤' if ratio['at_most'] else '≥'} {ratio['reach']}"
-            f"{'' if reached else ': SHORT'}")
 
 
 def machine(tiny: bool) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def measure(record: Record, images: int) -> bool:
         problems = {dtype: problem(record, dtype, images, steps) for dtype in {LOOPS[loop] for loop in together}}
         candidates = {loop: runner(problems[LOOPS[loop]], loop) for loop in together}
         seconds |= record.samples(f"{rows} rows, T = {steps}", interleaved(
-            candidates, 1 if record.tiny else ROUNDS, record.device, warmup=1))
+            candidates, ROUNDS, record.device, warmup=1))
         del problems, candidates
     for loop, value in seconds.items():
         record.row(rows=rows, loop=loop, **{"ms an iteration": value / (steps - 1) * 1e3,

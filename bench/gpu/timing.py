@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, device
     """Calls every candidate once a round, so that what slows the machine slows all alike; seconds of each call.
 
     On a GPU, between two events with nothing in flight before them: a call's launches count as far as the GPU waits.
+    On a CPU, which makes it a dry run, one round has to do.
     """
+    if device.type == "cpu":
+        warmup, rounds = 0, 1
     seconds = defaultdict(list)
     for number in range(warmup + rounds):
         for name, candidate in candidates.items():
@@ -62,9 +66,22 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+    graph.capture_begin()
+    try:
         call()
-    return graph.replay
+    finally:
+        graph.capture_end()
+    return Replay(graph, call)
+
+
+class Replay(NamedTuple):
+    """A recorded graph, and what it has the addresses of."""
+
+    graph: torch.cuda.CUDAGraph
+    keeps: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def error(out: Tensor, exact: Tensor) -> float:
