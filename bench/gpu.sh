@@ -47,6 +47,7 @@ work="build/gpu${tiny:+-tiny}"
 mkdir -p "$work" ${OUT:+"$OUT"}
 log="${OUT:-$work}/gpu.log"
 : > "$log"
+export HARMONICA_TEST_SEED="${HARMONICA_TEST_SEED:-$RANDOM}"
 deadline=$((SECONDS + ${HARMONICA_BENCH_SECONDS:-480} - 10))  # 10 s for the last merge
 
 wheels="${HARMONICA_WHEELS:-.whl}"

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench.gpu.__main__ import PARTS, run  # noqa: E402
+from bench.gpu.commands import call  # noqa: E402
 from bench.gpu.merge import merge  # noqa: E402
 from bench.gpu.record import Record  # noqa: E402
 
@@ -28,14 +29,27 @@ def test_dry_run(part, tmp_path):
         assert found["checks"], "results are compared before they are timed"
 
 
+@pytest.mark.parametrize("part", ["build", "tests", "sanitizer"])
+def test_commands_can_be_called(part, tmp_path):
+    assert run(part, tmp_path, tiny=True), json.loads((tmp_path / f"{part}.json").read_text())["failed"]
+    notes = json.loads((tmp_path / f"{part}.json").read_text())["notes"]
+    assert notes and all(note["output"] for note in notes.values())
+
+
+def test_a_command_that_fails_is_a_failure(tmp_path):
+    with Record("tests", tmp_path, tiny=True) as record:
+        call(record, {"bad": [sys.executable, "-c", "raise SystemExit('what went wrong')"]})
+    assert "what went wrong" in record.failed["bad"]
+
+
 def test_the_command(tmp_path):
     results = set((ROOT / "bench/results").iterdir())
-    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "attention", "build"], capture_output=True,
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "attention"], capture_output=True,
                           text=True, env=os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.index("== build") < done.stdout.index("== attention")
+    assert "== attention (at most 25 s)" in done.stdout and "no measurement" in done.stdout
     merged = json.loads((tmp_path / "dry-run.json").read_text())
-    assert merged["dry_run"] and {"attention", "build"} <= merged["parts"].keys()
+    assert merged["dry_run"] and merged["parts"]["attention"]["finished"]
     assert "attention" in (tmp_path / "gpu.log").read_text()
     assert set((ROOT / "bench/results").iterdir()) == results
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def main() -> int:
     if not args.tiny and not torch.cuda.is_available():
         print(f"{args.part}: torch {torch.__version__} sees no GPU; --tiny is a dry run without one", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: its time is over"))  # so that the record is closed
     return int(not run(args.part, args.folder, args.tiny))
 
 

@@ -37,9 +37,9 @@ def run(record: Record) -> None:
 
 
 def measure(record: Record, net, compiled: Compiled, plain: models.Plain, images: int, rounds: int) -> None:
-    device, rows = record.device, 2 * images
+    device, steps, rows = record.device, models.steps(record.tiny), 2 * images
     noise, executor = models.noise(net, images, device), hk.compile(denoise)
-    ours, theirs, eager = (models.trajectory(m, images, device) for m in (net, compiled, plain))
+    ours, theirs, eager = (models.trajectory(m, images, device, steps) for m in (net, compiled, plain))
     began = time.monotonic()
     found = denoise(theirs, noise)
     record.note(f"{rows} rows, seconds until the first compiled trajectory", time.monotonic() - began)

@@ -10,7 +10,6 @@ from harmonica_dit.sample import Trajectory, image_noise
 from harmonica_dit.schedule import Schedule
 from plain_dit import PlainDiT
 
-STEPS = 20
 XL = CONFIGS["DiT-XL/2"] | dict(input_size=32, in_channels=4)
 TINY = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=24, depth=2, num_heads=2)
 LTC = Path(__file__).parents[1] / "data" / "ltc_dit_xl_2_t20.safetensors"
@@ -33,6 +32,11 @@ class Plain(nn.Module):
         return self.net(x.to(self.dtype), t, y)
 
 
+def steps(tiny: bool) -> int:
+    """T."""
+    return 4 if tiny else 20
+
+
 def config(tiny: bool) -> dict:
     return TINY if tiny else XL
 
@@ -47,7 +51,7 @@ def model(tiny: bool, device: torch.device, attention: str = "sdpa") -> DiT:
     return net.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def trajectory(net, images: int, device: torch.device, steps: int = STEPS) -> Trajectory:
+def trajectory(net, images: int, device: torch.device, steps: int) -> Trajectory:
     labels = torch.arange(images, device=device) % net.num_classes
     return Trajectory(net, labels, steps=steps, scheduler="ddim", guidance=GUIDANCE, guidance_channels=GUIDED)
 
@@ -56,12 +60,12 @@ def noise(net, images: int, device: torch.device) -> Tensor:
     return image_noise(0, 0, images, net.sample_shape).to(device)
 
 
-def schedules(net: DiT) -> dict[str, Schedule]:
+def schedules(net: DiT, steps: int) -> dict[str, Schedule]:
     """Learning-to-Cache's for T = 20 (Ma et al., 2024), and one that reuses 37.5 % of the entries at random."""
     K, flops = len(net.branches), count_flops(net)
-    ltc = Schedule.load(LTC).compute[:, :K]  # a tiny model has fewer branches
-    random = torch.ones(STEPS, K, dtype=torch.bool)
-    order = torch.rand((STEPS - 1) * K, generator=torch.Generator().manual_seed(0)).argsort()
-    random[1:].view(-1)[order[: int(0.375 * STEPS * K)]] = False
+    ltc = Schedule.load(LTC).compute[:steps, :K]  # a dry run has fewer of both
+    random = torch.ones(steps, K, dtype=torch.bool)
+    order = torch.rand((steps - 1) * K, generator=torch.Generator().manual_seed(0)).argsort()
+    random[1:].view(-1)[order[: int(0.375 * steps * K)]] = False
     return {name: Schedule(compute=compute, branches=net.branch_names, flops=flops, origin=name)
             for name, compute in (("LTC", ltc), ("37.5 % CUR", random))}

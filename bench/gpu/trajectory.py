@@ -35,16 +35,18 @@ def run(record: Record) -> None:
 
 
 def measure(record: Record, net, plain: models.Plain, exact: models.Plain, images: int, rounds: int) -> None:
-    device, schedules = record.device, models.schedules(net)
+    device, steps = record.device, models.steps(record.tiny)
+    schedules = models.schedules(net, steps)
     noise, executor = models.noise(net, images, device), hk.compile(denoise)
-    ours, theirs, exactly = (models.trajectory(m, images, device) for m in (net, plain, exact))
+    ours, theirs, exactly = (models.trajectory(m, images, device, steps) for m in (net, plain, exact))
     check(record, f"{2 * images} rows", ours, theirs, exactly, noise)
 
     candidates: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: denoise(theirs, noise), "ours, eager": lambda: denoise(ours, noise),
         "ours": lambda: executor(ours, noise)}
     for name, schedule in schedules.items():
-        ways = [models.trajectory(ReferenceWay(m, schedule, ours.timesteps), images, device) for m in (plain, exact)]
+        ways = [models.trajectory(ReferenceWay(m, schedule, ours.timesteps), images, device, steps)
+                for m in (plain, exact)]
         candidates |= {
             f"{name}, eager": lambda s=schedule: denoise(ours, noise, s),
             name: lambda s=schedule: executor(ours, noise, s),
@@ -97,7 +99,7 @@ def report(record: Record, net, schedules: dict, seconds: dict[str, float], imag
     record.ratio(f"{rows} rows, uncached: eager PyTorch / ours", seconds["plain"] / seconds["ours"], reach["plain"])
     each = len(net.branches) // 2
     body = [seconds[f"{kind} bodies"] / each for kind in ("attention", "feed-forward")]
-    fixed = seconds["ours"] - models.STEPS * each * sum(body)
+    fixed = seconds["ours"] - len(schedules["LTC"].rows) * each * sum(body)
     record.row(rows=rows, **{"attention body, µs": body[0] * 1e6, "feed-forward body, µs": body[1] * 1e6,
                              "fixed part, ms": fixed * 1e3})
     for name, schedule in schedules.items():
