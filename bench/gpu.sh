@@ -9,28 +9,28 @@
 # tiny sizes and a CPU's clock: it shows that the benchmarks run, measures nothing, and writes to build/gpu-tiny alone.
 #
 # Runs from the source tree; nothing is resolved or downloaded. Needed: Python ≥ 3.10, torch ≥ 2.11 with CUDA, triton,
-# diffusers, safetensors, rich, pybind11, cmake, ninja, a C++ compiler, pytest, hypothesis; nvcc, compute-sanitizer, xformers and
-# matplotlib where they are. Environment:
+# diffusers, safetensors, rich, pybind11, cmake, ninja, a C++ compiler, pytest, hypothesis; of use where they are: nvcc,
+# compute-sanitizer, xformers, pytest-xdist, matplotlib. Environment:
 #   PYTHON               the interpreter (python3)
 #   HARMONICA_WHEELS     a folder of wheels that are missing there, installed into build/ first (.whl, if it exists)
 #   HARMONICA_COMMIT     the commit, where the tree came without .git
 #   OUT                  a folder that receives copies: <gpu>.json, plots, gpu.log
 #   HARMONICA_BENCH_SECONDS   all parts together end by then (480)
 #
-#   part         limit, s   expected on an H100: an estimate until it has run on one
+#   part         limit, s   expected on an H100, s: estimates, until it has run on one
 parts="
-    build             75   # C++ for three instruction sets, nvcc for three architectures
-    kernels           45   # Triton compiles about 15 variants, then 1 to 5 ms a sample
-    trajectory        90   # both batch sizes: about 1 s and 2.5 s an interleaved round, 9 and 7 rounds
-    attention         25
-    tests             75   # pytest -m gpu
-    sdt               70   # three loops at 64 rows; the published one takes the most
-    gated             45
-    sanitizer         60   # memcheck and racecheck side by side
-    compiled         170   # max-autotune may take over a minute a batch size; it gets what is left
+    build             75   # 60: C++ for three instruction sets, nvcc for three architectures
+    tests             75   # 50: pytest -m gpu, most of it Triton compiling
+    kernels           45   # 30
+    trajectory        90   # 60: a round of all candidates takes about 1.4 s at 2 rows, 2.6 s at 16
+    attention         25   # 12
+    compiled         150   # 110: max-autotune, twice; the one that may take far longer
+    sdt               75   # 45: at 64 rows, and at 32 where the published loop does not fit
+    gated             70   # 50
+    sanitizer         60   # 40: memcheck and racecheck side by side
 "
-# Expected together: 60 + 30 + 45 + 15 + 50 + 45 + 30 + 45 + 130 = 450 s. The limits' sum is more than that; what keeps
-# the 8 minutes is that no part may outlast HARMONICA_BENCH_SECONDS, counted from the start.
+# Expected together: 457 s. The limits' sum is more; what keeps the 8 minutes is that no part outlasts
+# HARMONICA_BENCH_SECONDS, counted from the start: the last ones get what is left, and can be run by themselves.
 
 set -u
 cd "$(dirname "$0")/.."

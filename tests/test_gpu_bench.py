@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bench.gpu.__main__ import PARTS, run  # noqa: E402
-from bench.gpu.commands import call  # noqa: E402
+from bench.gpu.commands import call, findings  # noqa: E402
 from bench.gpu.merge import merge  # noqa: E402
 from bench.gpu.record import Record  # noqa: E402
 
@@ -29,7 +29,7 @@ def test_dry_run(part, tmp_path):
         assert found["checks"], "results are compared before they are timed"
 
 
-@pytest.mark.parametrize("part", ["build", "tests", "sanitizer"])
+@pytest.mark.parametrize("part", ["build", "tests", "sanitizer", "gated"])
 def test_commands_can_be_called(part, tmp_path):
     assert run(part, tmp_path, tiny=True), json.loads((tmp_path / f"{part}.json").read_text())["failed"]
     notes = json.loads((tmp_path / f"{part}.json").read_text())["notes"]
@@ -40,6 +40,10 @@ def test_a_command_that_fails_is_a_failure(tmp_path):
     with Record("tests", tmp_path, tiny=True) as record:
         call(record, {"bad": [sys.executable, "-c", "raise SystemExit('what went wrong')"]})
     assert "what went wrong" in record.failed["bad"]
+
+
+def test_findings_are_lines_of_json():
+    assert findings(['{"step": "dit", "rows": 2}', "warning: x", "12", "{"]) == [{"step": "dit", "rows": 2}]
 
 
 def test_the_command(tmp_path):
@@ -56,7 +60,7 @@ def test_the_command(tmp_path):
 
 def test_an_unknown_part_is_refused():
     done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "kernel"], capture_output=True, text=True)
-    assert done.returncode == 2 and "there are: build kernels" in done.stderr
+    assert done.returncode == 2 and "there are: build tests" in done.stderr
 
 
 def test_the_limits_name_the_parts():
