@@ -34,7 +34,7 @@ parts="
 
 set -u
 cd "$(dirname "$0")/.."
-export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
 python="${PYTHON:-python3}"
 tiny=""
 if [ "${1:-}" = --tiny ]; then tiny=--tiny; shift; fi

@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
+from bench.gpu import models  # noqa: E402
 from bench.gpu.__main__ import PARTS, run  # noqa: E402
 from bench.gpu.commands import call, findings  # noqa: E402
 from bench.gpu.merge import merge  # noqa: E402
 from bench.gpu.record import Record  # noqa: E402
+from bench.gpu.reference_way import ReferenceWay  # noqa: E402
+from harmonica_dit.sample import denoise  # noqa: E402
 
 MEASURED = ("kernels", "trajectory", "compiled", "attention", "sdt")
 
@@ -27,6 +31,26 @@ def test_dry_run(part, tmp_path):
     assert all(sample["median"] > 0 and sample["count"] > 0 for sample in found["samples"].values())
     if part != "sdt":
         assert found["checks"], "results are compared before they are timed"
+
+
+def test_the_reference_way_gives_the_same_images():
+    cpu = torch.device("cpu")
+    net = models.model(True, cpu).float()
+    noise, steps = models.noise(net, 2, cpu), 4
+    for schedule in models.schedules(net, steps).values():
+        ours = models.trajectory(net, 2, cpu, steps)
+        way = ReferenceWay(models.Plain(net, torch.float32, models.TINY), schedule, ours.timesteps)
+        with torch.inference_mode():
+            theirs = denoise(models.trajectory(way, 2, cpu, steps), noise)
+            torch.testing.assert_close(theirs, denoise(ours, noise, schedule), rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(theirs, denoise(ours, noise), rtol=1e-3, atol=1e-3), "nothing was reused"
+
+
+def test_the_schedules_at_full_size():
+    """Learning-to-Cache's, by its own rule, and the other one's."""
+    net = models.DiT(**models.TINY | dict(depth=28))
+    ltc, random = models.schedules(net, 20).values()
+    assert ltc.compute.shape == (20, 56) and round(100 * ltc.cur, 1) == 22.1 and random.cur == 0.375
 
 
 @pytest.mark.parametrize("part", ["build", "tests", "sanitizer", "gated"])

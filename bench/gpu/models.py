@@ -42,12 +42,13 @@ def config(tiny: bool) -> dict:
 
 
 def model(tiny: bool, device: torch.device, attention: str = "sdpa") -> DiT:
-    """Random weights in bfloat16; gates and modulation are not zero, as they are before a training."""
+    """Random weights in bfloat16 under which every branch counts: products keep the size of what they are given, and
+    gates and modulation are not zero, as they are before a training."""
     torch.manual_seed(0)
     with device:
         net = DiT(**config(tiny), name="DiT-XL/2", attention=attention)
         for p in net.parameters():
-            p.data.normal_(std=0.02)
+            p.data.normal_(std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
     return net.to(torch.bfloat16).eval().requires_grad_(False)
 
 
