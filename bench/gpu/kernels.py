@@ -91,9 +91,9 @@ def measure(record: Record, name: str, case: Case) -> None:
         record.ratio(f"{name}: its bandwidth / a copy's", row["ours / copy"], 0.92)
 
 
-def sets_of(bytes: int, rotate: int) -> int:
-    """As many as fill `rotate` bytes; 1 where nothing is to rotate."""
-    return max(2, -(-rotate // bytes)) if rotate else 1
+def sets_of(size: int, rotate: int) -> int:
+    """As many sets of so many bytes as fill `rotate` bytes; 1 where nothing is to rotate."""
+    return max(2, -(-rotate // size)) if rotate else 1
 
 
 class Activations:
@@ -113,7 +113,7 @@ def norm_case(device: torch.device, shape: tuple[int, int, int], R: int, rotate:
     """x is added to in place, as in sampling; the outputs are small, so that it stays finite over the launches."""
     make, (B, N, D) = Activations(device, shape), shape
     bytes = 2 * B * N * D * (R + (3 if R else 2))
-    sets = sets_of(bytes, rotate)
+    sets = sets_of(2 * B * N * D * (R + 2), rotate)  # x is read and written in one place
     rows = make.new(R + 2, B, D)
     shift, scale, gates = rows[0], rows[1], rows[2:]
     x, h = [make.new() for _ in range(sets)], [make.poison() for _ in range(sets)]
@@ -225,7 +225,7 @@ def commit_case(device: torch.device, shape: tuple[int, int, int], rotate: int, 
 def gelu_case(device: torch.device, shape: tuple[int, int, int], rotate: int) -> Case:
     make = Activations(device, shape)
     bytes = 2 * 2 * make.new().numel()
-    sets = sets_of(bytes, rotate)
+    sets = sets_of(bytes // 2, rotate)  # in place
     x, bias = [make.new() for _ in range(sets)], make.new(shape[-1])
 
     def check() -> list[tuple[str, Tensor, Tensor]]:
