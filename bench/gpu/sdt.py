@@ -19,7 +19,7 @@ from .timing import error, interleaved
 
 LOOPS = {"plain": "bfloat16", "published": "float32", "ours": "bfloat16", "ours, checkpointing": "bfloat16"}
 ROUNDS = 3
-TOLERANCE = 0.2  # of losses along a trajectory in low precision, where each step starts from the last one's result
+TOLERANCE = {"float32": 0.2, "bfloat16": 0.5}  # of losses: teacher and student differ little more than roundings
 
 
 def run(record: Record) -> None:
@@ -82,7 +82,7 @@ def peak(record: Record, loop: str, images: int, steps: int) -> int:
     if loop != "ours":
         clean(record)
         record.check(f"{2 * images} rows: the losses of {loop}, beside ours in {LOOPS[loop]}",
-                     error(losses, torch.tensor(runner(made, "ours")())), TOLERANCE)
+                     error(losses, torch.tensor(runner(made, "ours")())), TOLERANCE[LOOPS[loop]])
     return found
 
 
