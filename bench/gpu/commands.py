@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from .merge import ROOT
 from .record import Record
 
-TAIL = 60  # lines of a command's output that are kept
+TAIL = 120  # lines of a command's output that are kept
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu"]
 
 
