@@ -134,8 +134,8 @@ class FusedAdapter:
             if not untouched(module):
                 raise ValueError(
                     f"{name}: has {_touch(module)}, which would not run: blocks are taken apart into their branches. "
-                    "Compile or hook the branches (attn1, attn2, ff) instead; of diffusers' offloading use "
-                    "enable_model_cpu_offload or the leaf level")
+                    "Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
+                    "enable_model_cpu_offload")
 
 
 def untouched(module: nn.Module) -> bool:
