@@ -1,5 +1,6 @@
 """What the fused adapters share: the bodies of diffusers' `BasicTransformerBlock`, and the checks."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +118,15 @@ class FusedAdapter:
     def new_cache(self, history: int = 1) -> hk.FeatureCache:
         """A cache for one trajectory."""
         return hk.FeatureCache(history)
+
+    def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float],
+              *args, **kwargs) -> list[dict[str, Any]]:
+        """What depends on the conditioning alone, for several steps at once: more arguments for each step's call.
+
+        rows, timesteps: the steps' hard rows and timesteps. args, kwargs: of one of these calls; what they say of the
+        conditioning (labels, text) has to hold for all.
+        """
+        return [{}] * len(rows)
 
     def check(self) -> None:
         """Refuses hooks and compiled code on modules that are not called here, for they would be passed by silently.
