@@ -217,7 +217,7 @@ def test_hoisted_modulation_is_the_steps_own(plain):
                 if hoisted:
                     close(results[-1], results[s])
                     for k, compute in enumerate(schedule.rows[s]):
-                        assert (more["modulation"].shift[k] is None) == (plain and not compute)
+                        assert (more["modulation"].shift[k] is None) == (not compute)
 
 
 def test_one_fused_call_between_two_computed_bodies(small, monkeypatch):
