@@ -126,6 +126,19 @@ def test_only_computed_branches_are_called(pipe):
     assert called == [k for row in schedule.rows for k, compute in enumerate(row) if compute]
 
 
+def test_the_text_is_projected_once_a_trajectory(sigma):
+    """Its keys and values too; 40 steps are more than are held at once."""
+    schedule = random_schedule(sigma.transformer, 40, extrapolate=False)
+    expected = hooked(sigma, schedule, steps=40)
+    harmonica_dit.apply(sigma, schedule)
+    called = []
+    names = ("caption_projection", "transformer_blocks.0.attn2.to_k", "transformer_blocks.1.attn2.to_v")
+    for i, name in enumerate(names):
+        sigma.transformer.get_submodule(name).register_forward_hook(lambda *_, i=i: called.append(i))
+    close(run(sigma, steps=40), expected)
+    assert sorted(called) == [0, 0, 1, 1, 2, 2]
+
+
 @pytest.mark.parametrize("call", [dict(images=1), dict(images=3), dict(guidance=1.0), dict(seed=5)], ids=str)
 def test_batches_and_guidance(pipe, call):
     schedule = random_schedule(pipe.transformer)

@@ -67,10 +67,9 @@ class DiTAdapter(FusedAdapter):
         made = [hk.Modulation([], [], []) for _ in rows]
         for i, block in enumerate(blocks):
             condition = F.silu(block.norm1.emb(timestep, labels, hidden_dtype=dtype)).unflatten(0, (len(rows), -1))
-            for branch in (0, 1):
-                computed = [s for s, row in enumerate(rows) if row[2 * i + branch]]
-                shift_scale, gates = adaln_rows(block.norm1.linear, condition, branch, computed)
-                shifts_scales = dict(zip(computed, shift_scale))
+            computed = [[s for s, row in enumerate(rows) if row[k]] for k in (2 * i, 2 * i + 1)]
+            for steps, (shift_scale, gates) in zip(computed, adaln_rows(block.norm1.linear, condition, computed)):
+                shifts_scales = dict(zip(steps, shift_scale))
                 for s, gate in enumerate(gates):
                     shift, scale = shifts_scales[s].chunk(2, 1) if s in shifts_scales else (None, None)
                     for rows_of, row in zip(made[s], (shift, scale, gate)):
@@ -82,20 +81,25 @@ class DiTAdapter(FusedAdapter):
         return made
 
 
-def adaln_rows(linear: nn.Module, condition: Tensor, branch: int, computed: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A branch's rows of a block's adaLN: shift and scale [·, B, 2·D] of the steps `computed`, gates [T, B, D] of all.
+def adaln_rows(linear: nn.Module, condition: Tensor, computed: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+    """The rows of a block's adaLN for T conditions [T, B, D].
 
-    condition: [T, B, D]. Of a plain linear, nothing else is evaluated.
+    Returns, for each branch, shift and scale [·, B, 2·D] of the steps at which it is computed, and the gates [T, B, D].
+    Of a plain linear, nothing else is evaluated.
     """
     D = condition.shape[-1]
-    first = 3 * D * branch
     if not writable(linear):
-        rows = linear(condition)[..., first : first + 3 * D]
-        return rows[computed, :, : 2 * D], rows[..., 2 * D :]
+        parts = linear(condition).split(3 * D, 2)
+        return [(part[steps][..., : 2 * D], part[..., 2 * D :]) for part, steps in zip(parts, computed)]
 
     def part(x: Tensor, start: int, end: int) -> Tensor:
         return F.linear(x, linear.weight[start:end], None if linear.bias is None else linear.bias[start:end])
 
-    if len(computed) == len(condition):
-        return part(condition, first, first + 3 * D).split((2 * D, D), 2)
-    return part(condition[computed], first, first + 2 * D), part(condition, first + 2 * D, first + 3 * D)
+    made = []
+    for branch, steps in enumerate(computed):
+        first, last, end = 3 * D * branch, 3 * D * branch + 2 * D, 3 * D * (branch + 1)  # shift and scale, the gate
+        if len(steps) == len(condition):
+            made.append(part(condition, first, end).split((2 * D, D), 2))
+        else:
+            made.append((part(condition[steps], first, last), part(condition, last, end)))
+    return made

@@ -19,12 +19,14 @@ class Context(NamedTuple):
     mask, text_mask: biases [B, 1, tokens] added to the scores of self- and cross-attention, or None.
     text: [B, tokens, D]; None where cross-attention attends to the image itself.
     options: keyword arguments of every attention (diffusers' `cross_attention_kwargs`).
+    keys_values: of the text, by cross-attention, where they have been computed for several steps at once.
     """
 
     mask: Tensor | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
     options: dict[str, Any] = {}
+    keys_values: dict[Attention, tuple[Tensor, Tensor]] = {}
 
 
 class AttentionBody:
@@ -41,20 +43,27 @@ class AttentionBody:
         """Writes o into `out`, by the last linear itself where nothing stands between."""
         text, mask = self._source(context)
         source = h if text is None else text
-        if not self._plain(source, mask, context):
+        if not self.plain(source, mask, context):
             out.copy_(self(h, context))
             return
-        attn = self.attn
-        q, k, v = (linear(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-                   for linear, tokens in ((attn.to_q, h), (attn.to_k, source), (attn.to_v, source)))
+        q = self._heads(self.attn.to_q, h)
+        k, v = context.keys_values.get(self.attn) or self.keys_values(source)
         mask = None if mask is None else mask[:, None]  # over the heads
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        write_linear(attn.to_out[0], mixed.transpose(1, 2).flatten(2), out)
+        write_linear(self.attn.to_out[0], mixed.transpose(1, 2).flatten(2), out)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, heads, tokens, width of a head] each, of what is attended to."""
+        return self._heads(self.attn.to_k, source), self._heads(self.attn.to_v, source)
+
+    def _heads(self, linear: nn.Module, tokens: Tensor) -> Tensor:
+        return linear(tokens).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
 
     def _source(self, context: Context) -> tuple[Tensor | None, Tensor | None]:
         return (context.text, context.text_mask) if self.cross else (None, context.mask)
 
-    def _plain(self, source: Tensor, mask: Tensor | None, context: Context) -> bool:
+    def plain(self, source: Tensor, mask: Tensor | None, context: Context) -> bool:
+        """Whether calling the attention does what `write` does, and nothing else."""
         attn = self.attn
         linear, dropout = attn.to_out
         return (type(attn) is Attention and type(attn.processor) is AttnProcessor2_0 and untouched(attn)
