@@ -4,7 +4,8 @@ While a schedule is applied, the pipeline's class is a subclass of its own class
 pipeline is one trajectory: it gets a cache of its own, and in its thread, until it ends, `pipe.transformer` is a view
 of the transformer (the same parameters, hooks and configuration) whose forward runs the next row of the schedule.
 Nothing is written into the transformer: outside such a call, in other threads and for other pipelines that share it, it
-is the plain module and computes everything.
+is the plain module and computes everything. One pipeline called by several threads at once is as safe as its scheduler:
+diffusers' multistep schedulers keep the state of one trajectory.
 """
 
 import copy
@@ -80,6 +81,7 @@ def apply(pipe, router: str | os.PathLike | Router | Schedule, *, threshold: flo
         raise ValueError("on_mismatch: this schedule does not say what timesteps it was made for, so it cannot be "
                          "resampled")
     adapter = adapt(pipe.transformer)
+    adapter.name = pipe.config.get("_name_or_path") or adapter.name
     _check_forward(pipe.transformer)
     where = f"{router}: " if isinstance(router, (str, os.PathLike)) else "router: "
     check_fits(where, schedule, adapter)

@@ -21,16 +21,16 @@ from diffusers import (
     PixArtSigmaPipeline,
     StableDiffusionPipeline,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import harmonica_dit
 from harmonica_dit import HarmoniCaConfig, Router, Schedule
 from harmonica_dit.models import Flops
+from harmonica_dit.sample import ReferenceDDIM
 from harmonica_kernels import FeatureCache
 
-KINDS = ("dit", "alpha", "alpha-1024", "sigma")
 
-
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["dit", "alpha-1024", "sigma"])
 def pipe(request):
     return make_pipe(request.param)
 
@@ -78,8 +78,10 @@ def applied_to(pipe, *args, **kwargs):
 # What a call gives
 
 
-def test_equals_the_hooked_pipeline(pipe):
+@pytest.mark.parametrize("kind", ["dit", "alpha", "alpha-1024", "sigma"])
+def test_equals_the_hooked_pipeline(kind):
     """Reuse and forecasts, over the whole trajectory; the second call starts afresh."""
+    pipe = make_pipe(kind)
     schedule = random_schedule(pipe.transformer)
     plain, expected = run(pipe), hooked(pipe, schedule)
     harmonica_dit.apply(pipe, schedule)
@@ -137,6 +139,37 @@ def test_the_text_is_projected_once_a_trajectory(sigma):
         sigma.transformer.get_submodule(name).register_forward_hook(lambda *_, i=i: called.append(i))
     close(run(sigma, steps=40), expected)
     assert sorted(called) == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_reference_scheduler(dit):
+    """Routers trained with harmonica's "ddim" are for its timesteps."""
+    dit.scheduler = ReferenceDDIM()
+    schedule = random_schedule(dit.transformer, timesteps=(999.0, 799.0, 599.0, 400.0, 200.0, 0.0))
+    expected = hooked(dit, schedule)
+    with applied_to(dit, schedule), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        close(run(dit), expected)
+
+
+def test_nothing_is_read_back_while_the_transformer_runs(pipe):
+    """On a GPU, reading a tensor's value waits for all that has been launched."""
+    reads, inside = [], []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if inside and func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                reads.append(func)
+            return func(*args, **kwargs or {})
+
+    harmonica_dit.apply(pipe, random_schedule(pipe.transformer))
+    pipe.transformer.register_forward_pre_hook(lambda *_: inside.append(1))
+    pipe.transformer.register_forward_hook(lambda *_: inside.clear())
+    with Reads():
+        run(pipe)
+        assert not reads
+        inside.append(1)
+        torch.ones(1).item()  # and it would be noticed
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("call", [dict(images=1), dict(images=3), dict(guidance=1.0), dict(seed=5)], ids=str)
@@ -334,6 +367,18 @@ def test_a_call_inside_a_call(sigma):
 
     assert torch.equal(run(sigma, callback=callback), expected)
     assert torch.equal(found[0], inner)
+    harmonica_dit.remove(sigma)
+    sigma.scheduler = DDIMScheduler(**LINEAR)  # which keeps no history
+    harmonica_dit.apply(sigma, schedules[0])
+    expected, inner = run(sigma), run(sigma, seed=3)
+    found.clear()
+
+    def callback_of_its_own(step, timestep, latents):
+        if step == 2:
+            found.append(run(sigma, seed=3))
+
+    assert torch.equal(run(sigma, callback=callback_of_its_own), expected)
+    assert torch.equal(found[0], inner)
 
 
 def test_threads():
@@ -493,9 +538,15 @@ def test_routers_for_other_models(dit, sigma, tmp_path):
     refused(dit, ValueError, "branch 0 is 'blocks.0.attn', the model 'DiTTransformer2DModel' has 'transformer_blocks",
             dataclasses.replace(schedule, branches=names, architecture=arch))
     refused(dit, ValueError, "fashion-dit-2.0x: for 16 branches", "fashion-dit-2.0x")  # a file without a fingerprint
+    named = dataclasses.replace(schedule, architecture=arch, model="facebook/DiT-XL-2-256")
     with pytest.warns(UserWarning, match="made for the model 'facebook/DiT-XL-2-256'"):
-        harmonica_dit.apply(dit, dataclasses.replace(schedule, architecture=arch, model="facebook/DiT-XL-2-256"))
+        harmonica_dit.apply(dit, named)
     run(dit)
+    harmonica_dit.remove(dit)
+    dit.register_to_config(_name_or_path="facebook/DiT-XL-2-256")  # as from_pretrained does
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        harmonica_dit.apply(dit, named)
 
 
 def test_other_bad_input(dit, sigma, tmp_path):

@@ -105,6 +105,7 @@ class FusedAdapter:
                 raise ValueError(f"transformer: its configuration has {setting}={config[setting]!r}, this adapter "
                                  f"knows {only!r} only")
         self.transformer = transformer
+        self.name = type(transformer).__name__  # whoever knows the repository of the weights may put its name here
         self.branches: list[hk.Branch] = []
         names = []
         for i, block in enumerate(transformer.transformer_blocks):
@@ -113,11 +114,6 @@ class FusedAdapter:
                 names.append(f"transformer_blocks.{i}.{part}")
         self.branch_names = tuple(names)
         self.check()
-
-    @property
-    def name(self) -> str:
-        """The repository or folder that the weights came from, else the class."""
-        return self.transformer.config.get("_name_or_path") or type(self.transformer).__name__
 
     @property
     def architecture(self) -> dict[str, str | int]:
