@@ -17,13 +17,15 @@ from harmonica_kernels.forward import _check_extrapolation, _check_gate
 
 BRANCH = re.compile(r"attn|attention|(^|_)(ff|ffn|mlp|feed_forward)(_|$)")
 NOT_A_BRANCH = re.compile(r"norm|adaln|modulation|embed|drop")
+ADVICE = "; adapter.trace(...) with such arguments leaves such a branch out"
 Output = Tensor | tuple | None  # of a branch: a tensor, or tensors and None in a tuple
 
 
 class GenericCache:
-    """The memory of one trajectory: per branch the last `history` outputs, of any shape, tuples included.
+    """The memory of one trajectory: what each branch returned in the last `history` forwards that computed it.
 
-    They are kept as they come, not copied. Same use as `harmonica_kernels.FeatureCache`.
+    Outputs have any shape, tuples included, and a branch has one for each of its calls in a forward. They are kept as
+    they come, not copied. Same use as `harmonica_kernels.FeatureCache`.
     """
 
     def __init__(self, history: int = 1):
@@ -34,7 +36,7 @@ class GenericCache:
 
     def reset(self) -> None:
         """Forgets everything; the next trajectory may have any shape."""
-        self._outputs: dict[int, tuple[Output, ...]] = {}  # per branch, newest first
+        self._outputs: dict[int, list[list[Output]]] = {}  # per branch, newest first, the outputs of its calls
         self._meta: dict[nn.Module, Output] = {}  # what stands in for the output of a feeder that is not called
         self._of: tuple | None = None  # shapes, dtypes and devices of the forward's arguments
         self._open = False
@@ -42,18 +44,18 @@ class GenericCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the outputs held."""
-        return sum(t.nbytes for outputs in self._outputs.values() for o in outputs for t in _tensors(o))
+        return sum(t.nbytes for t in _tensors(list(self._outputs.values())))
 
     def filled(self, k: int) -> int:
-        """How many outputs of branch k the cache holds, 0 to `history`."""
+        """Of how many forwards the cache holds branch k's outputs, 0 to `history`."""
         return len(self._outputs.get(k, ()))
 
-    def latest(self, k: int) -> Output:
-        """Branch k's newest output."""
+    def latest(self, k: int) -> list[Output]:
+        """Branch k's newest outputs, one for each of its calls in that forward."""
         return self._outputs[k][0]
 
-    def previous(self, k: int) -> Output:
-        """The output that branch k had before the latest, or None where there is none yet."""
+    def previous(self, k: int) -> list[Output] | None:
+        """The outputs that branch k had before the latest, or None where there are none yet."""
         return self._outputs[k][1] if self.filled(k) == 2 else None
 
     def copy_(self, other: "GenericCache") -> "GenericCache":
@@ -65,8 +67,11 @@ class GenericCache:
     def commit(self) -> None:
         """Does nothing: an entry is replaced, never written into, so a backward may still read the old one."""
 
-    def _store(self, k: int, o: Output) -> None:
-        self._outputs[k] = (_map(Tensor.detach, o), *self._outputs.get(k, ()))[: self.history]
+    def _store(self, k: int, o: Output, first: bool) -> None:
+        """Takes an output of branch k, the first of this forward's or another."""
+        if first:
+            self._outputs[k] = [[], *self._outputs.get(k, ())][: self.history]
+        self._outputs[k][0].append(_map(Tensor.detach, o))
 
     def _check(self, of: tuple) -> None:
         if self._open:
@@ -101,7 +106,8 @@ class GenericAdapter:
     def __init__(self, transformer: nn.Module, branches: Sequence[str] | None = None):
         self.transformer = transformer
         if branches is None:
-            branches = tuple(_find(transformer))
+            found = {transformer.get_submodule(name): name for name in reversed([*_find(transformer)])}
+            branches = tuple(reversed(found.values()))  # the first name of a module that has several
         if not branches:
             raise TypeError(f"transformer: {type(transformer).__name__} has no list of blocks with attention or "
                             "feed-forward modules; name them as branches=")
@@ -130,8 +136,7 @@ class GenericAdapter:
         """Runs one forward of the transformer to see its branches at work; the arguments are the transformer's own.
 
         Puts `branch_names` in the order of execution and leaves out (`left_out`) what the gate cannot stand for: a
-        branch that is not called, or called more than once, and one whose output is not tensors, or is changed in
-        place afterwards.
+        branch that is not called, and one whose output is not tensors, or is changed in place afterwards.
 
         Returns:
             What the forward costs, branch by branch; attention with a mask of its own kernel counts in full.
@@ -144,7 +149,7 @@ class GenericAdapter:
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flop})
         with torch.no_grad(), counter:
             self._forward(self.transformer, args, kwargs, run)
-        unfit = run.unfit(self.branch_names)
+        unfit = run.unfit()
         names = sorted((name for name in self.branch_names if name not in unfit), key=run.first.__getitem__)
         if not names:
             raise TypeError(f"transformer: none of its branches can be gated: {unfit}")
@@ -166,8 +171,9 @@ class GenericAdapter:
 
         Raises:
             TypeError, ValueError: an argument is not as it should be; the message names it.
-            RuntimeError: the last forward with this cache was interrupted, or a branch was not called exactly once
-                or its output changed in place (`trace` finds and leaves out such branches).
+            RuntimeError: the last forward with this cache was interrupted; or a branch was not called, or not as
+                often as when its outputs were stored, or its output was changed in place (`trace` finds such branches
+                and leaves them out).
         """
         return self._gated(self.transformer, args, kwargs, gate, extrapolate, cache, threshold)
 
@@ -186,7 +192,7 @@ class GenericAdapter:
         return output
 
     def _forward(self, forward: Callable, args: tuple, kwargs: dict, run: "_Run"):
-        with _replaced(run.roles):
+        with _replaced(run.modules):
             token = _current.set(run)
             try:
                 return forward(*args, **kwargs)
@@ -198,9 +204,11 @@ class GenericAdapter:
         unknown = [name for name in names if name not in submodules]
         if unknown:
             raise ValueError(f"branches: {type(self.transformer).__name__} has no submodule {unknown[0]!r}")
+        if len({submodules[name] for name in names}) < len(names):
+            raise ValueError("branches: two of the names are one module; name it once")
         self.branch_names = tuple(names)
         self._modules = [submodules[name] for name in names]
-        self.feeders = [[submodules[feeder] for feeder in _feeders(self.transformer, name)] for name in names]
+        self._feeding = [[submodules[feeder] for feeder in _feeders(self.transformer, name)] for name in names]
         around = {".".join(name.split(".")[:end]) for name in names for end in range(name.count(".") + 2)}
         self._around = {name: submodules[name] for name in sorted(around)}  # "" is the transformer itself
 
@@ -227,18 +235,23 @@ class GenericAdapter:
 
 
 class _Run:
-    """One forward under a gate row: what each branch does when it is called."""
+    """One forward under a gate row: what each branch does when it is called.
+
+    A module that a forward calls more than once is one branch, with an output for each call.
+    """
 
     def __init__(self, adapter: GenericAdapter, compute, gate, extrapolate, cache: GenericCache | None, threshold):
         self.names, self.compute, self.gate, self.e = adapter.branch_names, compute, gate, extrapolate
         self.cache, self.threshold = cache, threshold
         self.branch_of = {module: k for k, module in enumerate(adapter._modules)}
-        self.fed = {feeder: k for k, feeders in enumerate(adapter.feeders) for feeder in feeders}
+        self.fed = {feeder: k for k, feeders in enumerate(adapter._feeding) for feeder in feeders}
         self.called = [0] * len(self.names)
+        reused = range(len(self.names)) if isinstance(gate, Tensor) else [k for k, c in enumerate(compute) if not c]
+        self.held = {k: (cache.latest(k), cache.previous(k)) for k in reused}  # a soft row replaces what it blends with
         self.versions: list[tuple[int, Tensor, int]] = []
 
     @property
-    def roles(self) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
         """The modules whose forward is replaced."""
         return [*self.branch_of, *self.fed]
 
@@ -252,49 +265,51 @@ class _Run:
 
     def branch(self, module: nn.Module, forward: Callable) -> Output:
         k = self.branch_of[module]
+        call = self.called[k]
         self.called[k] += 1
-        soft = isinstance(self.gate, Tensor)
+        reused = self._reused(k, call) if k in self.held else None
         if not self.compute[k]:
-            return self._reuse(k)
+            return reused
         o = forward()
-        self._check_output(k, o)
-        if soft:
+        if not _is_output(o):
+            raise TypeError(f"{self.names[k]}: returned {type(o).__name__}, expected float tensors{ADVICE}")
+        renew = True
+        if isinstance(self.gate, Tensor):
             r = self.gate[k]
-            o = _map(lambda fresh, reused: r * fresh + (1 - r) * reused, o, self._reuse(k))
-        if not soft or self.gate[k].item() > self.threshold:
-            self.cache._store(k, o)
+            o = _map(lambda fresh, old: r * fresh + (1 - r) * old, o, reused)
+            renew = r.item() > self.threshold
+        if renew:
+            self.cache._store(k, o, call == 0)
         self._watch(k, o)
         return o
 
     def finish(self) -> None:
         """Refuses a forward that the cache does not stand for; it stays unusable until its reset."""
-        advice = "; adapter.trace(...) with these arguments leaves such branches out"
-        for name, count in zip(self.names, self.called):
-            if count != 1:
-                raise RuntimeError(f"{name}: was called {count} times in this forward, expected once{advice}")
+        for k, (name, count) in enumerate(zip(self.names, self.called)):
+            if not count or (k in self.held and count != len(self.held[k][0])):
+                expected = len(self.held[k][0]) if k in self.held else "at least 1"
+                raise RuntimeError(f"{name}: was called {count} times in this forward, expected {expected}{ADVICE}")
         changed = self.changed()
         if changed:
-            raise RuntimeError(f"{changed[0]}: its output was changed in place after it was returned{advice}")
+            raise RuntimeError(f"{changed[0]}: its output was changed in place after it was returned{ADVICE}")
 
     def changed(self) -> list[str]:
         """Branches whose output was changed in place since they returned it."""
         return [self.names[k] for k, t, version in self.versions if t._version != version]
 
-    def _reuse(self, k: int) -> Output:
-        latest, previous = self.cache.latest(k), self.cache.previous(k)
-        self._watch(k, latest)
+    def _reused(self, k: int, call: int) -> Output:
+        latest, previous = self.held[k]
+        if call >= len(latest):
+            raise RuntimeError(f"{self.names[k]}: is called more often than in the forward that stored its "
+                               f"outputs{ADVICE}")
+        self._watch(k, latest[call])
         if self.e is None or previous is None or not (isinstance(self.e, Tensor) or self.e[k]):
-            return latest
+            return latest[call]
         e = self.e[k]
-        return _map(lambda now, before: (1 + e) * now - e * before, latest, previous)
+        return _map(lambda now, before: (1 + e) * now - e * before, latest[call], previous[call])
 
     def _watch(self, k: int, o: Output) -> None:
         self.versions += [(k, t, t._version) for t in _tensors(o) if not t.is_inference()]
-
-    def _check_output(self, k: int, o) -> None:
-        if not _is_output(o):
-            raise TypeError(f"{self.names[k]}: returned {type(o).__name__}, expected float tensors; "
-                            "adapter.trace(...) leaves such a branch out")
 
 
 class _Trace(_Run):
@@ -303,7 +318,7 @@ class _Trace(_Run):
     def __init__(self, adapter: GenericAdapter):
         super().__init__(adapter, [True] * len(adapter.branch_names), None, None, None, 0.0)
         self.first: dict[str, int] = {}
-        self.odd: list[str] = []
+        self.odd: set[str] = set()
 
     def feed(self, module: nn.Module, forward: Callable) -> Output:
         return forward()
@@ -316,16 +331,14 @@ class _Trace(_Run):
         if _is_output(o):
             self._watch(k, o)
         else:
-            self.odd.append(self.names[k])
+            self.odd.add(self.names[k])
         return o
 
-    def unfit(self, names: Sequence[str]) -> dict[str, str]:
+    def unfit(self) -> dict[str, str]:
         """The branches that cannot be gated, each with the reason."""
-        unfit = {name: f"called {count} times" for name, count in zip(self.names, self.called) if count != 1}
+        unfit = {name: "is not called" for name, count in zip(self.names, self.called) if not count}
         unfit |= dict.fromkeys(self.changed(), "its output is changed in place")
-        unfit |= dict.fromkeys(self.odd, "its output is not float tensors")
-        once = set(self.branch_of.values())  # of names that share a module, the last stands for it
-        return unfit | {name: "shares its module" for k, name in enumerate(names) if k not in once}
+        return unfit | dict.fromkeys(self.odd, "its output is not float tensors")
 
 
 @contextmanager
@@ -446,7 +459,8 @@ def _find_in(block: nn.Module, prefix: str) -> Iterator[str]:
     for name, child in block.named_children():
         if NOT_A_BRANCH.search(name):
             continue
-        if BRANCH.search(name) and next(child.children(), None) is not None:  # no bare linear or activation
+        inner = next(child.children(), None)  # none in a bare linear or activation
+        if BRANCH.search(name) and inner is not None and not isinstance(child, nn.ModuleList):
             yield f"{prefix}.{name}"
         else:
             yield from _find_in(child, f"{prefix}.{name}")
@@ -486,7 +500,8 @@ def _is_output(o: Any) -> bool:
 def _signature(args: tuple, kwargs: dict) -> tuple:
     """Shape, dtype and device of a forward's tensor arguments."""
     named = [*enumerate(args), *sorted(kwargs.items())]
-    return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, t in named if isinstance(t, Tensor))
+    return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named
+                 for t in _tensors(value) if isinstance(t, Tensor))
 
 
 def _sdpa_flop(query, key, value, *_, out_shape=None, **__) -> int:
