@@ -106,8 +106,10 @@ class GenericAdapter:
     def __init__(self, transformer: nn.Module, branches: Sequence[str] | None = None):
         self.transformer = transformer
         if branches is None:
-            found = {transformer.get_submodule(name): name for name in reversed([*_find(transformer)])}
-            branches = tuple(reversed(found.values()))  # the first name of a module that has several
+            found: dict[nn.Module, str] = {}
+            for name in _find(transformer):
+                found.setdefault(transformer.get_submodule(name), name)  # a module may have several
+            branches = tuple(found.values())
         if not branches:
             raise TypeError(f"transformer: {type(transformer).__name__} has no list of blocks with attention or "
                             "feed-forward modules; name them as branches=")
@@ -139,15 +141,13 @@ class GenericAdapter:
         branch that is not called, and one whose output is not tensors, or is changed in place afterwards.
 
         Returns:
-            What the forward costs, branch by branch; attention with a mask of its own kernel counts in full.
+            What the forward costs, branch by branch (matrix products, convolutions, attention).
 
         Raises:
             TypeError: no branch is left.
         """
         run = _Trace(self)
-        counter = FlopCounterMode(display=False, custom_mapping={
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flop})
-        with torch.no_grad(), counter:
+        with torch.no_grad(), flop_counter() as counter:
             self._forward(self.transformer, args, kwargs, run)
         unfit = run.unfit()
         names = sorted((name for name in self.branch_names if name not in unfit), key=run.first.__getitem__)
@@ -504,6 +504,11 @@ def _signature(args: tuple, kwargs: dict) -> tuple:
                  for t in _tensors(value) if isinstance(t, Tensor))
 
 
-def _sdpa_flop(query, key, value, *_, out_shape=None, **__) -> int:
-    """Of the CPU's flash attention, which torch's table leaves out."""
-    return sdpa_flop_count(query, key, value)
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which by itself leaves out the attention kernel of the CPU."""
+
+    def attention(query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention})
