@@ -5,14 +5,15 @@ import pickle
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from typer.testing import CliRunner
 
 import harmonica_dit.cli
 from harmonica_dit.models import CONFIGS, DiT, count_flops
-from harmonica_dit.models.flops import Flops
+from harmonica_dit.models.adapters import adapt
 from harmonica_dit.reference_router import _branches_and_flops, _empty
 from harmonica_dit.router import Router
-from harmonica_dit.schedule import Schedule
+from harmonica_dit.schedule import Schedule, check_fits
 
 T, DEPTH = 6, 2
 SMALL = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, num_heads=2, num_classes=4)
@@ -84,15 +85,17 @@ def test_flops_of_two_blocks_give_the_whole_models():
     assert branches == whole.branch_names and flops == count_flops(whole)
 
 
-def test_a_model_with_other_names_gets_a_router_that_fits_it(net, tmp_path, monkeypatch):
-    class Adapted:
-        name = "diffusers' DiT"
-        branch_names = ("transformer_blocks.0.attn1", "transformer_blocks.0.ff", "transformer_blocks.1.attn1",
-                        "transformer_blocks.1.ff")
-
-    monkeypatch.setattr("harmonica_dit.reference_router.count_flops", lambda _: Flops((1.0,) * 4, 1.0))
-    router = Router.from_reference(write(tmp_path / "r.pt", logits()), net=Adapted())
-    assert router.branches == Adapted.branch_names and router.model == Adapted.name
+def test_the_same_file_fits_diffusers_dit(tmp_path):
+    transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+                                        num_layers=DEPTH, sample_size=6, patch_size=2, num_embeds_ada_norm=10)
+    path = write(tmp_path / "r.pt", logits(), args=argparse.Namespace(model="DiT-XL/2", image_size=256))
+    router = Router.from_reference(path, net=transformer)
+    assert router.branches == ("transformer_blocks.0.attn1", "transformer_blocks.0.ff", "transformer_blocks.1.attn1",
+                               "transformer_blocks.1.ff")
+    N, D = 9, 16
+    assert router.flops.branches[:2] == (4 * 2 * N * D * D + 4 * N * N * D, 2 * 2 * N * D * 4 * D)
+    assert router.architecture == adapt(transformer).architecture and router.resolution == (32, 32)
+    check_fits("", router.schedule(), adapt(transformer))  # what `apply` asks
 
 
 class Malicious:
@@ -133,8 +136,9 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
                      lambda: path.write_bytes(pickle.dumps(Malicious(), 2))):
         write_it()
         refused("not a checkpoint of plain tensors")
+    refused("image_size: got a tensor", {"routers": good, "args": argparse.Namespace(image_size=torch.zeros(3))})
     for settings in (argparse.Namespace(model="DiT-XXL/1"), argparse.Namespace(model=[1]),
-                     argparse.Namespace(model="DiT-XL/2", image_size=torch.zeros(3))):
+                     argparse.Namespace(model="DiT-XL/2", image_size=[256])):
         refused("not known here; pass it as net=", {"routers": good, "args": settings}, net=None)
     refused("DiT-XL/2 has 56 branches.*net=", {"routers": good}, net=None)
 

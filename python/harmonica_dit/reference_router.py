@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from harmonica_dit.models import CONFIGS, DiT, Flops, count_flops, unpickled_tensors
+from harmonica_dit.models.adapters import adapt
+from harmonica_dit.models.adapters.generic import GenericAdapter
 from harmonica_dit.sample.schedulers import make_scheduler
 from harmonica_dit.schedule import described
 
@@ -25,10 +27,15 @@ def reference_arguments(path: str | os.PathLike, kind: str, net=None) -> dict:
     content = unpickled_tensors(path)
     made_with = content.get("args") if isinstance(content, dict) else None
     made_with = vars(made_with) if isinstance(made_with, argparse.Namespace) else {}
+    if isinstance(made_with.get("image_size"), Tensor):
+        raise ValueError(f"{path}: image_size: got a tensor, expected 256 or 512")
     rows = _rows(path, content)
     T, K = len(rows), rows[0].numel() if isinstance(rows[0], Tensor) else 0
-    model, branches, flops = _model(path, K, made_with) if net is None else (
-        net.name, tuple(net.branch_names), count_flops(net))
+    if net is None:
+        model, branches, flops = _model(path, K, made_with)
+    else:
+        net = net if hasattr(net, "branch_names") else adapt(net)
+        model, branches, flops = net.name, tuple(net.branch_names), None  # counted last: it runs the model
     if K != len(branches):
         raise ValueError(f"{path}: its rows have {K} entries, the model {model!r} has {len(branches)} branches")
     for i, row in enumerate(rows):
@@ -42,7 +49,10 @@ def reference_arguments(path: str | os.PathLike, kind: str, net=None) -> dict:
                              "number")
         logits[::2] = ALWAYS  # its sampler forgets everything at odd i, whatever the file holds there
     timesteps = tuple(t.item() for t in make_scheduler("ddim", T).timesteps)
-    return dict(logits=logits, branches=branches, flops=flops, timesteps=timesteps, model=model, guidance=None)
+    size = made_with.get("image_size")
+    return dict(logits=logits, branches=branches, flops=flops or _flops(net), timesteps=timesteps, model=model,
+                guidance=None, resolution=(size // 8, size // 8) if size in (256, 512) else None,
+                architecture=getattr(net, "architecture", None))
 
 
 def _rows(path: str | os.PathLike, content) -> list:
@@ -61,8 +71,7 @@ def _rows(path: str | os.PathLike, content) -> list:
 def _model(path: str | os.PathLike, K: int, made_with: dict) -> tuple[str, tuple[str, ...], Flops]:
     """Name, branches and FLOPs of the model that the file's own settings name, DiT-XL/2 at 256 where they don't."""
     name, image_size = made_with.get("model", "DiT-XL/2"), made_with.get("image_size", 256)
-    known = isinstance(name, str) and name in CONFIGS and isinstance(image_size, int) and image_size in (256, 512)
-    if not known:
+    if not isinstance(name, str) or name not in CONFIGS or image_size not in (256, 512):
         raise ValueError(f"{path}: was made for the model {name!r} at {image_size!r} pixels, which is not known here; "
                          "pass it as net=")
     config = CONFIGS[name] | dict(input_size=image_size // 8)
@@ -70,6 +79,17 @@ def _model(path: str | os.PathLike, K: int, made_with: dict) -> tuple[str, tuple
         raise ValueError(f"{path}: its rows have {K} entries, {name} has {2 * config['depth']} branches; pass the "
                          "model that it was made for as net=")
     return name, *_branches_and_flops(config)
+
+
+def _flops(net) -> Flops:
+    """Of a denoiser, or of an adapter of diffusers' DiT."""
+    if hasattr(net, "sample_shape"):
+        return count_flops(net)
+    transformer = net.transformer
+    side, parameter = transformer.config.sample_size, next(transformer.parameters())
+    x = torch.zeros(1, transformer.config.in_channels, side, side, dtype=parameter.dtype, device=parameter.device)
+    zero = torch.zeros(1, dtype=torch.long, device=parameter.device)
+    return GenericAdapter(transformer, net.branch_names).trace(x, timestep=zero, class_labels=zero)
 
 
 def _branches_and_flops(config: dict) -> tuple[tuple[str, ...], Flops]:

@@ -176,8 +176,9 @@ class Router(nn.Module):
         Args:
             kind: whose file it is. "harmonica": every row as it is. "learning-to-cache": each odd row of the file, the
                 noisiest too, computes everything, as its sampler does; only the others have been trained.
-            net: the model that the router is to fit, which gives it branch names and FLOPs, such as an adapter of
-                diffusers' DiT. None: the DiT that the file names, DiT-XL/2 at 256 pixels where it names none.
+            net: the model that the router is to fit, which gives it branch names and FLOPs: a denoiser, or diffusers'
+                `DiTTransformer2DModel`. None: the DiT of facebookresearch/DiT that the file names, DiT-XL/2 at 256
+                pixels where it names none.
             threshold: τ.
 
         Raises:
