@@ -142,6 +142,13 @@ def _z_image():
     return config, dict(x=[torch.randn(4, 1, 4, 6)], t=T / 1000, cap_feats=[torch.randn(3, 12)], return_dict=False)
 
 
+def _prx():
+    config = dict(in_channels=4, patch_size=2, context_in_dim=12, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2,
+                  axes_dim=[4, 4])
+    return config, dict(hidden_states=torch.randn(1, 4, 4, 6), timestep=T / 1000,
+                        encoder_hidden_states=torch.randn(1, 3, 12))
+
+
 MODELS = {"SD3Transformer2DModel": _sd3, "FluxTransformer2DModel": _flux, "Flux2Transformer2DModel": _flux2,
           "ChromaTransformer2DModel": _chroma, "SanaTransformer2DModel": _sana,
           "CogVideoXTransformer3DModel": _cogvideox, "CogView4Transformer2DModel": _cogview4,
@@ -149,7 +156,7 @@ MODELS = {"SD3Transformer2DModel": _sd3, "FluxTransformer2DModel": _flux, "Flux2
           "HunyuanVideoTransformer3DModel": _hunyuan_video, "LTXVideoTransformer3DModel": _ltx,
           "AuraFlowTransformer2DModel": _aura_flow, "Lumina2Transformer2DModel": _lumina2,
           "MochiTransformer3DModel": _mochi, "QwenImageTransformer2DModel": _qwen_image,
-          "LatteTransformer3DModel": _latte, "ZImageTransformer2DModel": _z_image}
+          "LatteTransformer3DModel": _latte, "ZImageTransformer2DModel": _z_image, "PRXTransformer2DModel": _prx}
 
 
 def make(name: str):

@@ -1,5 +1,6 @@
 """The generic adapter against the plain model and an oracle made of forward hooks; the docs' table against both."""
 
+import inspect
 import random
 import re
 import threading
@@ -333,15 +334,17 @@ def test_arguments_are_checked_before_anything_runs():
         GenericAdapter(toy, ["blocks.0.attn", "blocks.1.attn"])
 
 
-def test_compiled_blocks_and_checkpointed_soft_rows_are_refused():
+def test_compiled_blocks_and_gradient_checkpointing_are_refused():
     transformer, arguments = make("SD3Transformer2DModel")
     adapter = GenericAdapter(transformer)
-    cache = adapter.new_cache()
+    cache, K = adapter.new_cache(), len(adapter.branch_names)
     transformer.enable_gradient_checkpointing()
-    transformer.train()
-    with pytest.raises(ValueError, match="disable_gradient_checkpointing"):
-        adapter(**arguments, cache=cache)  # nothing was reused, so this is where the cache would be filled
-        adapter(**arguments, gate=torch.rand(len(adapter.branch_names)), cache=cache)
+    adapter(**arguments, cache=cache)
+    for gate in (torch.rand(K), row(K, 0)):
+        with pytest.raises(ValueError, match="disable_gradient_checkpointing"):
+            adapter(**arguments, gate=gate, cache=cache)
+    with torch.no_grad():
+        adapter(**arguments, gate=row(K, 0), cache=cache)
     transformer.transformer_blocks[1].compile()
     with pytest.raises(ValueError, match="transformer_blocks.1: has been compiled"):
         adapter(**arguments, cache=adapter.new_cache())
@@ -445,3 +448,79 @@ def test_a_denoising_loop_follows_a_schedule():
         with pytest.raises((ValueError, TypeError), match="calls: got|schedule: got"), scheduled(transformer, bad,
                                                                                                   calls=calls):
             pass
+
+
+def described(names):
+    """Branches' names as the docs have them: `list`: part, part; …"""
+    lists = {}
+    for name in names:
+        blocks, part = re.split(r"\.\d+\.", name, maxsplit=1)
+        lists.setdefault(blocks, {})[re.sub(r"\.\d+\.", ".*.", part)] = None
+    return "; ".join(f"`{blocks}`: {', '.join(parts)}" for blocks, parts in lists.items())
+
+
+@pytest.fixture(scope="module")
+def docs(pytestconfig):
+    """docs/models.md by headline."""
+    parts = re.split(r"^## (.*)\n", (pytestconfig.rootpath / "docs" / "models.md").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def table(text):
+    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
+
+
+@torch.no_grad()
+def test_docs_name_the_classes_that_are_run_here(docs, model):
+    transformer, arguments = model
+    adapter = GenericAdapter(transformer)
+    adapter.trace(**arguments)
+    rows = table(docs["Generic"])
+    assert rows[type(transformer).__name__] == described(adapter.branch_names) and set(rows) == set(MODELS)
+
+
+def few_layers(cls):
+    """The default model of two layers, without memory."""
+    counts = {name: 2 for name, parameter in inspect.signature(cls).parameters.items()
+              if re.search("(layers|depth|blocks)$", name) and type(parameter.default) is int}
+    with torch.device("meta"):
+        return cls(**counts)
+
+
+def test_docs_name_what_is_found_in_other_classes(docs):
+    found, missing = table(docs["Found, not run"]), []
+    for name, branches in found.items():
+        cls = getattr(diffusers, name, None)  # diffusers of another version may not have it
+        if cls is None:
+            missing.append(name)
+        else:
+            assert described(GenericAdapter(few_layers(cls)).branch_names) == branches, name
+    assert len(missing) < len(found) and not set(found) & set(MODELS)
+
+
+def test_docs_name_the_fused_and_the_refused(docs):
+    for name, branches in table(docs["Fused"]).items():
+        adapter = adapt(few_layers(getattr(diffusers, name)))
+        assert type(adapter) is not GenericAdapter and described(adapter.branch_names) == branches
+    for name in table(docs["Not"]):
+        if hasattr(diffusers, name):
+            with pytest.raises(TypeError, match="no list of blocks"):
+                GenericAdapter(few_layers(getattr(diffusers, name)))
+
+
+def test_the_code_in_the_docs_runs(docs):
+    transformer, arguments = make("SD3Transformer2DModel")
+
+    def denoise(transformer, T):
+        return [transformer(**moved(arguments, s)) for s in range(T)]
+
+    names = dict(torch=torch, transformer=transformer, arguments=arguments, T=4, denoise=denoise)
+    with torch.no_grad():
+        plain = values(denoise(transformer, 4)[-1])
+    blocks = re.findall(r"```python\n(.*?)```", docs["Generic"], re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(code, names)
+    assert names["schedule"].cur == 0.5 and not torch.equal(values(names["image"][-1]), plain)
+    values(names["output"]).sum().backward()
+    assert names["scores"].grad is not None

@@ -221,8 +221,8 @@ class GenericAdapter:
         compute = _check_gate(K, gate, cache)
         _check_extrapolation(K, extrapolate, cache, compute, isinstance(gate, Tensor))
         self._check_uncompiled()
-        if isinstance(gate, Tensor) and torch.is_grad_enabled() and getattr(
-                self.transformer, "is_gradient_checkpointing", False):
+        again = torch.is_grad_enabled() and getattr(self.transformer, "is_gradient_checkpointing", False)
+        if again and gate is not None:
             raise ValueError("transformer: its gradient checkpointing would run the branches again without the gate; "
                              "call transformer.disable_gradient_checkpointing()")
         return compute
