@@ -4,6 +4,8 @@ import inspect
 import random
 import re
 import threading
+from contextlib import contextmanager
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -443,11 +445,71 @@ def test_a_denoising_loop_follows_a_schedule():
     with pytest.raises(ZeroDivisionError), scheduled(transformer, schedule):
         transformer(**arguments)
         raise ZeroDivisionError
+    with scheduled(transformer, schedule, calls=2):
+        transformer(**arguments)
+        with pytest.raises(TypeError):
+            transformer(**arguments, nonsense=1)
+        again = loop(lambda s, i, step: transformer(**step).sample)
+    assert torch.equal(again, images[0])
+    other = replace(schedule, architecture={"class": "Other"})
+    with pytest.raises(ValueError, match="for the architecture"), scheduled(transformer, other):
+        pass
     assert state(transformer) == before
     for calls, bad in ((0, schedule), (True, schedule), (1, "router.safetensors")):
         with pytest.raises((ValueError, TypeError), match="calls: got|schedule: got"), scheduled(transformer, bad,
                                                                                                   calls=calls):
             pass
+
+
+@contextmanager
+def by_hooks(transformer, schedule, calls):
+    """The same as `scheduled` for one trajectory that repeats, by hooks that put old outputs in place of new ones."""
+    latest, count = {}, 0
+
+    def counted(*_):
+        nonlocal count
+        count += 1
+
+    def hook(k):
+        def put(module, args, output):
+            s, call = divmod(count, calls)
+            if schedule.rows[s][k]:
+                latest[k, call] = output
+            return latest[k, call]
+        return put
+
+    handles = [transformer.register_forward_hook(counted)]
+    handles += [transformer.get_submodule(name).register_forward_hook(hook(k))
+                for k, name in enumerate(schedule.branches)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name, calls", [("FluxTransformer2DModel", 1), ("WanTransformer3DModel", 2)])
+def test_pipelines_follow_a_schedule(name, calls):
+    """Real pipelines, without text encoder and VAE; Wan's calls the transformer twice a step."""
+    transformer, _ = make(name)
+    scheduler, prompt = diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 3, 16 if calls == 1 else 12)
+    if calls == 1:
+        pipe = diffusers.FluxPipeline(scheduler, None, None, None, None, None, transformer)
+        arguments = dict(pooled_prompt_embeds=torch.randn(1, 12))
+    else:
+        pipe = diffusers.WanPipeline(None, None, None, scheduler, transformer)
+        arguments = dict(negative_prompt_embeds=torch.randn(1, 3, 12), num_frames=5)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run():
+        return pipe(prompt_embeds=prompt, height=32, width=48, num_inference_steps=4, output_type="latent",
+                    generator=torch.Generator().manual_seed(0), **arguments)[0]
+
+    plain, schedule = run(), schedule_of(GenericAdapter(transformer), 4, history=1)
+    with by_hooks(transformer, schedule, calls):
+        expected = run()
+    with scheduled(transformer, schedule, calls=calls):
+        images = run(), run()
+    assert all(torch.equal(image, expected) for image in images) and not torch.equal(expected, plain)
+    assert torch.equal(run(), plain)
 
 
 def described(names):

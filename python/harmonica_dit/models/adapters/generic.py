@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from harmonica_dit.models.flops import Flops
-from harmonica_dit.schedule import Schedule
+from harmonica_dit.schedule import Schedule, check_fits
 from harmonica_kernels.forward import _check_extrapolation, _check_gate
 
 BRANCH = re.compile(r"attn|attention|(^|_)(ff|ffn|mlp|feed_forward)(_|$)")
@@ -115,7 +115,7 @@ class GenericAdapter:
                             "feed-forward modules; name them as branches=")
         self.left_out: dict[str, str] = {}
         self._use(branches)
-        self._check_uncompiled()
+        self.check()
 
     @property
     def name(self) -> str:
@@ -133,6 +133,17 @@ class GenericAdapter:
     def new_cache(self, history: int = 1) -> GenericCache:
         """A cache for one trajectory."""
         return GenericCache(history)
+
+    def check(self) -> None:
+        """Refuses compiled code around the branches.
+
+        Raises:
+            ValueError: the message names the module.
+        """
+        for name, module in self._around.items():
+            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+                raise ValueError(f"{name or 'transformer'}: has been compiled, and what a step computes is decided "
+                                 "inside it; compile the modules inside the branches instead")
 
     def trace(self, *args, **kwargs) -> Flops:
         """Runs one forward of the transformer to see its branches at work; the arguments are the transformer's own.
@@ -220,18 +231,12 @@ class GenericAdapter:
         K = len(self.branch_names)
         compute = _check_gate(K, gate, cache)
         _check_extrapolation(K, extrapolate, cache, compute, isinstance(gate, Tensor))
-        self._check_uncompiled()
+        self.check()
         again = torch.is_grad_enabled() and getattr(self.transformer, "is_gradient_checkpointing", False)
         if again and gate is not None:
             raise ValueError("transformer: its gradient checkpointing would run the branches again without the gate; "
                              "call transformer.disable_gradient_checkpointing()")
         return compute
-
-    def _check_uncompiled(self) -> None:
-        for name, module in self._around.items():
-            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-                raise ValueError(f"{name or 'transformer'}: has been compiled, and what a step computes is decided "
-                                 "inside it; compile the modules inside the branches instead")
 
 
 class _Run:
@@ -309,6 +314,7 @@ class _Run:
         return _map(lambda now, before: (1 + e) * now - e * before, latest[call], previous[call])
 
     def _watch(self, k: int, o: Output) -> None:
+        """Notes the output's version; tensors of inference mode have none."""
         self.versions += [(k, t, t._version) for t in _tensors(o) if not t.is_inference()]
 
 
@@ -367,6 +373,7 @@ def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> 
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
     adapter = GenericAdapter(transformer, schedule.branches)
+    check_fits("schedule: ", schedule, adapter)
     caches = [adapter.new_cache(schedule.history) for _ in range(calls)]
     done = 0
 
@@ -376,7 +383,11 @@ def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> 
         cache = caches[call]
         if s == 0:
             cache.reset()
-        output = adapter._gated(forward, args, kwargs, schedule.rows[s], schedule.forecasts[s], cache, 0.0)
+        try:
+            output = adapter._gated(forward, args, kwargs, schedule.rows[s], schedule.forecasts[s], cache, 0.0)
+        except BaseException:
+            done = 0  # what comes next is another trajectory
+            raise
         done += 1
         return output
 
