@@ -25,6 +25,7 @@ from harmonica_dit.schedule import Schedule, check_fits, shortened
 
 SUPPORTED = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")  # call the transformer once a timestep
 MISMATCH = ("error", "resample")
+HOISTED = 32  # steps whose modulation is held at once
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ class _Trajectory:
     def __init__(self, applied: Applied, pipe, arguments: dict):
         applied._check(pipe)
         self.applied, self.pipe = applied, pipe
-        self.schedule = applied._fitted(_timesteps(pipe.scheduler, arguments))
+        self.timesteps = _timesteps(pipe.scheduler, arguments)
+        self.schedule = applied._fitted(self.timesteps)
         guidance, trained = max(float(arguments["guidance_scale"]), 1.0), self.schedule.guidance  # 1: none
         if trained not in (None, guidance):
             applied._warn("guidance_scale", f"this call's is {guidance:g}, the router was trained with {trained:g}")
@@ -194,8 +196,12 @@ class _Trajectory:
             args, kwargs = hook.pre_forward(transformer, *args, **kwargs)
         self._check_step(*args, **kwargs)
         s, self.step = self.step, self.step + 1
-        output = self.applied.adapter(*args, **kwargs, gate=self.schedule.rows[s], cache=self.cache,
-                                      extrapolate=self.schedule.forecasts[s])
+        adapter, schedule = self.applied.adapter, self.schedule
+        if s % HOISTED == 0:
+            window = slice(s, s + HOISTED)
+            self.hoisted = adapter.hoist(schedule.rows[window], self.timesteps[window], *args, **kwargs)
+        output = adapter(*args, **kwargs, **self.hoisted[s % HOISTED], gate=schedule.rows[s], cache=self.cache,
+                         extrapolate=schedule.forecasts[s])
         return output if hook is None else hook.post_forward(transformer, output)
 
     def _check_step(self, *args, **kwargs) -> None:

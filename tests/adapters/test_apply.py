@@ -594,11 +594,65 @@ def test_the_hooks_of_offloading_are_set_anew_on_the_transformer_itself(dit, mon
     assert len(seen) == 1 and seen[0] is vars(dit)["transformer"]
 
 
-def test_offloading_of_single_modules_is_refused(sigma):
-    """PixArt's blocks own parameters, so they are hooked themselves, and they are not called."""
-    cpu_offload(sigma.transformer, "cpu")
+def test_offloading_of_single_modules(dit, sigma):
+    """accelerate's sequential offload: DiT's weights lie in layers that are called; PixArt's blocks own some."""
+    schedule = random_schedule(dit.transformer)
+    expected = hooked(dit, schedule)
+    for pipe in (dit, sigma):
+        cpu_offload(pipe.transformer, "cpu")
+    assert dit.transformer.proj_out_2.weight.is_meta
+    harmonica_dit.apply(dit, schedule)
+    close(run(dit), expected)
     refused(sigma, ValueError, "transformer_blocks.0: has a replaced forward .*enable_model_cpu_offload",
             random_schedule(sigma.transformer))
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_diffusers_group_offload_is_refused(sigma, level):
+    sigma.transformer.enable_group_offload(torch.device("cpu"), offload_type=level, num_blocks_per_group=1)
+    refused(sigma, ValueError, "transformer_blocks.*: has a replaced forward|its forward has been replaced",
+            random_schedule(sigma.transformer))
+
+
+def test_layerwise_casting_is_honoured(sigma):
+    """diffusers' hooks on single layers: stored in 8 bits, computed in 32."""
+    schedule = random_schedule(sigma.transformer)
+    exact = hooked(sigma, schedule)
+    sigma.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert sigma.transformer.transformer_blocks[0].ff.net[-1].weight.dtype == torch.float8_e4m3fn
+    expected = hooked(sigma, schedule)
+    assert not torch.equal(expected, exact)
+    harmonica_dit.apply(sigma, schedule)
+    close(run(sigma), expected)
+
+
+@pytest.mark.parametrize("kind", ["dit", "sigma"])
+@pytest.mark.parametrize("first", ["quantize", "apply"])
+def test_quantized_by_torchao(kind, first):
+    """Int8 weights, and int8 activations too: as diffusers with the same linears, only with branches reused."""
+    torchao = pytest.importorskip("torchao.quantization")
+    for config in (torchao.Int8WeightOnlyConfig(), torchao.Int8DynamicActivationInt8WeightConfig()):
+        transformer = (small_dit if kind == "dit" else small_pixart)(attention_head_dim=16, **(
+            {} if kind == "dit" else dict(cross_attention_dim=32)))
+        pipe = make_pipe(kind, transformer=transformer)
+        schedule = random_schedule(transformer)
+        with HookedCache(transformer, schedule):
+            exact = last_output(pipe)
+        if first == "apply":
+            harmonica_dit.apply(pipe, schedule)
+        torchao.quantize_(transformer, config)
+        if first == "quantize":
+            harmonica_dit.apply(pipe, schedule)
+        ours = last_output(pipe)
+        harmonica_dit.remove(pipe)
+        with HookedCache(transformer, schedule):
+            theirs = last_output(pipe)
+        error = (theirs - exact).norm()
+        assert 0 < error < 0.5 * exact.norm()
+        if isinstance(config, torchao.Int8WeightOnlyConfig):
+            close(ours, theirs)
+        else:  # rounding the activations multiplies every difference in their last bits
+            assert (ours - exact).norm() <= 1.5 * error
 
 
 def test_another_replaced_forward_is_refused(dit):

@@ -1,5 +1,6 @@
 """What the fused adapters share: the bodies of diffusers' `BasicTransformerBlock`, and the checks."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,15 @@ class FusedAdapter:
         """A cache for one trajectory."""
         return hk.FeatureCache(history)
 
+    def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float],
+              *args, **kwargs) -> list[dict[str, Any]]:
+        """What depends on the conditioning alone, for several steps at once: more arguments for each step's call.
+
+        rows, timesteps: the steps' hard rows and timesteps. args, kwargs: of one of these calls; what they say of the
+        conditioning (labels, text) has to hold for all.
+        """
+        return [{}] * len(rows)
+
     def check(self) -> None:
         """Refuses hooks and compiled code on modules that are not called here, for they would be passed by silently.
 
@@ -134,8 +144,8 @@ class FusedAdapter:
             if not untouched(module):
                 raise ValueError(
                     f"{name}: has {_touch(module)}, which would not run: blocks are taken apart into their branches. "
-                    "Compile or hook the branches (attn1, attn2, ff) instead; of diffusers' offloading use "
-                    "enable_model_cpu_offload or the leaf level")
+                    "Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
+                    "enable_model_cpu_offload")
 
 
 def untouched(module: nn.Module) -> bool:
