@@ -117,19 +117,22 @@ def test_hard_rows_equal_the_oracle_and_reused_modules_do_not_run(model):
 
         expected = oracle(step, decide)
         assert torch.equal(values(adapter(**step, gate=gate, extrapolate=e, cache=cache)), expected), s
-    reused = [name for name, compute in zip(names, gate) if not compute]
-    assert 0 < len(reused) < K
-    ran = []
-    handles = [module.register_forward_pre_hook(lambda module, _: ran.append(module))
-               for name in reused for module in transformer.get_submodule(name).modules()
-               if module is not transformer.get_submodule(name)]
-    with flop_counter() as counter:
-        adapter(**step, gate=gate, cache=cache)
-    for handle in handles:
-        handle.remove()
-    assert not ran and state(transformer) == before
-    computed = sum(number for number, compute in zip(flops.branches, gate) if compute)
-    assert counter.get_total_flops() == flops.fixed + computed  # also of proj_out and what only goes into it
+    for gate in (gate, (False,) * K):
+        reused = [transformer.get_submodule(name) for name, compute in zip(names, gate) if not compute]
+        assert reused
+        for name, compute in zip(names, gate):
+            if name.endswith(".proj_out") and not compute:
+                reused.append(transformer.get_submodule(name.replace("proj_out", "attn")))
+        ran = []
+        handles = [module.register_forward_pre_hook(lambda module, _: ran.append(module))
+                   for branch in reused for module in branch.modules() if module is not branch]
+        with flop_counter() as counter:
+            adapter(**step, gate=gate, cache=cache)
+        for handle in handles:
+            handle.remove()
+        assert not ran and state(transformer) == before
+        computed = sum(number for number, compute in zip(flops.branches, gate) if compute)
+        assert counter.get_total_flops() == flops.fixed + computed
 
 
 def test_soft_rows_and_their_gradients_equal_the_oracle(model):
