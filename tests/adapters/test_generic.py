@@ -117,22 +117,27 @@ def test_hard_rows_equal_the_oracle_and_reused_modules_do_not_run(model):
 
         expected = oracle(step, decide)
         assert torch.equal(values(adapter(**step, gate=gate, extrapolate=e, cache=cache)), expected), s
-    for gate in (gate, (False,) * K):
-        reused = [transformer.get_submodule(name) for name, compute in zip(names, gate) if not compute]
-        assert reused
-        for name, compute in zip(names, gate):
-            if name.endswith(".proj_out") and not compute:
-                reused.append(transformer.get_submodule(name.replace("proj_out", "attn")))
-        ran = []
-        handles = [module.register_forward_pre_hook(lambda module, _: ran.append(module))
-                   for branch in reused for module in branch.modules() if module is not branch]
-        with flop_counter() as counter:
-            adapter(**step, gate=gate, cache=cache)
-        for handle in handles:
-            handle.remove()
-        assert not ran and state(transformer) == before
-        computed = sum(number for number, compute in zip(flops.branches, gate) if compute)
+    for last in (gate, (False,) * K):
+        reused = [transformer.get_submodule(name) for name, compute in zip(names, last) if not compute]
+        reused += [transformer.get_submodule(name.replace("proj_out", "attn")) for name, compute in zip(names, last)
+                   if name.endswith(".proj_out") and not compute]
+        with called_inside(reused) as called, flop_counter() as counter:
+            adapter(**step, gate=last, cache=cache)
+        assert reused and not called
+        computed = sum(number for number, compute in zip(flops.branches, last) if compute)
         assert counter.get_total_flops() == flops.fixed + computed
+    assert state(transformer) == before
+
+
+@contextmanager
+def called_inside(modules):
+    """The modules inside these that are called."""
+    called = []
+    handles = [inner.register_forward_pre_hook(lambda inner, _: called.append(inner))
+               for module in modules for inner in module.modules() if inner is not module]
+    yield called
+    for handle in handles:
+        handle.remove()
 
 
 def test_soft_rows_and_their_gradients_equal_the_oracle(model):
