@@ -2,8 +2,8 @@
 
 Memory bound. Bytes: B·N·D·(x + every latest + every forecast's previous + fresh, read; x_out + h + first, written),
 each in its own storage size. At 3.35 TB/s (H100), bfloat16, 4096 rows of 1152 an activation is 9.4 MB and 2.8 µs: 5.6 µs
-at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. Modulation rows are shared by the tokens of a batch entry and
-come from the L1 cache: they are loaded with evict_last, activations, read once, with evict_first.
+at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. Modulation rows are shared by the tokens of a batch entry
+and come from the L1 cache: they are loaded with evict_last, activations, read once, with evict_first.
 
 The run is unrolled, so that the loads of several terms are in flight at once. So that few lengths are compiled, a run
 of more than 4 terms is padded to 8, 16 or 32: a padded term's loads are predicated off. So are the previous output of a
@@ -116,8 +116,8 @@ def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, 
     config = tile(width)
     with device_of(x):
         _residual_norm[triton.cdiv(rows, config["ROWS"]),](
-            x, x_out, h, first, tuple(terms) or None, None if not forecasts else tuple(weights) if e is None else e, fresh,
-            None if fresh is None else r,
+            x, x_out, h, first, tuple(terms) or None,
+            None if not forecasts else tuple(weights) if e is None else e, fresh, None if fresh is None else r,
             *(shift or absent), *(scale or absent), rows, tokens, count, TERMS=padded, FORECAST=forecasts,
             GATED=some_gate is not None, PADDED=padded != count, DEVICE_E=e is not None, NORM=normed, EPS=eps,
             ACC=accumulator(x), **config)

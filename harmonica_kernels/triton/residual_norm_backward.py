@@ -125,7 +125,7 @@ def residual_norm_backward(shape: tuple[int, int, int], dx_new: Tensor | None, d
     if sums_rows:
         config["num_warps"] = min(16, 2 * config["num_warps"])  # the sums stay in registers
     chunks = triton.cdiv(tokens, config["STEPS"] * config["ROWS"])
-    (shift_, scale, normed, eps), absent = norm, (None, 0)
+    (_, scale, normed, eps), absent = norm, (None, 0)
 
     def partial(gradient: Tensor | None, *columns: int) -> Tensor | None:
         if gradient is None:
