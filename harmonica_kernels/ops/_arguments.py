@@ -171,7 +171,7 @@ class Dense(Arguments):
     def refuse_overlap(self) -> None:
         """Memory that is written to must not be another argument's; x_out alone may be exactly x."""
         for i, (name, first, last) in enumerate(self._outputs):
-            for other, start, end in (*self._outputs[:i], *self._spans):
+            for other, start, end in (*self._outputs[i + 1:], *self._spans):
                 exactly_x = name == "x_out" and other == "x" and (first, last) == (start, end)
                 if first < end and start < last and not exactly_x:
                     raise ValueError(f"{self.op}: {name} is written to and shares memory with {other}")

@@ -1,9 +1,9 @@
 """Accumulate, normalise, modulate in one pass: a row of x stays in registers from its load to its norm.
 
 Memory bound. Bytes: B·N·D·(x + every latest + every forecast's previous + fresh, read; x_out + h + first, written),
-each in its own storage size. At 3.35 TB/s (H100), bfloat16, 4096 rows of 1152 an activation is 9.4 MB and 2.8 µs: 5.6 µs
-at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. Modulation rows are shared by the tokens of a batch entry
-and come from the L1 cache: they are loaded with evict_last, activations, read once, with evict_first.
+each in its own storage size. At 3.35 TB/s (H100) and bfloat16, 4096 rows of 1152 are 9.4 MB and 2.8 µs an activation:
+5.6 µs at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. Modulation rows are shared by the tokens of a batch
+entry and come from the L1 cache: they are loaded with evict_last, activations, read once, with evict_first.
 
 The run is unrolled, so that the loads of several terms are in flight at once. So that few lengths are compiled, a run
 of more than 4 terms is padded to 8, 16 or 32: a padded term's loads are predicated off. So are the previous output of a
@@ -49,7 +49,7 @@ def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, 
                 o = tl.load(latest + at, there, other=0.0, eviction_policy="evict_first").to(ACC)
                 if FORECAST:
                     if DEVICE_E:
-                        weight = tl.load(e + j).to(ACC)
+                        weight = tl.load(e + tl.full([1, 1], j, tl.int32)).to(ACC)
                     else:
                         weight = tl.full([1, 1], e[j], ACC)
                     before = tl.load(previous + at, there & (weight != 0), other=0.0, eviction_policy="evict_first")

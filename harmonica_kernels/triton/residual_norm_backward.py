@@ -117,7 +117,7 @@ def residual_norm_backward(shape: tuple[int, int, int], dx_new: Tensor | None, d
                            dshift: Tensor | None, dscale: Tensor | None, dgate: Sequence[Tensor | None],
                            dr: Tensor | None, de: Tensor | None) -> None:
     """`residual_norm_backward` of csrc/kernels.h: writes the gradients that are there. run, norm and e as in
-    `residual_norm`; activations contiguous, dshift, dscale and dgate of [B or 1, D], dr of one element, de [len(run)]."""
+    `residual_norm`; activations contiguous, dshift, dscale, dgate [B or 1, D], dr of one element, de [len(run)]."""
     batch, tokens, width = shape
     config, acc = tile(width), torch.promote_types(x_new.dtype, torch.float32)
     sums_rows = any(t is not None for t in (dshift, dscale, *dgate))
@@ -152,9 +152,9 @@ def residual_norm_backward(shape: tuple[int, int, int], dx_new: Tensor | None, d
         if batch * chunks > 0:
             with device_of(x_new):
                 _residual_norm_backward[batch * chunks,](
-                    dx_new, dh, x_new, latest, previous, None if previous is None else e, j, *blended, *(gate or absent),
-                    *(scale or absent), *of_x[:2], of_term[0], dshift_sums, dscale_sums, dgate_sums, dr_sums, de_sums,
-                    tokens, chunks, NORM=normed, EPS=eps, ACC=accumulator(x_new), **config)
+                    dx_new, dh, x_new, latest, previous, None if previous is None else e, j, *blended,
+                    *(gate or absent), *(scale or absent), *of_x[:2], of_term[0], dshift_sums, dscale_sums, dgate_sums,
+                    dr_sums, de_sums, tokens, chunks, NORM=normed, EPS=eps, ACC=accumulator(x_new), **config)
         add_rows(of_x[2], dshift_sums)
         add_rows(of_x[3], dscale_sums)
         add_rows(of_term[1], dgate_sums)
