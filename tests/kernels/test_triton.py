@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device"),
 ]
-on_gpu = pytest.mark.skipif(INTERPRETED, reason="is about the device itself")
+on_gpu = pytest.mark.skipif(INTERPRETED, reason="is about the device itself, or slow in the interpreter")
 
 # (B, N, D, R): small, for the interpreter and for compute-sanitizer.
 SHAPES = [(1, 1, 1, 0), (2, 3, 1, 2), (1, 5, 7, 3), (2, 4, 8, 1), (3, 17, 65, 4), (2, 2, 1152, 1), (1, 2, 1152, 8),
@@ -63,8 +63,10 @@ def test_blend_residual_norm(shape):
     training.test_agrees_with_float64_autograd(shape, None)
 
 
-def test_gradcheck():
-    training.test_gradcheck(1)
+@on_gpu
+@pytest.mark.parametrize("draw", range(6))
+def test_gradcheck(draw):
+    training.test_gradcheck(draw)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,6 +129,7 @@ def test_no_value_beyond_the_outputs_is_written():
         assert (memory[:, :guard] == 7).all() and (memory[:, guard + size:] == 7).all()
 
 
+@on_gpu
 def test_gradients_are_deterministic():
     B, N, D = 3, 37, 65
     x, o, fresh = (torch.randn(B, N, D, requires_grad=True) for _ in range(3))
@@ -139,7 +142,7 @@ def test_gradients_are_deterministic():
         return torch.autograd.grad((x_new * h).sum(), leaves)
 
     first = gradients()
-    assert all(torch.equal(a, b) for _ in range(2 if INTERPRETED else 20) for a, b in zip(first, gradients()))
+    assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(first, gradients()))
 
 
 def test_coefficients_without_a_previous_output_count_as_none():

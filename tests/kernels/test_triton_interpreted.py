@@ -34,11 +34,11 @@ def compiled():
 
 def test_compiles_for_every_gpu(compiled):
     calls = Counter(entry["arch"] for entry in compiled)
-    assert set(calls) == set(SM) and min(calls.values()) == max(calls.values()) > 20
+    assert set(calls) == set(SM) and min(calls.values()) == max(calls.values()) >= 17
 
 
-def test_forward_kernels_do_not_spill(compiled):
-    """At D = 1152, on every GPU; of the backward ones, the SDT iteration's does not either."""
+def test_no_kernel_spills(compiled):
+    """At D = 1152, forward and backward, on every GPU."""
     assert all(entry["registers"] > 0 for entry in compiled)
     spilling = [entry for entry in compiled if entry["stack"] > 0]
     assert not spilling
