@@ -49,7 +49,8 @@ def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, 
                 o = tl.load(latest + at, there, other=0.0, eviction_policy="evict_first").to(ACC)
                 if FORECAST:
                     if DEVICE_E:
-                        weight = tl.load(e + tl.full([1, 1], j, tl.int32)).to(ACC)
+                        number = tl.full([1, 1], j, tl.int32)
+                        weight = tl.load(e + number, number < count, other=0.0).to(ACC)
                     else:
                         weight = tl.full([1, 1], e[j], ACC)
                     before = tl.load(previous + at, there & (weight != 0), other=0.0, eviction_policy="evict_first")
