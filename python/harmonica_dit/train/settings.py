@@ -4,6 +4,7 @@ import json
 import zlib
 from dataclasses import asdict, dataclass
 
+import torch
 from diffusers import SchedulerMixin
 
 from harmonica_dit.router import check_threshold
@@ -35,6 +36,7 @@ class Settings:
     guidance: float
     guidance_channels: int | None
     scheduler: str | SchedulerMixin
+    autocast: str | None
     seed: int
 
     def __post_init__(self):
@@ -53,11 +55,16 @@ class Settings:
             raise ValueError(f"lr: got {self.lr!r}, expected a number above 0")
         check_threshold(self.threshold)
         for name, known in (("importance", ("paper", "reference", "gain")), ("importance_rows", ("soft", "hard")),
-                            ("costs", ("flops", "ones")), ("compare", ("all", "noise"))):
+                            ("costs", ("flops", "ones")), ("compare", ("all", "noise")),
+                            ("autocast", (None, "bfloat16", "float16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
         if not (self.extrapolate is None or self.extrapolate == "learned" or is_number(self.extrapolate)):
             raise ValueError(f"extrapolate: got {self.extrapolate!r}, expected None, a number or 'learned'")
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return None if self.autocast is None else getattr(torch, self.autocast)
 
     @property
     def scheduler_name(self) -> str:
