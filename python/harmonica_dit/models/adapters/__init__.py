@@ -1,0 +1,34 @@
+"""Adapters: diffusers' own transformers, with their own weights, run branch by branch under a gate row."""
+
+
+def adapt(transformer):
+    """The adapter of a diffusers transformer: fused for DiT and PixArt, the generic one for every other class.
+
+    An adapter is called like `transformer.forward`, with `gate`, `extrapolate`, `cache` and `threshold` besides (see
+    `harmonica_kernels.cached_forward`), and returns what it returns. It has `transformer` (the module itself,
+    unchanged), `branches` (fused adapters), `branch_names` (submodules' names in execution order), `architecture` (a
+    fingerprint), `name` and `new_cache(history)`.
+
+    Raises:
+        TypeError: the class is not supported. ValueError: this configuration is not, or something is hooked or
+            compiled that would be passed by; the message names it.
+    """
+    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+
+    if hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None) is not None:
+        raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside it; "
+                         "compile its branches instead, for example block.ff.compile()")
+    if isinstance(transformer, DiTTransformer2DModel):
+        from .dit import DiTAdapter
+
+        return DiTAdapter(transformer)
+    if isinstance(transformer, PixArtTransformer2DModel):
+        from .pixart import PixArtAdapter
+
+        return PixArtAdapter(transformer)
+    from .generic import GenericAdapter
+
+    return GenericAdapter(transformer)
+
+
+__all__ = ["adapt"]
