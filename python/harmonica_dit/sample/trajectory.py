@@ -29,12 +29,12 @@ class Trajectory:
         guidance_channels: how many leading output channels are guided, or a number above all to guide all; None is the
             model's own (facebookresearch/DiT: 3; diffusers' pipelines: all but the variance).
         seed, first: number the images, for schedulers that draw noise on the way.
-        autocast: dtype in which the model runs under autocast; None runs it as it is. All else is in x's dtype.
+        autocast: "bfloat16" runs the model under autocast in it, None as it is; all else stays in x's dtype.
     """
 
     def __init__(self, net, labels: Tensor, *, steps: int, scheduler=None, guidance: float | None = None,
                  guidance_channels: int | None = None, seed: int = 0, first: int = 0,
-                 autocast: torch.dtype | None = None):
+                 autocast: str | None = None):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
         guidance = net.guidance if guidance is None else guidance
         if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
@@ -67,7 +67,7 @@ class Trajectory:
         scaled = getattr(self.scheduler, "scale_model_input", lambda x, t: x)(x, self.scheduler.timesteps[s])
         rows = len(self._rows)
         scaled = scaled if rows == len(x) else torch.cat([scaled, scaled])
-        with torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext():
+        with torch.autocast(x.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
             out = self.net(scaled, self._t[s].expand(rows), self._rows, **forward).to(x.dtype)
         if rows == len(x):
             return out

@@ -4,7 +4,6 @@ import json
 import zlib
 from dataclasses import asdict, dataclass
 
-import torch
 from diffusers import SchedulerMixin
 
 from harmonica_dit.router import check_threshold
@@ -56,15 +55,11 @@ class Settings:
         check_threshold(self.threshold)
         for name, known in (("importance", ("paper", "reference", "gain")), ("importance_rows", ("soft", "hard")),
                             ("costs", ("flops", "ones")), ("compare", ("all", "noise")),
-                            ("autocast", (None, "bfloat16", "float16"))):
+                            ("autocast", (None, "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
         if not (self.extrapolate is None or self.extrapolate == "learned" or is_number(self.extrapolate)):
             raise ValueError(f"extrapolate: got {self.extrapolate!r}, expected None, a number or 'learned'")
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        return None if self.autocast is None else getattr(torch, self.autocast)
 
     @property
     def scheduler_name(self) -> str:
@@ -76,8 +71,10 @@ class Settings:
         if not isinstance(scheduler, str):
             config = {name: str(value) for name, value in scheduler.config.items()}
             scheduler = {"class": self.scheduler_name, "config": config}
+        prompts = getattr(net, "prompts", None)
         return json.loads(json.dumps(asdict(self) | {
-            "scheduler": scheduler, "model": net.name, "branches": net.branch_names, "weights": fingerprint(net)}))
+            "scheduler": scheduler, "model": net.name, "branches": net.branch_names, "weights": fingerprint(net),
+            "prompts": prompts and prompts.checksum}))
 
 
 def fingerprint(net) -> str:

@@ -54,7 +54,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         costs: c_k by "flops", where every branch has to have some, or "ones"; of mean 1 either way.
         compare: "all" output channels in the loss, the learned variance's too (published code), or the "noise" alone.
         guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own.
-        autocast: "bfloat16" or "float16" runs the model under autocast in it; None runs it in its weights' dtype.
+        autocast: "bfloat16" runs the model under autocast in it; None runs it in its weights' dtype.
         checkpointing: recompute each branch's inside in the backward, which saves memory for some time.
         seed: decides initial logits, noise and labels.
         out: folder for checkpoint, logs, the router and its picture. The same call with the same folder goes on after
@@ -77,6 +77,9 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
                         net.guidance if guidance is None else guidance,
                         net.guidance_channels if guidance_channels is None else guidance_channels,
                         net.scheduler if scheduler is None else scheduler, autocast, seed)
+    if next(net.parameters()).dtype == torch.float16:
+        raise ValueError("net: its weights are float16, in which gradients as small as these vanish; load it with "
+                         'dtype="bfloat16"')
     out = None if out is None else Path(out)
     training, budget = _start(net, settings)
     if out is not None:
@@ -166,7 +169,7 @@ def _trajectory(net, settings: Settings, n: int) -> Trajectory:
     return Trajectory(net, torch.from_numpy(labels).to(next(net.parameters()).device), steps=settings.steps,
                       scheduler=settings.scheduler, guidance=settings.guidance, seed=settings.seed,
                       guidance_channels=settings.guidance_channels, first=FIRST_IMAGE + n * settings.batch,
-                      autocast=settings.autocast_dtype)
+                      autocast=settings.autocast)
 
 
 def _finite(values: Tensor, what: str, n: int) -> Tensor:

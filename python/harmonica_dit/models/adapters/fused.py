@@ -1,5 +1,6 @@
 """What the fused adapters share: the bodies of diffusers' `BasicTransformerBlock`, and the checks."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -106,8 +107,8 @@ class FusedAdapter:
 
     @property
     def name(self) -> str:
-        """The repository or folder that the weights came from, else the class."""
-        return self.transformer.config.get("_name_or_path") or type(self.transformer).__name__
+        """The repository or the folder's name that the weights came from, else the class."""
+        return model_name(self.transformer.config.get("_name_or_path") or type(self.transformer).__name__)
 
     @property
     def architecture(self) -> dict[str, str | int]:
@@ -136,6 +137,18 @@ class FusedAdapter:
                     f"{name}: has {_touch(module)}, which would not run: blocks are taken apart into their branches. "
                     "Compile or hook the branches (attn1, attn2, ff) instead; of diffusers' offloading use "
                     "enable_model_cpu_offload or the leaf level")
+
+
+def model_name(source: str) -> str:
+    """What a pipeline is called, from its repository or folder or its transformer's: no path of one machine's."""
+    path = Path(source)
+    for part in path.parts:  # the hub's cache: models--owner--repository/snapshots/…
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    if not path.is_dir():
+        return source
+    path = path.absolute()
+    return (path.parent if path.name == "transformer" else path).name
 
 
 def untouched(module: nn.Module) -> bool:
