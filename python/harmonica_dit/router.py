@@ -11,10 +11,12 @@ from harmonica_dit.models.flops import Flops
 from harmonica_dit.schedule import (
     FORMAT,
     Schedule,
+    check_architecture,
     check_branches,
     check_content,
     check_fits,
     check_flops,
+    check_resolution,
     check_table,
     check_timesteps,
     described,
@@ -24,6 +26,7 @@ from harmonica_dit.schedule import (
 BUNDLED = Path(__file__).parent / "routers"
 LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
 FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
+OPTIONAL = ("resolution", "architecture")  # files of before these were kept have none
 
 
 class Router(nn.Module):
@@ -40,6 +43,8 @@ class Router(nn.Module):
         threshold: τ; branch k is computed at step s iff r[s, k] > τ.
         model, scheduler: names. guidance: of the trajectories it was trained on.
         beta: the weight of the cost in its training. seed: of its training.
+        resolution: height and width of the latents that it was trained on, None where that is not known.
+        architecture: the fingerprint of the model's class (see `adapt`), None where it is not known.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -50,7 +55,8 @@ class Router(nn.Module):
     def __init__(self, logits: Tensor, branches: tuple[str, ...], flops: Flops, timesteps: tuple[float, ...], *,
                  extrapolation: Tensor | None = None, learn_extrapolation: bool = False, threshold: float = 0.1,
                  model: str = "", scheduler: str = "ddim", guidance: float = 1.5, beta: float | None = None,
-                 seed: int | None = None):
+                 seed: int | None = None, resolution: tuple[int, int] | None = None,
+                 architecture: dict[str, str | int] | None = None):
         super().__init__()
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) < 2 or not logits.shape[1]:
             raise TypeError(f"logits: got {described(logits)}, expected a float32 tensor [T, K] with T ≥ 2")
@@ -67,6 +73,8 @@ class Router(nn.Module):
                 raise ValueError(f"{name}: got {value!r}, expected a finite number")
         self.threshold = check_threshold(threshold)
         self.model, self.scheduler, self.guidance, self.beta, self.seed = model, scheduler, guidance, beta, seed
+        check_architecture(architecture)
+        self.resolution, self.architecture = check_resolution(resolution), architecture
         self.logits = nn.ParameterList(row.detach().clone() for row in logits[1:])
         self.coefficients = None
         if extrapolation is not None:
@@ -103,7 +111,8 @@ class Router(nn.Module):
         compute = computed(self.scores(), threshold)
         compute[0] = True
         return Schedule(compute, self.branches, self.flops, self._extrapolation(), timesteps=self.timesteps,
-                        model=self.model, origin=f"router, threshold {threshold:g}")
+                        model=self.model, origin=f"router, threshold {threshold:g}", guidance=self.guidance,
+                        resolution=self.resolution, architecture=self.architecture)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, whole or not at all; row 0 of the logits is stored as the largest logit."""
@@ -111,7 +120,7 @@ class Router(nn.Module):
         tensors = {"logits": torch.cat([torch.full_like(rows[:1], LIMIT), rows])}
         if self.coefficients is not None:
             tensors["extrapolation"] = self._extrapolation()
-        metadata = {name: getattr(self, name) for name in FIELDS} | dict(
+        metadata = {name: getattr(self, name) for name in FIELDS + OPTIONAL} | dict(
             kind="router", format=FORMAT, flops=[self.flops.branches, self.flops.fixed], steps=self.steps,
             cur=self.schedule().cur)
         save_tensors(path, tensors, metadata)
@@ -148,13 +157,14 @@ class Router(nn.Module):
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike, net=None) -> "Router":
         """What `load` makes of a file's content; `path` is for its messages."""
-        tensors, metadata = check_content(tensors, metadata, path, "router", ("logits",), FIELDS, ("extrapolation",))
+        tensors, metadata = check_content(tensors, metadata, path, "router", ("logits",), FIELDS, ("extrapolation",),
+                                          OPTIONAL)
         try:
             router = cls(**tensors, **metadata)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
         if net is not None:
-            check_fits(f"{path}: ", router.branches, router.model, net)
+            check_fits(f"{path}: ", router, net)
         return router
 
     def plot(self, path: str | os.PathLike) -> None:

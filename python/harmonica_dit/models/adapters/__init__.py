@@ -1,5 +1,7 @@
 """Adapters: diffusers' own transformers, with their own weights, run branch by branch under a gate row."""
 
+from torch import nn
+
 
 def adapt(transformer):
     """The adapter of a diffusers transformer: fused for DiT and PixArt, the generic one for every other class.
@@ -13,6 +15,8 @@ def adapt(transformer):
         TypeError: the class is not supported. ValueError: this configuration is not, or something is hooked or
             compiled that would be passed by; the message names it.
     """
+    if not isinstance(transformer, nn.Module):
+        raise TypeError(f"transformer: got {type(transformer).__name__}, expected a diffusers transformer")
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
     if hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None) is not None:

@@ -57,7 +57,7 @@ class PixArtAdapter(FusedAdapter):
         return "norm1", "norm2"
 
     def _modulation(self, rows: Tensor, embedded: Tensor) -> hk.Modulation:
-        """adaLN-single: the step's rows [B, 6·D], shared by all blocks, each of which adds a table [6, D] of its own."""
+        """adaLN-single: the step's rows [B, 6·D] are shared by all blocks, each of which adds its own table [6, D]."""
         blocks = self.transformer.transformer_blocks
         tables = torch.stack([block.scale_shift_table for block in blocks])
         shift, scale, gate = [], [], []
