@@ -126,7 +126,8 @@ def _start(net, settings: Settings) -> tuple[Training, Budget | None]:
         extrapolation = torch.full((T, K), 0.0 if learned else float(settings.extrapolate))
     router = Router(logits, net.branch_names, flops, tuple(first.timesteps), extrapolation=extrapolation,
                     learn_extrapolation=learned, threshold=settings.threshold, model=net.name,
-                    scheduler=settings.scheduler_name, guidance=settings.guidance, seed=settings.seed).to(device)
+                    scheduler=settings.scheduler_name, guidance=settings.guidance, seed=settings.seed,
+                    resolution=net.sample_shape[1:], architecture=getattr(net, "architecture", None)).to(device)
     # the gradients are as small as β·c, so AdamW's usual eps of 1e-8 would hold the rows back
     optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-16,
                                   weight_decay=0)
