@@ -9,7 +9,8 @@ plain: an eager loop as one would write it: frozen model, teacher without grad, 
 published: the same as HarmoniCa's code has it: model not frozen, teacher with grad.
 ours: `train_trajectory`. ours, checkpointing: with each body recomputed in the backward.
 
-Each round runs every candidate once, in turn; the table has medians of each round's ratio to ours. Peak memory is that
+Each round runs every candidate once, in turn; the table has medians of each round's ratio to ours. Seconds are the
+processor's where one thread runs on a CPU, which a busy machine disturbs less, else those of a clock on the wall. Peak memory is that
 of a process of its own for each candidate, weights included: on a CPU the growth of its resident set over what it had
 before the model was made, on CUDA what was allocated. That all of them do the same work is checked: equal losses.
 """
@@ -37,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from plain_dit import PlainDiT, modulate  # noqa: E402  (the tests' reference model is this benchmark's too)
 
 CANDIDATES = ("plain", "published", "ours", "ours, checkpointing")
-THRESHOLD, BETA = 0.5, 1e-3
+THRESHOLD, BETA = 0.5, 1e-9  # so small that the losses compared are the errors
 
 
 class Problem:
@@ -76,7 +77,7 @@ class Problem:
         return seen.losses.tolist()
 
     def plain_loop(self, trajectory: Trajectory, published: bool) -> list[float]:
-        rows = [torch.nn.Parameter(row.to(self.device)) for row in self.logits]
+        rows = [torch.nn.Parameter(row.clone().to(self.device)) for row in self.logits]
         optimizer = torch.optim.AdamW(rows, 1e-2, weight_decay=0)
         weights = [p for name, p in self.plain.named_parameters() if name != "pos_embed"]
         for p in weights:
@@ -167,13 +168,14 @@ def main() -> None:
                                capture_output=True, text=True)
         peaks[candidate] = json.loads(child.stdout.splitlines()[-1])
     problem, times, losses = Problem(args), [], {}
+    clock = time.process_time if (args.device, args.threads) == ("cpu", 1) else time.perf_counter
     for _ in range(args.rounds + 1):
         times.append({})
         for candidate in CANDIDATES:
-            start = time.perf_counter()
+            start = clock()
             losses[candidate] = torch.tensor(problem.run(candidate))  # on CUDA this waits
-            times[-1][candidate] = time.perf_counter() - start
-    tolerance = 1e-3 if args.dtype == "float32" else 3e-2
+            times[-1][candidate] = clock() - start
+    tolerance = 1e-2 if args.dtype == "float32" else 0.2
     for candidate in CANDIDATES:
         torch.testing.assert_close(losses[candidate], losses["ours"], rtol=tolerance, atol=0)
     print(f"{args.model}, {2 * args.images} rows, T = {args.steps}, {args.dtype}, {args.device}, {args.threads} threads, "
