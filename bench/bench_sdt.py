@@ -10,9 +10,10 @@ published: the same as HarmoniCa's code has it: model not frozen, teacher with g
 ours: `train_trajectory`. ours, checkpointing: with each body recomputed in the backward.
 
 Each round runs every candidate once, in turn; the table has medians of each round's ratio to ours. Seconds are the
-processor's where one thread runs on a CPU, which a busy machine disturbs less, else those of a clock on the wall. Peak memory is that
-of a process of its own for each candidate, weights included: on a CPU the growth of its resident set over what it had
-before the model was made, on CUDA what was allocated. That all of them do the same work is checked: equal losses.
+processor's where one thread runs on a CPU, which a busy machine disturbs less, else those of a clock on the wall. Peak
+memory is that of a process of its own for each candidate, weights included: on a CPU the growth of its resident set
+over what it had before the model was made, on CUDA what was allocated. That all of them do the same work is checked:
+equal losses.
 """
 
 import argparse
@@ -51,7 +52,7 @@ class Problem:
         with self.device:
             self.net = DiT(**config, name=args.model).eval().requires_grad_(False)
         for p in self.net.parameters():
-            p.normal_(std=0.02)
+            p.normal_(std=p.shape[-1] ** -0.5 / 2)
         with torch.device("meta"):
             self.plain = PlainDiT(**config).eval()
         self.plain.load_state_dict(self.net.state_dict(), assign=True)  # one set of weights
@@ -178,8 +179,8 @@ def main() -> None:
     tolerance = 1e-2 if args.dtype == "float32" else 0.2
     for candidate in CANDIDATES:
         torch.testing.assert_close(losses[candidate], losses["ours"], rtol=tolerance, atol=0)
-    print(f"{args.model}, {2 * args.images} rows, T = {args.steps}, {args.dtype}, {args.device}, {args.threads} threads, "
-          f"{args.rounds} interleaved rounds after one of warm-up")
+    print(f"{args.model}, {2 * args.images} rows, T = {args.steps}, {args.dtype}, {args.device}, {args.threads} "
+          f"threads, {args.rounds} interleaved rounds after one of warm-up")
     print(f"  {'':<22}{'seconds':>9}{'time / ours':>13}{'peak GiB':>10}{'ours / peak':>13}")
     for candidate in CANDIDATES:
         ratio = median(row[candidate] / row["ours"] for row in times[1:])

@@ -4,7 +4,8 @@ While a schedule is applied, the pipeline's class is a subclass of its own class
 pipeline is one trajectory: it gets a cache of its own, and in its thread, until it ends, `pipe.transformer` is a view
 of the transformer (the same parameters, hooks and configuration) whose forward runs the next row of the schedule.
 Nothing is written into the transformer: outside such a call, in other threads and for other pipelines that share it, it
-is the plain module and computes everything.
+is the plain module and computes everything. One pipeline called by several threads at once is as safe as its scheduler:
+diffusers' multistep schedulers keep the state of one trajectory.
 """
 
 import copy
@@ -19,12 +20,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from harmonica_dit.files import load_tensors
-from harmonica_dit.models.adapters import adapt
+from harmonica_dit.models.adapters import adapt, model_name
 from harmonica_dit.router import Router
 from harmonica_dit.schedule import Schedule, check_fits, shortened
 
 SUPPORTED = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")  # call the transformer once a timestep
 MISMATCH = ("error", "resample")
+HOISTED = 32  # steps whose modulation is held at once
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def apply(pipe, router: str | os.PathLike | Router | Schedule, *, threshold: flo
         raise ValueError("on_mismatch: this schedule does not say what timesteps it was made for, so it cannot be "
                          "resampled")
     adapter = adapt(pipe.transformer)
+    adapter.name = model_name(pipe.config.get("_name_or_path") or adapter.name)
     _check_forward(pipe.transformer)
     where = f"{router}: " if isinstance(router, (str, os.PathLike)) else "router: "
     check_fits(where, schedule, adapter)
@@ -177,7 +180,8 @@ class _Trajectory:
     def __init__(self, applied: Applied, pipe, arguments: dict):
         applied._check(pipe)
         self.applied, self.pipe = applied, pipe
-        self.schedule = applied._fitted(_timesteps(pipe.scheduler, arguments))
+        self.timesteps = _timesteps(pipe.scheduler, arguments)
+        self.schedule = applied._fitted(self.timesteps)
         guidance, trained = max(float(arguments["guidance_scale"]), 1.0), self.schedule.guidance  # 1: none
         if trained not in (None, guidance):
             applied._warn("guidance_scale", f"this call's is {guidance:g}, the router was trained with {trained:g}")
@@ -194,8 +198,12 @@ class _Trajectory:
             args, kwargs = hook.pre_forward(transformer, *args, **kwargs)
         self._check_step(*args, **kwargs)
         s, self.step = self.step, self.step + 1
-        output = self.applied.adapter(*args, **kwargs, gate=self.schedule.rows[s], cache=self.cache,
-                                      extrapolate=self.schedule.forecasts[s])
+        adapter, schedule = self.applied.adapter, self.schedule
+        if s % HOISTED == 0:
+            window = slice(s, s + HOISTED)
+            self.hoisted = adapter.hoist(schedule.rows[window], self.timesteps[window], *args, **kwargs)
+        output = adapter(*args, **kwargs, **self.hoisted[s % HOISTED], gate=schedule.rows[s], cache=self.cache,
+                         extrapolate=schedule.forecasts[s])
         return output if hook is None else hook.post_forward(transformer, output)
 
     def _check_step(self, *args, **kwargs) -> None:

@@ -187,12 +187,37 @@ def test_reused_branches_are_not_called_and_only_their_gates_evaluated(small, mo
         for name in adapter.branch_names:
             model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
         monkeypatch.setattr(torch.nn.functional, "linear",
-                            lambda x, w, b=None: rows.append(len(w)) or linear(x, w, b))
+                            lambda x, w, b=None: rows.append(len(w) if len(x) else 0) or linear(x, w, b))
         adapter(**inputs, cache=cache, gate=row)
     assert called == [name for name, compute in zip(adapter.branch_names, row, strict=True) if compute]
-    if type(model).__name__.startswith("DiT"):  # D = 24: gate rows alone, or shift, scale and gate
-        assert [n for n in rows if n in (24 * 3, 24 * 6)] == [72]
-        assert 6 * 24 not in rows
+    if type(model).__name__.startswith("DiT"):  # D = 24; of adaLN's six rows three where a branch is computed, else one
+        assert rows.count(3 * 24) == rows.count(2 * 24) == 1 and 6 * 24 not in rows  # two: the final layer's
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_hoisted_modulation_is_the_steps_own(plain):
+    """Any steps of a trajectory at once, also where an adaLN's linear has a hook and is evaluated whole."""
+    model = small_dit()
+    if not plain:
+        model.transformer_blocks[1].norm1.linear.register_forward_hook(lambda module, args, output: output * 2)
+    adapter, inputs = adapt(model), dit_inputs(model)
+    schedule, timesteps = random_schedule(model, 7, 0.4), (999, 800, 650, 500, 310, 100, 3)
+    results = []
+    for hoisted in (False, True):
+        cache = adapter.new_cache(schedule.history)
+        with torch.no_grad():
+            for s, t in enumerate(timesteps):
+                inputs["timestep"] = torch.full((3,), t)
+                if s in (0, 3):
+                    window = slice(s, 3 if s == 0 else 7)
+                    made = adapter.hoist(schedule.rows[window], timesteps[window], **inputs)
+                more = made.pop(0) if hoisted else {}
+                results.append(adapter(**inputs, **more, cache=cache, gate=schedule.rows[s],
+                                       extrapolate=schedule.forecasts[s]).sample)
+                if hoisted:
+                    close(results[-1], results[s])
+                    for k, compute in enumerate(schedule.rows[s]):
+                        assert (more["modulation"].shift[k] is None) == (not compute)
 
 
 def test_one_fused_call_between_two_computed_bodies(small, monkeypatch):

@@ -9,8 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from .adapters import adapt
-from .adapters.fused import model_name
+from .adapters import adapt, model_name
 from .prompts import Prompts, prepare
 
 PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
@@ -23,6 +22,7 @@ class PipelineDenoiser(nn.Module):
     Args:
         transformer: diffusers', of a class that has a fused adapter.
         scheduler: the pipeline's. guidance: its default scale.
+        name: what routers trained on it call it.
         prompts: of a text model; its "labels" are their numbers. None: a class-conditional one.
         image_size: in pixels; None is the size that the transformer was made for.
 
@@ -30,12 +30,12 @@ class PipelineDenoiser(nn.Module):
         TypeError, ValueError: an argument is not as above; the message names it.
     """
 
-    def __init__(self, transformer: nn.Module, scheduler: SchedulerMixin, *, guidance: float,
+    def __init__(self, transformer: nn.Module, scheduler: SchedulerMixin, *, name: str, guidance: float,
                  prompts: Prompts | None = None, image_size: int | None = None):
         super().__init__()
         config = transformer.config
         self.transformer, self.adapter = transformer, adapt(transformer)
-        self.name, self.scheduler, self.guidance, self.prompts = self.adapter.name, scheduler, guidance, prompts
+        self.name, self.scheduler, self.guidance, self.prompts = name, scheduler, guidance, prompts
         self.branches, self.branch_names = self.adapter.branches, self.adapter.branch_names
         self.architecture = self.adapter.architecture
         size = config.sample_size if image_size is None else check_size(image_size, VAE_FACTOR * config.patch_size)
@@ -85,7 +85,7 @@ def load_pipeline(source: str, *, prompts: Sequence[str] | None, embeddings: str
     unused = {part: None for part in ("vae", "text_encoder", "tokenizer") if part in config}
     pipe = cls.from_pretrained(source, dtype=dtype, **unused)
     guidance = inspect.signature(cls.__call__).parameters["guidance_scale"].default
-    return PipelineDenoiser(pipe.transformer, pipe.scheduler, guidance=guidance, prompts=texts,
+    return PipelineDenoiser(pipe.transformer, pipe.scheduler, name=name, guidance=guidance, prompts=texts,
                             image_size=image_size).eval().requires_grad_(False).to(device)
 
 

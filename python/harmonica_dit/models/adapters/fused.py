@@ -1,6 +1,6 @@
 """What the fused adapters share: the bodies of diffusers' `BasicTransformerBlock`, and the checks."""
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +19,14 @@ class Context(NamedTuple):
     mask, text_mask: biases [B, 1, tokens] added to the scores of self- and cross-attention, or None.
     text: [B, tokens, D]; None where cross-attention attends to the image itself.
     options: keyword arguments of every attention (diffusers' `cross_attention_kwargs`).
+    keys_values: of the text, by cross-attention, where they have been computed for several steps at once.
     """
 
     mask: Tensor | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
     options: dict[str, Any] = {}
+    keys_values: dict[Attention, tuple[Tensor, Tensor]] = {}
 
 
 class AttentionBody:
@@ -41,20 +43,27 @@ class AttentionBody:
         """Writes o into `out`, by the last linear itself where nothing stands between."""
         text, mask = self._source(context)
         source = h if text is None else text
-        if not self._plain(source, mask, context):
+        if not self.plain(source, mask, context):
             out.copy_(self(h, context))
             return
-        attn = self.attn
-        q, k, v = (linear(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-                   for linear, tokens in ((attn.to_q, h), (attn.to_k, source), (attn.to_v, source)))
+        q = self._heads(self.attn.to_q, h)
+        k, v = context.keys_values.get(self.attn) or self.keys_values(source)
         mask = None if mask is None else mask[:, None]  # over the heads
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        write_linear(attn.to_out[0], mixed.transpose(1, 2).flatten(2), out)
+        write_linear(self.attn.to_out[0], mixed.transpose(1, 2).flatten(2), out)
+
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, heads, tokens, width of a head] each, of what is attended to."""
+        return self._heads(self.attn.to_k, source), self._heads(self.attn.to_v, source)
+
+    def _heads(self, linear: nn.Module, tokens: Tensor) -> Tensor:
+        return linear(tokens).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
 
     def _source(self, context: Context) -> tuple[Tensor | None, Tensor | None]:
         return (context.text, context.text_mask) if self.cross else (None, context.mask)
 
-    def _plain(self, source: Tensor, mask: Tensor | None, context: Context) -> bool:
+    def plain(self, source: Tensor, mask: Tensor | None, context: Context) -> bool:
+        """Whether calling the attention does what `write` does, and nothing else."""
         attn = self.attn
         linear, dropout = attn.to_out
         return (type(attn) is Attention and type(attn.processor) is AttnProcessor2_0 and untouched(attn)
@@ -96,6 +105,7 @@ class FusedAdapter:
                 raise ValueError(f"transformer: its configuration has {setting}={config[setting]!r}, this adapter "
                                  f"knows {only!r} only")
         self.transformer = transformer
+        self.name = type(transformer).__name__  # whoever knows the repository of the weights may put its name here
         self.branches: list[hk.Branch] = []
         names = []
         for i, block in enumerate(transformer.transformer_blocks):
@@ -106,11 +116,6 @@ class FusedAdapter:
         self.check()
 
     @property
-    def name(self) -> str:
-        """The repository or the folder's name that the weights came from, else the class."""
-        return model_name(self.transformer.config.get("_name_or_path") or type(self.transformer).__name__)
-
-    @property
     def architecture(self) -> dict[str, str | int]:
         """What a router has to have been made for: class, number of branches K and width D."""
         return {"class": type(self.transformer).__name__, "K": len(self.branches), "D": self.transformer.inner_dim}
@@ -118,6 +123,15 @@ class FusedAdapter:
     def new_cache(self, history: int = 1) -> hk.FeatureCache:
         """A cache for one trajectory."""
         return hk.FeatureCache(history)
+
+    def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float],
+              *args, **kwargs) -> list[dict[str, Any]]:
+        """What depends on the conditioning alone, for several steps at once: more arguments for each step's call.
+
+        rows, timesteps: the steps' hard rows and timesteps. args, kwargs: of one of these calls; what they say of the
+        conditioning (labels, text) has to hold for all.
+        """
+        return [{}] * len(rows)
 
     def check(self) -> None:
         """Refuses hooks and compiled code on modules that are not called here, for they would be passed by silently.
@@ -135,20 +149,8 @@ class FusedAdapter:
             if not untouched(module):
                 raise ValueError(
                     f"{name}: has {_touch(module)}, which would not run: blocks are taken apart into their branches. "
-                    "Compile or hook the branches (attn1, attn2, ff) instead; of diffusers' offloading use "
-                    "enable_model_cpu_offload or the leaf level")
-
-
-def model_name(source: str) -> str:
-    """What a pipeline is called, from its repository or folder or its transformer's: no path of one machine's."""
-    path = Path(source)
-    for part in path.parts:  # the hub's cache: models--owner--repository/snapshots/…
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
-    if not path.is_dir():
-        return source
-    path = path.absolute()
-    return (path.parent if path.name == "transformer" else path).name
+                    "Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
+                    "enable_model_cpu_offload")
 
 
 def untouched(module: nn.Module) -> bool:

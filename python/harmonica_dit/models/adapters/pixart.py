@@ -20,8 +20,11 @@ class PixArtAdapter(FusedAdapter):
                  cross_attention_kwargs: dict[str, Any] | None = None, attention_mask: Tensor | None = None,
                  encoder_attention_mask: Tensor | None = None, return_dict: bool = True, *,
                  gate: Sequence[bool] | Tensor | None = None, extrapolate: Sequence[float] | Tensor | None = None,
-                 cache: hk.FeatureCache | None = None, threshold: float = 0.1):
+                 cache: hk.FeatureCache | None = None, threshold: float = 0.1, text: Tensor | None = None,
+                 keys_values: dict[nn.Module, tuple[Tensor, Tensor]] | None = None):
         """As `PixArtTransformer2DModel.forward`; gate, extrapolate, cache, threshold as in `cached_forward`.
+
+        text, keys_values: of `hoist`, the projected text states and what cross-attention makes of them.
 
         Raises:
             ValueError: the model wants micro-conditions and `added_cond_kwargs` is None.
@@ -36,13 +39,29 @@ class PixArtAdapter(FusedAdapter):
         mask, text_mask = (bias(m, hidden_states.dtype) for m in (attention_mask, encoder_attention_mask))
         x = model.pos_embed(hidden_states)
         rows, embedded = model.adaln_single(timestep, added_cond_kwargs, batch_size=batch, hidden_dtype=x.dtype)
-        text = encoder_hidden_states
-        if model.caption_projection is not None:
-            text = model.caption_projection(text).view(batch, -1, x.shape[-1])
+        if text is None:
+            text = self._text(encoder_hidden_states, batch)
         x = hk.cached_forward(self.branches, x, self._modulation(rows, embedded), gate=gate, extrapolate=extrapolate,
                               cache=cache, threshold=threshold, eps=model.norm_out.eps,
-                              context=Context(mask, text, text_mask, attention_options(cross_attention_kwargs)))
+                              context=Context(mask, text, text_mask, attention_options(cross_attention_kwargs),
+                                              keys_values or {}))
         return finish(unpatchify(model.proj_out(x), height, width, patch), return_dict)
+
+    def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float], hidden_states: Tensor,
+              encoder_hidden_states: Tensor | None = None, *_, **__) -> list[dict[str, Any]]:
+        """The projected text, and its keys and values for each cross-attention that a row computes."""
+        text = self._text(encoder_hidden_states, len(hidden_states))
+        if text is None:
+            return [{}] * len(rows)
+        bodies = [branch.body for branch, column in zip(self.branches, zip(*rows)) if any(column)]
+        keys_values = {body.attn: body.keys_values(text) for body in bodies
+                       if isinstance(body, AttentionBody) and body.cross and body.plain(text, None, Context())}
+        return [dict(text=text, keys_values=keys_values)] * len(rows)
+
+    def _text(self, states: Tensor | None, batch: int) -> Tensor | None:
+        """The text states [B, tokens, D] as cross-attention sees them."""
+        project = self.transformer.caption_projection
+        return states if project is None else project(states).view(batch, -1, self.transformer.inner_dim)
 
     def _branches(self, block: nn.Module):
         attention, feed_forward = AttentionBody(block.attn1), FeedForwardBody(block.ff)
