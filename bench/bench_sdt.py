@@ -52,7 +52,7 @@ class Problem:
         with self.device:
             self.net = DiT(**config, name=args.model).eval().requires_grad_(False)
         for p in self.net.parameters():
-            p.normal_(std=p.shape[-1] ** -0.5 / 2)
+            p.normal_(std=p.shape[-1] ** -0.5)
         with torch.device("meta"):
             self.plain = PlainDiT(**config).eval()
         self.plain.load_state_dict(self.net.state_dict(), assign=True)  # one set of weights
