@@ -13,9 +13,11 @@ import harmonica_kernels as hk
 from harmonica_dit.models.adapters import adapt, fused
 
 XL = dict(num_attention_heads=16, attention_head_dim=72, num_layers=2)  # the published models' shapes, few layers
-DITS = {"small": dict(), "square": dict(out_channels=4, patch_size=4, attention_bias=False), "DiT-XL/2 256": XL}
+DITS = {"small": dict(), "square": dict(out_channels=4, patch_size=4, attention_bias=False), "eps": dict(norm_eps=0.1),
+        "DiT-XL/2 256": XL}
 PIXARTS = {
     "small": dict(),
+    "eps": dict(norm_eps=0.1),
     "micro-conditions": dict(sample_size=128),
     "no caption projection": dict(caption_channels=None, cross_attention_dim=20),
     "no text": dict(cross_attention_dim=None, caption_channels=None),
@@ -218,6 +220,22 @@ def test_hoisted_modulation_is_the_steps_own(plain):
                     close(results[-1], results[s])
                     for k, compute in enumerate(schedule.rows[s]):
                         assert (more["modulation"].shift[k] is None) == (not compute)
+
+
+def test_hoisted_keys_and_values():
+    """Of the cross-attentions that a row computes, and that are diffusers' own."""
+    model = small_pixart(num_layers=3)
+    adapter, inputs = adapt(model), pixart_inputs(model)
+    blocks = model.transformer_blocks
+    row = tuple(name != "transformer_blocks.2.attn2" for name in adapter.branch_names)
+    with torch.no_grad():
+        first = adapter.hoist((row, row), (900, 800), **inputs)
+        assert set(first[1]["keys_values"]) == {blocks[0].attn2, blocks[1].attn2}
+        blocks[0].attn2.set_processor(Loud())
+        expected = model(**inputs).sample
+        more = adapter.hoist(((True,) * 9,), (900,), **inputs)[0]
+        assert set(more["keys_values"]) == {blocks[1].attn2, blocks[2].attn2}
+        close(adapter(**inputs, **more, cache=adapter.new_cache()).sample, expected)
 
 
 def test_one_fused_call_between_two_computed_bodies(small, monkeypatch):
