@@ -45,7 +45,7 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
         FileNotFoundError: there is no such checkpoint.
     """
     dtype = check_dtype(dtype)
-    if name not in CONFIGS and (os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+    if name not in ("fashion-dit", *CONFIGS) and (os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         from .pipeline import load_pipeline
 
         if checkpoint is not None:

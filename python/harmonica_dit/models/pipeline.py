@@ -55,7 +55,7 @@ class PipelineDenoiser(nn.Module):
         if self.prompts is None:
             return self.adapter(x, timestep=t, class_labels=y, return_dict=False, **run)[0]
         if self._found is None or self._found[0] is not y:
-            self._found = y, self.prompts.rows(y) | self._micro_conditions(len(y), x)
+            self._found = y, self.prompts.rows(y, x.dtype) | self._micro_conditions(len(y), x)
         return self.adapter(x, timestep=t, return_dict=False, **self._found[1], **run)[0]
 
     def _micro_conditions(self, rows: int, x: Tensor) -> dict:

@@ -34,10 +34,10 @@ class Prompts:
     def checksum(self) -> str:
         return f"{zlib.crc32(chr(0).join(self.texts).encode()):08x}"
 
-    def rows(self, numbers: Tensor) -> dict[str, Tensor]:
+    def rows(self, numbers: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """What a transformer is given for prompts number [B], on the numbers' device."""
         at = numbers.to(self.mask.device)
-        return dict(encoder_hidden_states=self.embeddings[at].to(numbers.device),
+        return dict(encoder_hidden_states=self.embeddings[at].to(numbers.device, dtype),
                     encoder_attention_mask=self.mask[at].to(numbers.device))
 
     def save(self, path: str | os.PathLike) -> None:

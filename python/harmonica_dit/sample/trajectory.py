@@ -45,12 +45,12 @@ class Trajectory:
         self.autocast = autocast
         self.scheduler = make_scheduler(scheduler, steps, net)
         self.timesteps = [t.item() for t in self.scheduler.timesteps]
-        self._t = self.scheduler.timesteps.to(labels.device)
+        self._t = self.scheduler.timesteps.to(self.labels.device)
         unconditional = [] if guidance == 1 else [torch.full_like(self.labels, net.num_classes)]
         self._rows = torch.cat([self.labels, *unconditional])  # one tensor throughout: a text model keeps what it found
         self._generators = None
         if "generator" in inspect.signature(self.scheduler.step).parameters:
-            states = [np.random.SeedSequence((seed, i, 1)) for i in range(first, first + len(labels))]
+            states = [np.random.SeedSequence((seed, i, 1)) for i in range(first, first + len(self.labels))]
             self._generators = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in states]
 
     @property

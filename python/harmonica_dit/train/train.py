@@ -39,7 +39,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     """Learns which branches of `net` to compute at which step. The model is frozen; no images are needed.
 
     Args:
-        net: a denoiser.
+        net: a denoiser, see `harmonica_dit.load`.
         steps: T, at least 2.
         target_speedup, target_cur, beta: exactly one. The FLOPs speedup or the cache utilization ratio that the frozen
             schedule shall have, for which β and τ are found; or β itself, the weight of the cost, in units of the mean
