@@ -3,8 +3,8 @@
 from .models import load
 from .pipelines import HarmoniCaConfig, apply, remove
 from .router import Router
-from .sample import sample
+from .sample import denoise, sample
 from .schedule import Schedule
 from .train import train_router
 
-__all__ = ["HarmoniCaConfig", "Router", "Schedule", "apply", "load", "remove", "sample", "train_router"]
+__all__ = ["HarmoniCaConfig", "Router", "Schedule", "apply", "denoise", "load", "remove", "sample", "train_router"]

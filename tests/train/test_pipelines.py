@@ -332,3 +332,11 @@ def test_bad_files_of_embeddings(net, tmp_path):
         save_tensors(path, *changed)
         with pytest.raises(ValueError, match=words):
             prompts.Prompts.load(path)
+
+
+def test_a_text_models_trajectory_is_not_recorded(net):
+    """A graph's replay would not look the prompts up again."""
+    with pytest.raises(RuntimeError, match="executor: small-pixart looks its prompts up on the host"):
+        Trajectory(net, torch.tensor([0]), steps=3).graph_parts()
+    router = train_router(net, beta=1e-3, importance_rows="hard", **SMALL)
+    assert router.scores().isfinite().all()

@@ -23,7 +23,7 @@ CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads
 
 def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: int | None = None,
          prompts: Sequence[str] | None = None, embeddings: str | os.PathLike | None = None,
-         dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+         dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu", attention: str = "sdpa"):
     """A denoiser, in evaluation mode and without gradients for its weights.
 
     A denoiser is a module `net(x, t, y, gate=, extrapolate=, cache=, threshold=)` with `name`, `sample_shape`,
@@ -39,9 +39,13 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
         prompts: of a text pipeline. They are encoded once, then the text encoder is let go.
         embeddings: file in which the encoded prompts are kept, and from which they are read the next time.
         dtype: of the weights: float32, bfloat16 or float16.
+        attention: back end of a DiT, "sdpa" (PyTorch's choice of flash attention, cuDNN and its own) or "xformers"; a
+            pipeline keeps its own processors.
 
     Raises:
-        ValueError: the name is not known, or the checkpoint, the prompts or the file of embeddings do not fit it.
+        ValueError: the name or back end is not known, or the checkpoint, the prompts or the file of embeddings do not
+            fit it.
+        ImportError: xformers is asked for and not installed.
         FileNotFoundError: there is no such checkpoint.
     """
     dtype = check_dtype(dtype)
@@ -55,7 +59,7 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
     if prompts is not None or embeddings is not None:
         raise ValueError(f"prompts: {name} is conditioned on classes and takes none")
     if name == "fashion-dit":
-        net, checkpoint = DiT(**FASHION, name=name), checkpoint or FASHION_WEIGHTS
+        net, checkpoint = DiT(**FASHION, name=name, attention=attention), checkpoint or FASHION_WEIGHTS
     elif name in CONFIGS:
         if checkpoint is None:
             raise ValueError(f"checkpoint: {name} needs its weights, such as DiT-XL-2-256x256.pt from "
@@ -64,7 +68,7 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
         if image_size % (8 * CONFIGS[name]["patch_size"]):
             raise ValueError(f"image_size: got {image_size}, expected a multiple of {8 * CONFIGS[name]['patch_size']}")
         with torch.device("meta"):
-            net = DiT(**CONFIGS[name], input_size=image_size // 8, name=name)
+            net = DiT(**CONFIGS[name], input_size=image_size // 8, name=name, attention=attention)
         net.to_empty(device="cpu")
     else:
         raise ValueError(f'name: got {name!r}, expected "fashion-dit", one of {", ".join(CONFIGS)}, or the folder or '

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from numbers import Real
 
@@ -36,6 +37,7 @@ class Trajectory:
                  guidance_channels: int | None = None, seed: int = 0, first: int = 0,
                  autocast: str | None = None):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
+        self.run = net  # what `predict` calls: the model, or an executor of it (`harmonica_kernels.compile`)
         guidance = net.guidance if guidance is None else guidance
         if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
@@ -68,7 +70,7 @@ class Trajectory:
         rows = len(self._rows)
         scaled = scaled if rows == len(x) else torch.cat([scaled, scaled])
         with torch.autocast(x.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
-            out = self.net(scaled, self._t[s].expand(rows), self._rows, **forward).to(x.dtype)
+            out = self.run(scaled, self._t[s].expand(rows), self._rows, **forward).to(x.dtype)
         if rows == len(x):
             return out
         conditional, unconditional = out.chunk(2)
@@ -77,6 +79,15 @@ class Trajectory:
             return guided
         c = self.guidance_channels
         return torch.cat([guided[:, :c], conditional[:, c:]], 1)
+
+    def hoist(self, rows: Sequence[Sequence[bool] | None]) -> Iterable[dict]:
+        """For each step, what the model can know before the loop, as arguments for `predict`.
+
+        rows: the T hard gate rows, None where everything is computed.
+        """
+        if not hasattr(self.net, "hoist"):
+            return [{}] * self.steps
+        return self.net.hoist(self._t, self._rows, rows)
 
     def advance(self, output: Tensor, s: int, x: Tensor) -> Tensor:
         """x_{s+1} from x_s and the guided output, without grad."""
@@ -95,6 +106,24 @@ class Trajectory:
         other.scheduler = copy.deepcopy(self.scheduler)
         if self._generators is not None:
             other._generators = [generator.clone_state() for generator in self._generators]
+        return other
+
+    def graph_parts(self) -> tuple[tuple, tuple[Tensor, ...], Callable[[Tensor], "Trajectory"]]:
+        """What an executor needs to know, see `harmonica_kernels.compile`.
+
+        Raises:
+            RuntimeError: a text model's prompts are looked up on the host, which a graph would not do again.
+        """
+        if getattr(self.net, "prompts", None) is not None:
+            raise RuntimeError(f'executor: {self.net.name} looks its prompts up on the host; use "eager"')
+        key = (self.net, self.autocast, self.guidance, self.guidance_channels, tuple(self.timesteps),
+               type(self.scheduler), self.scheduler.to_json_string())
+        return key, (self._rows,), self._relabelled
+
+    def _relabelled(self, rows: Tensor) -> "Trajectory":
+        """A fork with the rows' labels in the memory of `rows`, those without a label included."""
+        other = self.fork()
+        other._rows, other.labels = rows, rows[: len(self.labels)]
         return other
 
 
