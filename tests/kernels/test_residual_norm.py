@@ -238,5 +238,5 @@ def test_refuses_gradients():
 
 def test_refuses_other_devices():
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(NotImplementedError, match="CPU only.*cuda"):
-        call(x=torch.randn(X, device="cuda"), run=[], x_out=None)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(NotImplementedError, match="for the CPU and for CUDA.*mps"):
+        call(x=torch.randn(X, device="mps"), run=[], x_out=None)
