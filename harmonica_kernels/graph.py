@@ -83,13 +83,14 @@ class Captured:
         device = _one_device(call)
         recorder = self._recorder_on(device)
         if recorder is None or None in (cache._state() for cache in call.caches):
-            return self.function(*args, **kwargs)
+            return self._run(call)
         key = (call.key, _weights(self.function), device, torch.is_autocast_enabled(device.type),
                torch.get_autocast_dtype(device.type))
         if key in self._recordings:
             self._recordings.move_to_end(key)
         elif key in self._seen:
-            self._make_room()
+            while len(self._recordings) >= self._limit:
+                self._drop()
             self._recordings[key] = self._record(call, recorder)
             del self._seen[key]
         else:
@@ -114,11 +115,15 @@ class Captured:
             self._recorder = _Cuda(device)
         return self._recorder
 
-    def _first(self, call: "_Call", recorder: "_Cuda") -> Any:
-        before = recorder.random_state()
+    def _run(self, call: "_Call") -> Any:
         args, kwargs = call.bind(call.tensors)
         output = self.function(*args, **kwargs)
         _check_output(output)
+        return output
+
+    def _first(self, call: "_Call", recorder: "_Cuda") -> Any:
+        before = recorder.random_state()
+        output = self._run(call)
         if not torch.equal(before, recorder.random_state()):
             raise RuntimeError(f"{_name(self.function)} draws random numbers, which a graph would repeat: pass them as "
                                'tensors, or call it without an executor (sample with executor="eager")')
@@ -144,10 +149,6 @@ class Captured:
             for cache, state in zip(call.caches, before):
                 cache._restore(state)
         return _Recording(graph, buffers, output, after, (args, kwargs, [cache._arena for cache in call.caches]))
-
-    def _make_room(self) -> None:
-        while len(self._recordings) >= self._limit:
-            self._drop()
 
     def _drop(self) -> None:
         _, recording = self._recordings.popitem(last=False)
