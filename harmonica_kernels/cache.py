@@ -30,6 +30,13 @@ class FeatureCache:
         self._pending: list[tuple[int, Tensor]] = []
         self._open = False
 
+    def rewind(self) -> None:
+        """Forgets the outputs but keeps the memory, for another trajectory of the same shapes."""
+        self._filled = [0] * len(self._slots)
+        for slots in self._slots:
+            slots.sort(key=lambda slot: slot.data_ptr())  # as they were at first
+        self._pending, self._open = [], False
+
     @property
     def nbytes(self) -> int:
         """Bytes held: history·K·B·N·D values once the first forward has run."""
@@ -123,3 +130,19 @@ class FeatureCache:
         self._pending.append((k, o))
         if not torch.is_grad_enabled():
             self.commit()
+
+    # What an executor calls (graph.py).
+
+    def _state(self) -> tuple | None:
+        """What a recorded forward takes for granted of this cache, its memory included; None where it has none yet."""
+        if self._arena is None:
+            return None
+        return self._of, self._open, tuple(self._filled), tuple(slots[0].data_ptr() for slots in self._slots)
+
+    def _restore(self, state: tuple) -> None:
+        """Becomes what it was at `_state`, but for the outputs' values, in the same memory."""
+        self._of, self._open, filled, newest = state
+        self._filled = list(filled)
+        for slots, address in zip(self._slots, newest, strict=True):
+            if slots[0].data_ptr() != address:
+                slots.reverse()

@@ -2,8 +2,8 @@
 
 from .models import load
 from .router import Router
-from .sample import sample
+from .sample import denoise, sample
 from .schedule import Schedule
 from .train import train_router
 
-__all__ = ["Router", "Schedule", "load", "sample", "train_router"]
+__all__ = ["Router", "Schedule", "denoise", "load", "sample", "train_router"]

@@ -20,20 +20,22 @@ CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads
 
 
 def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: int = 256,
-         device: str | torch.device = "cpu") -> DiT:
+         device: str | torch.device = "cpu", attention: str = "sdpa") -> DiT:
     """A denoiser, in evaluation mode.
 
     Args:
         name: "fashion-dit", the bundled model, or a configuration of facebookresearch/DiT such as "DiT-XL/2".
         checkpoint: a DiT's weights, facebookresearch's `.pt` or safetensors; required but for "fashion-dit".
         image_size: of a DiT, in pixels; the latent's side is an eighth of it.
+        attention: back end, "sdpa" (PyTorch's choice of flash attention, cuDNN and its own) or "xformers".
 
     Raises:
-        ValueError: the name is not known, or the checkpoint does not fit the model.
+        ValueError: the name or back end is not known, or the checkpoint does not fit the model.
+        ImportError: xformers is asked for and not installed.
         FileNotFoundError: there is no such checkpoint.
     """
     if name == "fashion-dit":
-        net, checkpoint = DiT(**FASHION, name=name), checkpoint or FASHION_WEIGHTS
+        net, checkpoint = DiT(**FASHION, name=name, attention=attention), checkpoint or FASHION_WEIGHTS
     elif name in CONFIGS:
         if checkpoint is None:
             raise ValueError(f"checkpoint: {name} needs its weights, such as DiT-XL-2-256x256.pt from "
@@ -41,7 +43,7 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
         if image_size % (8 * CONFIGS[name]["patch_size"]):
             raise ValueError(f"image_size: got {image_size}, expected a multiple of {8 * CONFIGS[name]['patch_size']}")
         with torch.device("meta"):
-            net = DiT(**CONFIGS[name], input_size=image_size // 8, name=name)
+            net = DiT(**CONFIGS[name], input_size=image_size // 8, name=name, attention=attention)
         net.to_empty(device="cpu")
     else:
         raise ValueError(f'name: got {name!r}, expected "fashion-dit" or one of {", ".join(CONFIGS)}')

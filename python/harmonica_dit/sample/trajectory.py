@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 
 import numpy as np
@@ -32,6 +33,7 @@ class Trajectory:
     def __init__(self, net, labels: Tensor, *, steps: int, scheduler="ddim", guidance: float = 1.5,
                  guidance_channels: int | None = 3, seed: int = 0, first: int = 0):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
+        self.run = net  # what `predict` calls: the model, or an executor of it (`harmonica_kernels.compile`)
         if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
         if guidance_channels is not None and guidance_channels < 1:
@@ -39,6 +41,9 @@ class Trajectory:
         self.guidance, self.guidance_channels = guidance, guidance_channels
         self.scheduler = make_scheduler(scheduler, steps)
         self.timesteps = [t.item() for t in self.scheduler.timesteps]
+        self._t = self.scheduler.timesteps.to(labels.device)
+        unconditional = [] if guidance == 1 else [torch.full_like(self.labels, net.num_classes)]
+        self._rows = torch.cat([self.labels, *unconditional])
         self._generators = None
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             states = [np.random.SeedSequence((seed, i, 1)) for i in range(first, first + len(labels))]
@@ -55,19 +60,26 @@ class Trajectory:
 
     def predict(self, x: Tensor, s: int, **forward) -> Tensor:
         """The guided model output [n, C_out, H, W] at step s for x [n, C, H, W]; `forward`: gate, cache and so on."""
-        t = self.scheduler.timesteps[s]
-        x = self.scheduler.scale_model_input(x, t)
-        y = self.labels
-        if self.guidance == 1:
-            return self.net(x, t.expand(len(y)), y, **forward)
-        unlabelled = torch.full_like(y, self.net.num_classes)
-        out = self.net(torch.cat([x, x]), t.expand(2 * len(y)), torch.cat([y, unlabelled]), **forward)
+        x = self.scheduler.scale_model_input(x, self.scheduler.timesteps[s])
+        rows = len(self._rows)
+        out = self.run(x if rows == len(x) else torch.cat([x, x]), self._t[s].expand(rows), self._rows, **forward)
+        if rows == len(x):
+            return out
         conditional, unconditional = out.chunk(2)
         guided = unconditional.lerp(conditional, self.guidance)
         if self.guidance_channels is None or self.guidance_channels >= out.shape[1]:
             return guided
         c = self.guidance_channels
         return torch.cat([guided[:, :c], conditional[:, c:]], 1)
+
+    def hoist(self, rows: Sequence[Sequence[bool] | None]) -> Iterable[dict]:
+        """For each step, what the model can know before the loop, as arguments for `predict`.
+
+        rows: the T hard gate rows, None where everything is computed.
+        """
+        if not hasattr(self.net, "hoist"):
+            return [{}] * self.steps
+        return self.net.hoist(self._t, self._rows, rows)
 
     def advance(self, output: Tensor, s: int, x: Tensor) -> Tensor:
         """x_{s+1} from x_s and the guided output, without grad."""
@@ -82,6 +94,18 @@ class Trajectory:
         other.scheduler = copy.deepcopy(self.scheduler)
         if self._generators is not None:
             other._generators = [generator.clone_state() for generator in self._generators]
+        return other
+
+    def graph_parts(self) -> tuple[tuple, tuple[Tensor, ...], Callable[[Tensor], "Trajectory"]]:
+        """What an executor needs to know, see `harmonica_kernels.compile`."""
+        key = (self.net, self.guidance, self.guidance_channels, tuple(self.timesteps), type(self.scheduler),
+               self.scheduler.to_json_string())
+        return key, (self._rows,), self._relabelled
+
+    def _relabelled(self, rows: Tensor) -> "Trajectory":
+        """A fork with the rows' labels in the memory of `rows`, those without a label included."""
+        other = self.fork()
+        other._rows, other.labels = rows, rows[: len(self.labels)]
         return other
 
 
