@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops._library import kernels  # noqa: F401  (says what to do where the extension is missing)
 from .cuda import GraphLoop, Recorder
 from .memory import GateMemory
 from .pieces import Pieces
@@ -34,7 +33,7 @@ class Gated:
             longest unused goes first.
     """
 
-    def __init__(self, function: Callable, rule: str = "scores", graphs: int = 4):
+    def __init__(self, function: Callable, rule: str, graphs: int):
         plan(2, rule)  # refuses an unknown rule
         self.function, self.rule = function, rule
         self._limit = graphs

@@ -44,6 +44,9 @@ class Pieces:
         self.scratch = torch.zeros(B, N, D, dtype=dtype, device=noise.device) if memory.history == 2 else None
         self.fresh: list[Tensor | None] = [None] * K  # where the bodies left their outputs
         self.output: Tensor | None = None
+        # What the norm on CUDA reads of each branch: where the body leaves its output, then its gate rows and their
+        # strides by step and by batch entry.
+        self.entries = torch.zeros(K, 4, dtype=torch.int64, device=noise.device)
         # Of the change rule: branch 0's output that the others were computed with, and the one to compare.
         self.reference = torch.zeros(2, *self.arena.shape[2:], dtype=dtype, device=noise.device)
 
@@ -104,6 +107,21 @@ class Pieces:
         guided_step(self.sample, self.output[:n], unconditional, guidance=loop.guidance, channels=loop.channels,
                     table=self.updates, step=self.memory.step, out=self.sample)
 
+    def point(self, fresh: Sequence[int]) -> None:
+        """Writes the table that the norm on CUDA reads; fresh: where each branch's body leaves its output."""
+        entries = []
+        for address, rows in zip(fresh, self.modulation.gate, strict=True):
+            entries.append([address, 0, 0, 0] if rows is None else [address, rows.data_ptr(), *strides(rows)])
+        self.entries.copy_(torch.tensor(entries))
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all addresses and strides that the norm on CUDA finds in its table are multiples of 16 bytes."""
+        D, size = self.x.shape[2], self.arena.element_size()
+        rows = [rows for rows in self.modulation.gate if rows is not None]
+        return D * size % 16 == 0 and all(
+            rows.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides(rows)) for rows in rows)
+
     def changes(self, k: int) -> bool:
         """Whether branch k (K: the head) is given something other than x itself."""
         final = k == self.memory.branches
@@ -118,6 +136,11 @@ class Pieces:
         self.memory.change[0, 0] = (o.double() - reference).abs().sum()
         self.memory.change[1, 0] = reference.abs().sum()
         self.reference[1 - which].copy_(o)
+
+
+def strides(rows: Tensor) -> tuple[int, int]:
+    """From a step's rows [T, B or 1, D] to the next's, and from a batch entry's to the next's."""
+    return rows.stride(0), 0 if rows.shape[1] == 1 else rows.stride(1)
 
 
 def _row(rows: Tensor | None, s: int) -> Tensor | None:

@@ -117,6 +117,11 @@ class Schedule:
             rows.append(tuple(e.tolist()) if e.any() else None)
         return tuple(rows)
 
+    def gates(self) -> tuple[Tensor, Tensor | None]:
+        """Scores that every threshold decides alike, and extrapolation coefficients, [T, K] each, for `executor.load`."""
+        scores = torch.where(self.compute, math.inf, -math.inf)
+        return scores, None if self.history == 1 else self.extrapolation
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, whole or not at all."""
         save_tensors(path, {"compute": self.compute, "extrapolation": self.extrapolation}, dict(

@@ -1,0 +1,102 @@
+"""residual_norm where the host does not know the run: its start, slots, weights and the step are read on the device.
+
+The program before branch k adds the branches start[k]..k-1. The first of them is the one computed last, if one has been
+computed in this step; its output then still lies where the body left it, and is copied into its cache slot on the way. If
+none has, x has not been touched in this step and still has to be taken from the embedding.
+
+The run is walked four terms at a time, so that their loads are in flight together. Addresses of outputs and gate rows come
+from a table in device memory; ALIGNED promises that all are multiples of 16 bytes. Bytes as in `residual_norm`, plus x's
+copy in the first norm of a step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..gated.pieces import Pieces, strides
+from ._launch import accumulator, device_of
+
+TERMS = 4  # at a time
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
+
+
+@triton.jit
+def _at(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit(do_not_specialize=["k", "tokens", "branches"])
+def _kernel(embedded, x, h, arena, entries, compute, start, slot, e, step, shift, shift_step, shift_batch, scale,
+            scale_step, scale_batch, k, tokens, branches, values, O: tl.constexpr, GATE: tl.constexpr,
+            ALIGNED: tl.constexpr, HISTORY: tl.constexpr, WRITE_X: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+            D: tl.constexpr, BLOCK: tl.constexpr, TERMS: tl.constexpr):
+    row = tl.program_id(0)
+    col = tl.arange(0, BLOCK)
+    mask = col < D
+    at = row.to(tl.int64) * D + col
+    batch = (row // tokens).to(tl.int64)
+    s = tl.load(step).to(tl.int64)
+    first = tl.load(start + k)
+    computed = (k > 0) & (tl.load(compute + first) != 0)
+
+    sum = tl.load(embedded + at, mask & (computed == 0), other=0.0).to(ACC)
+    sum += tl.load(x + at, mask & computed, other=0.0).to(ACC)
+    for begin in range(first, k, TERMS):
+        for i in tl.static_range(TERMS):
+            j = begin + i
+            there = j < k
+            fresh = computed & (j == first)
+            kept = tl.load(slot + j, there, other=0).to(tl.int64)
+            latest = arena + (kept * branches + j) * values
+            entry = entries + 4 * j
+            address = tl.load(entry, there, other=0)
+            o = tl.load(latest + at, mask & there & (fresh == 0), other=0.0)
+            o += tl.load(_at(address, O, ALIGNED) + at, mask & fresh, other=0.0)
+            tl.store(latest + at, o, mask & fresh & (address != latest.to(tl.int64)))
+            o = o.to(ACC)
+            if HISTORY == 2:
+                weight = tl.load(e + j, there, other=0.0).to(ACC)
+                before = tl.load(arena + ((1 - kept) * branches + j) * values + at,
+                                 mask & there & (weight != 0), other=0.0).to(ACC)
+                o = (1 + weight) * o - weight * before
+            gate = tl.load(entry + 1, there, other=0)
+            by_step, by_batch = tl.load(entry + 2, there, other=0), tl.load(entry + 3, there, other=0)
+            if ALIGNED:
+                by_step, by_batch = tl.multiple_of(by_step, 16), tl.multiple_of(by_batch, 16)
+            rows = _at(gate, GATE, ALIGNED) + s * by_step + batch * by_batch
+            sum += o * tl.load(rows + col, mask & there & (gate != 0), other=1.0).to(ACC)
+    if WRITE_X:
+        tl.store(x + at, sum.to(x.dtype.element_ty), mask)
+
+    if h is not None:
+        y = sum
+        if NORM:
+            mean = tl.sum(sum, 0) / D
+            y = tl.where(mask, sum - mean, 0.0)
+            y *= tl.rsqrt(tl.sum(y * y, 0) / D + EPS)
+        if scale is not None:
+            y *= 1 + tl.load(scale + s * scale_step + batch * scale_batch + col, mask, other=0.0).to(ACC)
+        if shift is not None:
+            y += tl.load(shift + s * shift_step + batch * shift_batch + col, mask, other=0.0).to(ACC)
+        tl.store(h + at, y.to(h.dtype.element_ty), mask)
+
+
+def gated_norm(pieces: Pieces, k: int) -> None:
+    """The norm before branch k, or the final one, of `harmonica_kernels.gated.Pieces`."""
+    loop, memory, mod = pieces.loop, pieces.memory, pieces.modulation
+    final = k == memory.branches
+    branch = None if final else loop.branches[k]
+    batch, tokens, width = pieces.x.shape
+    block = triton.next_power_of_2(width)
+    gates = [gate for gate in mod.gate if gate is not None]
+    shift, scale = ((None, 0, 0) if rows is None else (rows, *strides(rows)) for rows in (mod.shift[k], mod.scale[k]))
+    with device_of(pieces.x):
+        _kernel[batch * tokens,](
+            pieces.tokens, pieces.x, pieces.h if pieces.changes(k) else None, pieces.arena, pieces.entries,
+            memory.compute, memory.start, memory.slot, memory.e, memory.step, *shift, *scale,
+            k, tokens, memory.branches, pieces.arena[0, 0].numel(), O=TYPES[pieces.arena.dtype],
+            GATE=TYPES[gates[0].dtype if gates else pieces.x.dtype], ALIGNED=pieces.aligned, HISTORY=memory.history, WRITE_X=not final,
+            NORM=final or branch.norm, EPS=loop.eps if final else branch.eps, ACC=accumulator(pieces.x), D=width,
+            BLOCK=block, TERMS=TERMS, num_warps=min(16, max(1, block // 512)))
