@@ -5,6 +5,7 @@ Not yet run on a GPU: the tests drive it with a stand-in for CUDA that executes 
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ class GraphLoop:
         for node in nodes:
             match node:
                 case Captured():
-                    graph.child(chain, self._recorder.record(node.name, lambda: self._ops(node)), node.name)
+                    graph.child(chain, self._recorder.record(node.name, partial(self._ops, node)), node.name)
                     for op in node.ops:
                         if op.kind == "body":  # the next norm reads it, and nothing is written to the pool before that
                             self._fresh[op.branch] = pieces.fresh[op.branch].data_ptr()

@@ -130,7 +130,7 @@ class Gated:
             self._write(memory)
             memory.threshold.fill_(self._threshold)
             pieces = Pieces(loop, memory, trajectory.start(noise))
-            if noise.device.type == "cuda":
+            if builds_graphs(noise.device):
                 graph = GraphLoop(nodes, pieces, memory, Recorder(noise.device))
                 return _Loop(inputs, pieces, memory, graph.run, graph.close)
             return _Loop(inputs, pieces, memory, lambda: walk(nodes, pieces, memory), lambda: None)
@@ -155,6 +155,11 @@ class Gated:
         if loop is self._last:
             self._last = None
         loop.close()
+
+
+def builds_graphs(device: torch.device) -> bool:
+    """Whether a trajectory there becomes a CUDA graph, or is walked node by node."""
+    return device.type == "cuda"
 
 
 class _Loop(NamedTuple):
