@@ -79,7 +79,11 @@ class Pieces:
             from ..triton.gated_norm import gated_norm
 
             gated_norm(self, k)
-            return
+        else:
+            self.norm_here(k)
+
+    def norm_here(self, k: int) -> None:
+        """The norm before branch k, or the final one, where the host reads the gate's memory."""
         memory, mod, final = self.memory, self.modulation, k == self.memory.branches
         s, start = int(memory.step), int(memory.start[k])
         computed = k > 0 and bool(memory.compute[start])  # otherwise no norm has gone before in this step

@@ -39,34 +39,34 @@ def _kernel(embedded, x, h, arena, entries, compute, start, slot, e, step, shift
     batch = (row // tokens).to(tl.int64)
     s = tl.load(step).to(tl.int64)
     first = tl.load(start + k)
-    computed = (k > 0) & (tl.load(compute + first) != 0)
+    computed = (tl.load(compute + first) * (first < k)).to(tl.int32)  # 0 or 1: a condition, times D, is a mask's width
 
-    sum = tl.load(embedded + at, mask & (computed == 0), other=0.0).to(ACC)
-    sum += tl.load(x + at, mask & computed, other=0.0).to(ACC)
+    sum = tl.load(embedded + at, col < D * (1 - computed), other=0.0).to(ACC)
+    sum += tl.load(x + at, col < D * computed, other=0.0).to(ACC)
     for begin in range(first, k, TERMS):
         for i in tl.static_range(TERMS):
             j = begin + i
-            there = j < k
-            fresh = computed & (j == first)
-            kept = tl.load(slot + j, there, other=0).to(tl.int64)
+            there = (j < k).to(tl.int32)
+            fresh = computed * (j == first).to(tl.int32)
+            kept = tl.load(slot + j, j < k, other=0).to(tl.int64)
             latest = arena + (kept * branches + j) * values
             entry = entries + 4 * j
-            address = tl.load(entry, there, other=0)
-            o = tl.load(latest + at, mask & there & (fresh == 0), other=0.0)
-            o += tl.load(_at(address, O, ALIGNED) + at, mask & fresh, other=0.0)
-            tl.store(latest + at, o, mask & fresh & (address != latest.to(tl.int64)))
+            address = tl.load(entry, j < k, other=0)
+            o = tl.load(latest + at, col < D * (there - fresh), other=0.0)
+            o += tl.load(_at(address, O, ALIGNED) + at, col < D * fresh, other=0.0)
+            tl.store(latest + at, o, col < D * fresh * (address != latest.to(tl.int64)).to(tl.int32))
             o = o.to(ACC)
             if HISTORY == 2:
-                weight = tl.load(e + j, there, other=0.0).to(ACC)
+                weight = tl.load(e + j, j < k, other=0.0).to(ACC)
                 before = tl.load(arena + ((1 - kept) * branches + j) * values + at,
-                                 mask & there & (weight != 0), other=0.0).to(ACC)
+                                 col < D * (weight != 0).to(tl.int32), other=0.0).to(ACC)
                 o = (1 + weight) * o - weight * before
-            gate = tl.load(entry + 1, there, other=0)
-            by_step, by_batch = tl.load(entry + 2, there, other=0), tl.load(entry + 3, there, other=0)
+            gate = tl.load(entry + 1, j < k, other=0)
+            by_step, by_batch = tl.load(entry + 2, j < k, other=0), tl.load(entry + 3, j < k, other=0)
             if ALIGNED:
                 by_step, by_batch = tl.multiple_of(by_step, 16), tl.multiple_of(by_batch, 16)
             rows = _at(gate, GATE, ALIGNED) + s * by_step + batch * by_batch
-            sum += o * tl.load(rows + col, mask & there & (gate != 0), other=1.0).to(ACC)
+            sum += o * tl.load(rows + col, col < D * (gate != 0).to(tl.int32), other=1.0).to(ACC)
     if WRITE_X:
         tl.store(x + at, sum.to(x.dtype.element_ty), mask)
 

@@ -23,24 +23,36 @@ class Trajectory:
         self.table = torch.randn(steps, 7, 3 * branches + 2, width, dtype=dtype) * 0.3
         self.into, self.out = (torch.randn(width, width, dtype=dtype) / width**0.5 for _ in range(2))
         self.updates = torch.stack([torch.rand(steps) * 0.2 + 0.8, torch.randn(steps) * 0.1], 1)
-        self.branches = [self._branch(k, dtype) for k in range(branches)]
-        self.rows = [(self._some(0.9), self._some(0.9), branch.gated) for branch in self.branches]
+        self.weights = torch.randn(branches, width, width, dtype=dtype) / width**0.5
+        self.kinds = [(random.random() < 0.5, self._some(0.8), self._some(0.8), random.choice((1e-6, 1e-5)))
+                      for _ in range(branches)]
+        self.rows = [(self._some(0.9), self._some(0.9), gated) for _, _, gated, _ in self.kinds]
         self.B, self.eps = B, random.choice((1e-6, 1e-5))
 
     def _some(self, share: float) -> bool:
         return self.plain or random.random() < share
 
-    def _branch(self, k: int, dtype: torch.dtype) -> hk.Branch:
-        weight = torch.randn(self.D, self.D, dtype=dtype) / self.D**0.5
+    @property
+    def branches(self) -> list[hk.Branch]:
+        return [self._branch(k) for k in range(self.K)]
+
+    def _branch(self, k: int) -> hk.Branch:
+        has_out, norm, gated, eps = self.kinds[k]
 
         def body(h: Tensor, context) -> Tensor:
-            return torch.tanh(h @ weight) + context * k
+            return torch.tanh(h @ self.weights[k]) + context * k
 
         def body_out(h: Tensor, context, out: Tensor) -> None:
             out.copy_(body(h, context))
 
-        return hk.Branch(body, random.choice((None, body_out)), self._some(0.8), self._some(0.8),
-                         random.choice((1e-6, 1e-5)))
+        return hk.Branch(body, body_out if has_out else None, norm, gated, eps)
+
+    def to(self, device: torch.device) -> "Trajectory":
+        """The same on another device."""
+        other = self._relabelled(self.labels.to(device))
+        for name in ("table", "into", "out", "updates", "weights"):
+            setattr(other, name, getattr(self, name).to(device))
+        return other
 
     # What `Gated` asks for.
 
