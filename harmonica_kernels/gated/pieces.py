@@ -15,6 +15,8 @@ from .loop import Loop
 from .memory import GateMemory
 from .plan import Op
 
+NO_GATE = -16  # a stride; a multiple of 16 like those of real rows
+
 
 class Pieces:
     """The ops of a loop's plan, and their memory.
@@ -44,8 +46,8 @@ class Pieces:
         self.scratch = torch.zeros(B, N, D, dtype=dtype, device=noise.device) if memory.history == 2 else None
         self.fresh: list[Tensor | None] = [None] * K  # where the bodies left their outputs
         self.output: Tensor | None = None
-        # What the norm on CUDA reads of each branch: where the body leaves its output, then its gate rows and their
-        # strides by step and by batch entry.
+        # What the norm on CUDA reads of each branch: where the body leaves its output, as a distance from the arena, and
+        # where its gate rows lie, from `gates`, with their strides by step and by batch entry.
         self.entries = torch.zeros(K, 4, dtype=torch.int64, device=noise.device)
         # Of the change rule: branch 0's output that the others were computed with, and the one to compare.
         self.reference = torch.zeros(2, *self.arena.shape[2:], dtype=dtype, device=noise.device)
@@ -71,7 +73,7 @@ class Pieces:
             if out.shape != h.shape or out.dtype != self.arena.dtype:
                 raise ValueError(f"branches[{k}].body: returned {out.dtype} of shape {tuple(out.shape)}, expected "
                                  f"{self.arena.dtype} of shape {tuple(h.shape)}, as branch 0")
-            out = out.contiguous()
+            out = out.contiguous() if out.data_ptr() % 64 == 0 else out.clone()  # the norm on CUDA reads whole vectors
         self.fresh[k] = out
 
     def _norm(self, k: int) -> None:
@@ -111,20 +113,26 @@ class Pieces:
         guided_step(self.sample, self.output[:n], unconditional, guidance=loop.guidance, channels=loop.channels,
                     table=self.updates, step=self.memory.step, out=self.sample)
 
+    @property
+    def gates(self) -> Tensor:
+        """The first branch's gate rows that there are; where there are none, any tensor."""
+        return next((rows for rows in self.modulation.gate if rows is not None), self.arena)
+
     def point(self, fresh: Sequence[int]) -> None:
-        """Writes the table that the norm on CUDA reads; fresh: where each branch's body leaves its output."""
+        """Writes the table that the norm on CUDA reads; fresh: the address at which each branch's body leaves its output."""
         entries = []
         for address, rows in zip(fresh, self.modulation.gate, strict=True):
-            entries.append([address, 0, 0, 0] if rows is None else [address, rows.data_ptr(), *strides(rows)])
+            left = _distance(self.arena, address)
+            entries.append([left, 0, NO_GATE, 0] if rows is None else
+                           [left, _distance(self.gates, rows.data_ptr()), *strides(rows)])
         self.entries.copy_(torch.tensor(entries))
 
     @property
     def aligned(self) -> bool:
-        """Whether all addresses and strides that the norm on CUDA finds in its table are multiples of 16 bytes."""
-        D, size = self.x.shape[2], self.arena.element_size()
+        """Whether all that the norm on CUDA finds in its table are multiples of 16 values."""
         rows = [rows for rows in self.modulation.gate if rows is not None]
-        return D * size % 16 == 0 and all(
-            rows.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides(rows)) for rows in rows)
+        return self.x.shape[2] % 16 == 0 and all(
+            _distance(self.gates, r.data_ptr()) % 16 == 0 and all(stride % 16 == 0 for stride in strides(r)) for r in rows)
 
     def changes(self, k: int) -> bool:
         """Whether branch k (K: the head) is given something other than x itself."""
@@ -145,6 +153,11 @@ class Pieces:
 def strides(rows: Tensor) -> tuple[int, int]:
     """From a step's rows [T, B or 1, D] to the next's, and from a batch entry's to the next's."""
     return rows.stride(0), 0 if rows.shape[1] == 1 else rows.stride(1)
+
+
+def _distance(base: Tensor, address: int) -> int:
+    """From the beginning of base, in its values."""
+    return (address - base.data_ptr()) // base.element_size()
 
 
 def _row(rows: Tensor | None, s: int) -> Tensor | None:
@@ -172,5 +185,7 @@ def _check_rows(name: str, rows: Sequence[Tensor | None], count: int, shape: tup
     if len(rows) != count:
         raise ValueError(f"loop.modulation: got {len(rows)} entries in {name}, expected {count}")
     for k, row in enumerate(rows):
+        if row is not None and row.dtype != next(r.dtype for r in rows if r is not None):
+            raise TypeError(f"loop.modulation: {name}[{k}] is {row.dtype}, expected one dtype for all rows of {name}")
         if row is not None and (row.dim() != 3 or row.shape[0] != T or row.shape[1] not in (1, B) or row.shape[2] != D):
             raise ValueError(f"loop.modulation: {name}[{k}] has shape {tuple(row.shape)}, expected [{T}, {B} or 1, {D}]")

@@ -4,12 +4,12 @@ The program before branch k adds the branches start[k]..k-1. The first of them i
 computed in this step; its output then still lies where the body left it, and is copied into its cache slot on the way. If
 none has, x has not been touched in this step and still has to be taken from the embedding.
 
-The run is walked four terms at a time, so that their loads are in flight together. Addresses of outputs and gate rows come
-from a table in device memory; ALIGNED promises that all are multiples of 16 bytes. Bytes as in `residual_norm`, plus x's
-copy in the first norm of a step.
+The run is walked four terms at a time, so that their loads are in flight together. Where outputs and gate rows lie comes
+from a table in device memory, as distances in values from the arena and from the first gate rows: of a pointer made from
+a loaded address the compiler would forget that it is aligned. ALIGNED promises that all are multiples of 16. Bytes as in
+`residual_norm`, plus x's copy in the first norm of a step.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -17,20 +17,12 @@ from ..gated.pieces import Pieces, strides
 from ._launch import accumulator, device_of
 
 TERMS = 4  # at a time
-TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
-
-
-@triton.jit
-def _at(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
 
 
 @triton.jit(do_not_specialize=["k", "tokens", "branches"])
-def _kernel(embedded, x, h, arena, entries, compute, start, slot, e, step, shift, shift_step, shift_batch, scale,
-            scale_step, scale_batch, k, tokens, branches, values, O: tl.constexpr, GATE: tl.constexpr,
-            ALIGNED: tl.constexpr, HISTORY: tl.constexpr, WRITE_X: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+def _kernel(embedded, x, h, arena, gates, entries, compute, start, slot, e, step, shift, shift_step, shift_batch, scale,
+            scale_step, scale_batch, k, tokens, branches, values, ALIGNED: tl.constexpr,
+            HISTORY: tl.constexpr, WRITE_X: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
             D: tl.constexpr, BLOCK: tl.constexpr, TERMS: tl.constexpr):
     row = tl.program_id(0)
     col = tl.arange(0, BLOCK)
@@ -49,24 +41,24 @@ def _kernel(embedded, x, h, arena, entries, compute, start, slot, e, step, shift
             there = (j < k).to(tl.int32)
             fresh = computed * (j == first).to(tl.int32)
             kept = tl.load(slot + j, j < k, other=0).to(tl.int64)
-            latest = arena + (kept * branches + j) * values
+            latest = (kept * branches + j) * values
             entry = entries + 4 * j
-            address = tl.load(entry, j < k, other=0)
-            o = tl.load(latest + at, col < D * (there - fresh), other=0.0)
-            o += tl.load(_at(address, O, ALIGNED) + at, col < D * fresh, other=0.0)
-            tl.store(latest + at, o, col < D * fresh * (address != latest.to(tl.int64)).to(tl.int32))
+            left, gate = tl.load(entry, j < k, other=0), tl.load(entry + 1, j < k, other=0)
+            by_step, by_batch = tl.load(entry + 2, j < k, other=0), tl.load(entry + 3, j < k, other=0)
+            if ALIGNED:
+                left, gate = tl.multiple_of(left, 16), tl.multiple_of(gate, 16)
+                by_step, by_batch = tl.multiple_of(by_step, 16), tl.multiple_of(by_batch, 16)
+            o = tl.load(arena + latest + at, col < D * (there - fresh), other=0.0)
+            o += tl.load(arena + left + at, col < D * fresh, other=0.0)
+            tl.store(arena + latest + at, o, col < D * fresh * (left != latest).to(tl.int32))
             o = o.to(ACC)
             if HISTORY == 2:
                 weight = tl.load(e + j, j < k, other=0.0).to(ACC)
                 before = tl.load(arena + ((1 - kept) * branches + j) * values + at,
                                  col < D * (weight != 0).to(tl.int32), other=0.0).to(ACC)
                 o = (1 + weight) * o - weight * before
-            gate = tl.load(entry + 1, j < k, other=0)
-            by_step, by_batch = tl.load(entry + 2, j < k, other=0), tl.load(entry + 3, j < k, other=0)
-            if ALIGNED:
-                by_step, by_batch = tl.multiple_of(by_step, 16), tl.multiple_of(by_batch, 16)
-            rows = _at(gate, GATE, ALIGNED) + s * by_step + batch * by_batch
-            sum += o * tl.load(rows + col, col < D * (gate != 0).to(tl.int32), other=1.0).to(ACC)
+            gated = there * (by_step >= 0).to(tl.int32)
+            sum += o * tl.load(gates + gate + s * by_step + batch * by_batch + col, col < D * gated, other=1.0).to(ACC)
     if WRITE_X:
         tl.store(x + at, sum.to(x.dtype.element_ty), mask)
 
@@ -90,13 +82,11 @@ def gated_norm(pieces: Pieces, k: int) -> None:
     branch = None if final else loop.branches[k]
     batch, tokens, width = pieces.x.shape
     block = triton.next_power_of_2(width)
-    gates = [gate for gate in mod.gate if gate is not None]
     shift, scale = ((None, 0, 0) if rows is None else (rows, *strides(rows)) for rows in (mod.shift[k], mod.scale[k]))
     with device_of(pieces.x):
         _kernel[batch * tokens,](
-            pieces.tokens, pieces.x, pieces.h if pieces.changes(k) else None, pieces.arena, pieces.entries,
-            memory.compute, memory.start, memory.slot, memory.e, memory.step, *shift, *scale,
-            k, tokens, memory.branches, pieces.arena[0, 0].numel(), O=TYPES[pieces.arena.dtype],
-            GATE=TYPES[gates[0].dtype if gates else pieces.x.dtype], ALIGNED=pieces.aligned, HISTORY=memory.history, WRITE_X=not final,
+            pieces.tokens, pieces.x, pieces.h if pieces.changes(k) else None, pieces.arena, pieces.gates, pieces.entries,
+            memory.compute, memory.start, memory.slot, memory.e, memory.step, *shift, *scale, k, tokens, memory.branches,
+            pieces.arena[0, 0].numel(), ALIGNED=pieces.aligned, HISTORY=memory.history, WRITE_X=not final,
             NORM=final or branch.norm, EPS=loop.eps if final else branch.eps, ACC=accumulator(pieces.x), D=width,
             BLOCK=block, TERMS=TERMS, num_warps=min(16, max(1, block // 512)))
