@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def report(**facts) -> None:
 def milliseconds(call, repeats: int = 20) -> float:
     """Median time on the device; the first three calls, which warm up and capture, are not counted."""
     times = []
-    for i in range(repeats + 3):
+    for _ in range(repeats + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -96,7 +97,7 @@ def dit() -> None:
         trajectory, noise, schedule = dit_trajectory(images)
         captured, gated = hk.compile(denoise), hk.compile(denoise, mode="gated")
         with torch.no_grad():
-            times = {name: milliseconds(lambda: executor(trajectory, noise, schedule))
+            times = {name: milliseconds(partial(executor, trajectory, noise, schedule))
                      for name, executor in (("captured", captured), ("gated", gated))}
             difference = (captured(trajectory, noise, schedule) - gated(trajectory, noise, schedule)).abs().max().item()
             report(step="dit", rows=2 * images, cur=schedule.cur, **times, difference=difference,
@@ -185,10 +186,11 @@ def random_schedule(trajectory, cur: float):
 
 def calls(run) -> dict[str, int]:
     """The CUDA calls of the host while `run` works, by name."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as p:
+    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=both) as profile:
         run()
     torch.cuda.synchronize()
-    return dict(Counter(event.name for event in p.events() if event.name.startswith(("cuda", "cu"))))
+    return dict(Counter(event.name for event in profile.events() if event.name.startswith(("cuda", "cu"))))
 
 
 def main() -> None:

@@ -11,12 +11,12 @@ def cuda_missing() -> str | None:
     build = kernels.cuda_build()
     if not build["runtime"]:
         return "the extension was built without nvcc (12.4 or newer); put it on the PATH and install again"
-    version = lambda number: f"{number // 1000}.{number % 1000 // 10}"
     if not build["driver"]:
         return "there is no NVIDIA driver"
+    version = lambda number: f"{number // 1000}.{number % 1000 // 10}"
     if build["driver"] < build["needed"]:
-        return (f"the driver is too old: it serves CUDA {version(build['driver'])}, {version(build['needed'])} is needed "
-                f"by an extension built with {version(build['runtime'])}")
+        return (f"the driver is too old: it serves CUDA {version(build['driver'])}, {version(build['needed'])} is "
+                f"needed by an extension built with {version(build['runtime'])}")
     if build["error"] or not build["devices"]:
         return f"there is no GPU ({build['error'] or 'the driver lists none'})"
     return None

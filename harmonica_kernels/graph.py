@@ -39,7 +39,7 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
 
     Args:
         function: returns a tensor or a tuple of tensors; it must be free of side effects other than on its caches.
-        mode: "captured", or "gated": decided on the device. Then `function(trajectory, noise, schedule)` runs a whole
+        mode: "captured", or "gated": decided on the device. Then `function(trajectory, noise, schedule)` is a whole
             trajectory (`harmonica_dit.denoise`), and the executor is a `harmonica_kernels.gated.Gated`: one graph serves
             every router, schedule and threshold, and changing them is a memory write.
         rule: of "gated", what decides: "scores" (of a router or schedule), or "change", a test of how far the first

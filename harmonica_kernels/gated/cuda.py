@@ -67,8 +67,9 @@ class Recorder:
             except Exception as error:
                 with suppress(RuntimeError):  # that the recording is invalid, which is known
                     graph.capture_end()
-                raise RuntimeError(f"{name} cannot be captured: {error}\nIt must not wait for the GPU (.item(), "
-                                   ".tolist(), .cpu(), a tensor in an `if`) or copy from ordinary host memory") from error
+                raise RuntimeError(
+                    f"{name} cannot be captured: {error}\nIt must not wait for the GPU (.item(), .tolist(), .cpu(), a "
+                    "tensor in an `if`) or copy from ordinary host memory") from error
             graph.capture_end()
         self._graphs.append(graph)
         return graph.raw_cuda_graph()

@@ -17,13 +17,13 @@ from .walk import walk
 class Gated:
     """Runs whole trajectories whose gates are decided on the device, see `harmonica_kernels.compile`.
 
-    Called as `executor(trajectory, noise, schedule=None)`, with the result of the function that it stands for. The first
-    call with a model, batch and number of steps captures; after it, a call is one launch, whatever router and threshold.
-    Another router, schedule or threshold is a write to the device's memory.
+    Called as `executor(trajectory, noise, schedule=None)`, with the result of the function that it stands for. The
+    first call with a model, batch and number of steps captures; after it, a call is one launch, whatever router and
+    threshold. Another router, schedule or threshold is a write to the device's memory.
 
     The trajectory offers
-        graph_parts() -> (key, tensors, rebuild): the hashable rest that decides what it does, the tensors that it holds,
-            and a function from such tensors to the same trajectory holding those;
+        graph_parts() -> (key, tensors, rebuild): the hashable rest that decides what it does, the tensors that it
+            holds, and a function from such tensors to the same trajectory holding those;
         loop() -> Loop; start(noise) -> x_0; steps, T.
     A router or schedule offers
         gates() -> (scores, extrapolation): float32 [T, K] each, the second None where it repeats.

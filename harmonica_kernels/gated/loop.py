@@ -13,8 +13,8 @@ from ..forward import Branch, Modulation
 class Loop:
     """T denoising steps: `x_{s+1} = a_s·x_s + b_s·ε_s`, `ε_s` the guided output of a transformer of K branches.
 
-    Its functions are called while a graph is captured: they must launch the same work whenever they are called, on static
-    tensors, wait for nothing, and draw no random numbers.
+    Its functions are called while a graph is captured: they must launch the same work whenever they are called, on
+    static tensors, wait for nothing, and draw no random numbers.
 
     Args:
         branches: the K branches in execution order.

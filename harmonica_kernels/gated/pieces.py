@@ -24,8 +24,7 @@ class Pieces:
     sample [n, C, ...] is the trajectory's noise before it runs and its image afterwards. x [B, N, D] is the residual
     stream, h what the bodies are given and, at the end of a step, what the head is given. Each branch has `history`
     slots in the arena [history, K, B, N, D]. A body writes into its slot where the slot is known beforehand (one of
-    them, and a `body_out`); otherwise the next norm copies the output there on the way, so that it only has to live until
-    then.
+    them, and a `body_out`); otherwise the next norm copies the output there on the way, and it lives until then.
 
     Args:
         loop: the trajectory. memory: its gate's. noise: [n, C, ...], of which the sample takes shape, dtype and device.
@@ -46,8 +45,8 @@ class Pieces:
         self.scratch = torch.zeros(B, N, D, dtype=dtype, device=noise.device) if memory.history == 2 else None
         self.fresh: list[Tensor | None] = [None] * K  # where the bodies left their outputs
         self.output: Tensor | None = None
-        # What the norm on CUDA reads of each branch: where the body leaves its output, as a distance from the arena, and
-        # where its gate rows lie, from `gates`, with their strides by step and by batch entry.
+        # What the norm on CUDA reads of each branch: where the body leaves its output, as a distance from the arena,
+        # and where its gate rows lie, from `gates`, with their strides by step and by batch entry.
         self.entries = torch.zeros(K, 4, dtype=torch.int64, device=noise.device)
         # Of the change rule: branch 0's output that the others were computed with, and the one to compare.
         self.reference = torch.zeros(2, *self.arena.shape[2:], dtype=dtype, device=noise.device)
@@ -73,7 +72,9 @@ class Pieces:
             if out.shape != h.shape or out.dtype != self.arena.dtype:
                 raise ValueError(f"branches[{k}].body: returned {out.dtype} of shape {tuple(out.shape)}, expected "
                                  f"{self.arena.dtype} of shape {tuple(h.shape)}, as branch 0")
-            out = out.contiguous() if out.data_ptr() % 64 == 0 else out.clone()  # the norm on CUDA reads whole vectors
+            out = out.contiguous()
+            if out.data_ptr() % 64:
+                out = out.clone()  # the norm on CUDA reads whole vectors
         self.fresh[k] = out
 
     def _norm(self, k: int) -> None:
@@ -119,7 +120,7 @@ class Pieces:
         return next((rows for rows in self.modulation.gate if rows is not None), self.arena)
 
     def point(self, fresh: Sequence[int]) -> None:
-        """Writes the table that the norm on CUDA reads; fresh: the address at which each branch's body leaves its output."""
+        """Writes the table that the norm on CUDA reads. fresh: the addresses where the bodies leave their outputs."""
         entries = []
         for address, rows in zip(fresh, self.modulation.gate, strict=True):
             left = _distance(self.arena, address)
@@ -131,8 +132,8 @@ class Pieces:
     def aligned(self) -> bool:
         """Whether all that the norm on CUDA finds in its table are multiples of 16 values."""
         rows = [rows for rows in self.modulation.gate if rows is not None]
-        return self.x.shape[2] % 16 == 0 and all(
-            _distance(self.gates, r.data_ptr()) % 16 == 0 and all(stride % 16 == 0 for stride in strides(r)) for r in rows)
+        found = [number for r in rows for number in (_distance(self.gates, r.data_ptr()), *strides(r))]
+        return all(number % 16 == 0 for number in (self.x.shape[2], *found))
 
     def changes(self, k: int) -> bool:
         """Whether branch k (K: the head) is given something other than x itself."""
@@ -187,5 +188,6 @@ def _check_rows(name: str, rows: Sequence[Tensor | None], count: int, shape: tup
     for k, row in enumerate(rows):
         if row is not None and row.dtype != next(r.dtype for r in rows if r is not None):
             raise TypeError(f"loop.modulation: {name}[{k}] is {row.dtype}, expected one dtype for all rows of {name}")
-        if row is not None and (row.dim() != 3 or row.shape[0] != T or row.shape[1] not in (1, B) or row.shape[2] != D):
-            raise ValueError(f"loop.modulation: {name}[{k}] has shape {tuple(row.shape)}, expected [{T}, {B} or 1, {D}]")
+        if row is not None and tuple(row.shape) not in ((T, B, D), (T, 1, D)):
+            raise ValueError(f"loop.modulation: {name}[{k}] has shape {tuple(row.shape)}, expected [{T}, {B} or 1, "
+                             f"{D}]")

@@ -78,9 +78,9 @@ Node = Captured | Rewind | Gate | Change | If | While
 def plan(branches: int, rule: str = "scores") -> tuple[Node, ...]:
     """The nodes of a trajectory of any number of steps, each to run after the one before it.
 
-    The norm before branch k adds the run since the branch that was computed last, wherever in the model that is: a run of
-    reused branches is one pass, and what stands outside the IF nodes is what every step has. Nothing depends on scores,
-    threshold or extrapolation, so none of them changes the plan.
+    The norm before branch k adds the run since the branch that was computed last, wherever in the model that is: a run
+    of reused branches is one pass, and what stands outside the IF nodes is what every step has. Nothing depends on
+    scores, threshold or extrapolation, so none of them changes the plan.
 
     Args:
         branches: K.

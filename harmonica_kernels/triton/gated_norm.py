@@ -1,13 +1,13 @@
 """residual_norm where the host does not know the run: its start, slots, weights and the step are read on the device.
 
 The program before branch k adds the branches start[k]..k-1. The first of them is the one computed last, if one has been
-computed in this step; its output then still lies where the body left it, and is copied into its cache slot on the way. If
-none has, x has not been touched in this step and still has to be taken from the embedding.
+computed in this step; its output then still lies where the body left it, and is copied into its cache slot on the way.
+If none has, x has not been touched in this step and still has to be taken from the embedding.
 
-The run is walked four terms at a time, so that their loads are in flight together. Where outputs and gate rows lie comes
-from a table in device memory, as distances in values from the arena and from the first gate rows: of a pointer made from
-a loaded address the compiler would forget that it is aligned. ALIGNED promises that all are multiples of 16. Bytes as in
-`residual_norm`, plus x's copy in the first norm of a step.
+The run is walked four terms at a time, so that their loads are in flight together. Where outputs and gate rows lie
+comes from a table in device memory, as distances in values from the arena and from the first gate rows: of a pointer
+made from a loaded address the compiler would forget that it is aligned. ALIGNED promises that all are multiples of 16.
+Bytes as in `residual_norm`, plus x's copy in the first norm of a step.
 """
 
 import triton
@@ -85,8 +85,8 @@ def gated_norm(pieces: Pieces, k: int) -> None:
     shift, scale = ((None, 0, 0) if rows is None else (rows, *strides(rows)) for rows in (mod.shift[k], mod.scale[k]))
     with device_of(pieces.x):
         _kernel[batch * tokens,](
-            pieces.tokens, pieces.x, pieces.h if pieces.changes(k) else None, pieces.arena, pieces.gates, pieces.entries,
-            memory.compute, memory.start, memory.slot, memory.e, memory.step, *shift, *scale, k, tokens, memory.branches,
-            pieces.arena[0, 0].numel(), ALIGNED=pieces.aligned, HISTORY=memory.history, WRITE_X=not final,
-            NORM=final or branch.norm, EPS=loop.eps if final else branch.eps, ACC=accumulator(pieces.x), D=width,
-            BLOCK=block, TERMS=TERMS, num_warps=min(16, max(1, block // 512)))
+            pieces.tokens, pieces.x, pieces.h if pieces.changes(k) else None, pieces.arena, pieces.gates,
+            pieces.entries, memory.compute, memory.start, memory.slot, memory.e, memory.step, *shift, *scale, k, tokens,
+            memory.branches, pieces.arena[0, 0].numel(), ALIGNED=pieces.aligned, HISTORY=memory.history,
+            WRITE_X=not final, NORM=final or branch.norm, EPS=loop.eps if final else branch.eps,
+            ACC=accumulator(pieces.x), D=width, BLOCK=block, TERMS=TERMS, num_warps=min(16, max(1, block // 512)))

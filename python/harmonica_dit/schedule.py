@@ -118,7 +118,7 @@ class Schedule:
         return tuple(rows)
 
     def gates(self) -> tuple[Tensor, Tensor | None]:
-        """Scores that every threshold decides alike, and extrapolation coefficients, [T, K] each, for `executor.load`."""
+        """Scores that every threshold decides alike, and extrapolation coefficients [T, K], for `executor.load`."""
         scores = torch.where(self.compute, math.inf, -math.inf)
         return scores, None if self.history == 1 else self.extrapolation
 

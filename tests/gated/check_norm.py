@@ -1,7 +1,7 @@
 """The norm that finds its run on the device, against the one that is told it, on random states of the gate.
 
-`TRITON_INTERPRET=1 python check_norm.py 100` runs it in Triton's interpreter (a process of its own, for Triton decides at
-import), `python check_norm.py 100 cuda` on a GPU.
+`TRITON_INTERPRET=1 python check_norm.py 100` runs it in Triton's interpreter (a process of its own, for Triton decides
+at import), `python check_norm.py 100 cuda` on a GPU.
 """
 
 import random

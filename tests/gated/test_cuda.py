@@ -1,4 +1,4 @@
-"""What is built for CUDA, on a stand-in that executes it: graphs are lists, kernels are the CPU's, memory is the CPU's."""
+"""What is built for CUDA, on a stand-in that executes it: graphs are lists, kernels and memory are the CPU's."""
 
 import ctypes
 import random
@@ -182,7 +182,7 @@ def test_the_built_graph_equals_the_walk(monkeypatch, rule):
                         images.append(ex(trajectory, noise))
                 assert torch.equal(*images)
                 assert torch.equal(built.reused, walked.reused)
-            assert Recorder.last.launches == 5, "a launch a trajectory; the first ran on another graph, without forecasts"
+            assert Recorder.last.launches == 5, "one a trajectory; the first ran on a graph without forecasts"
             assert Recorder.last.recording == K + 3, "each part is recorded once"
 
 

@@ -92,6 +92,23 @@ def first_output(trajectory, tokens, rows):
     return branch.body(h, 0.01)
 
 
+class ByDefinition:
+    """The change rule by its definition, step by step."""
+
+    def __init__(self, trajectory, threshold, coefficients):
+        self.trajectory, self.threshold, self.coefficients = trajectory, threshold, coefficients
+        self.reference, self.rows = None, []
+
+    def __call__(self, s, tokens, modulation):
+        o = first_output(self.trajectory, tokens, modulation).double()
+        moved = s == 0 or (o - self.reference).abs().sum() > self.threshold * self.reference.abs().sum()
+        if moved:
+            self.reference = o
+        self.rows.append((True, *[bool(moved)] * (self.trajectory.K - 1)))
+        known = None if self.coefficients is None else self.coefficients[:s + 1]
+        return self.rows[-1], Table(torch.tensor(self.rows).float(), known).rows(0.5)[1][s]
+
+
 def test_change_rule_decides_as_its_definition():
     """Branch 0 always; the others where |o - reference| exceeds τ·|reference|, o being the reference from then on."""
     decisions = set()
@@ -100,25 +117,12 @@ def test_change_rule_decides_as_its_definition():
         trajectory, executor = Trajectory(T, K), gated("change")
         coefficients = random.choice((None, torch.randn(T, K)))
         executor.load(Table(torch.rand(T, K), coefficients))
-        executor.threshold = threshold = random.random() * 0.6
-        reference, rows = None, []
-
-        def decide(s, tokens, modulation):
-            nonlocal reference
-            o = first_output(trajectory, tokens, modulation).double()
-            change = reference is None or (o - reference).abs().sum() > threshold * reference.abs().sum()
-            reference = o if change else reference
-            rows.append((True, *[bool(change)] * (K - 1)))
-            return rows[-1], Table(torch.tensor(rows).float(), pad(coefficients, s)).rows(0.5)[1][s]
-
-        def pad(coefficients, s):
-            return None if coefficients is None else coefficients[:s + 1]
-
-        noise = torch.randn(trajectory.shape)
+        executor.threshold = random.random() * 0.6
+        decide, noise = ByDefinition(trajectory, executor.threshold, coefficients), torch.randn(trajectory.shape)
         image = trajectory.run(noise, decide)
         torch.testing.assert_close(executor(trajectory, noise), image, rtol=0, atol=0)
-        assert torch.equal(executor.reused, ~torch.tensor(rows))
-        decisions |= {row[1] for row in rows[1:]}
+        assert torch.equal(executor.reused, ~torch.tensor(decide.rows))
+        decisions |= {row[1] for row in decide.rows[1:]}
     assert decisions == {True, False}
 
 
@@ -151,7 +155,7 @@ def test_refusals():
     trajectory = Trajectory(3, 4)
     noise = torch.randn(trajectory.shape)
     with pytest.raises(RuntimeError, match="nothing has run yet"):
-        executor.reused
+        executor.reused  # noqa: B018
     executor.load(Table(torch.rand(4, 4)))
     with pytest.raises(ValueError, match=r"router: is for \[4, 4\].*trajectory has \[3, 4\]"):
         executor(trajectory, noise)
