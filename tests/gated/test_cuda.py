@@ -2,12 +2,15 @@
 
 import ctypes
 import random
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from loops import Table, Trajectory
 
 import harmonica_kernels as hk
+from harmonica_kernels import _info
 from harmonica_kernels.gated import cuda, executor
 from harmonica_kernels.ops._library import kernels
 
@@ -197,3 +200,30 @@ def test_a_refused_node_is_named_and_nothing_is_left(monkeypatch):
 def test_without_a_gpu_the_reason_is_said():
     with pytest.raises(RuntimeError, match='mode="gated" on cuda:0: (the extension|there is no|the driver)'):
         cuda.Recorder(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("build, reason", [
+    (dict(runtime=0), "built without nvcc"),
+    (dict(runtime=13000, needed=13000, driver=0), "no NVIDIA driver"),
+    (dict(runtime=13000, needed=13000, driver=12080), "driver is too old: it serves CUDA 12.8, 13.0 is needed .* 13.0"),
+    (dict(runtime=12040, needed=12040, driver=12030), "driver is too old: it serves CUDA 12.3, 12.4 is needed"),
+    (dict(runtime=13000, needed=13000, driver=13000, devices=0, error="no CUDA-capable device"), "no CUDA-capable"),
+    (dict(runtime=12040, needed=12040, driver=13000, devices=1, error=""), None),
+])
+def test_info_says_what_is_missing(monkeypatch, build, reason):
+    monkeypatch.setattr(_info, "kernels", SimpleNamespace(cuda_build=lambda: build))
+    found = _info.cuda_missing()
+    assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.mark.skipif(not kernels.cuda_build()["runtime"], reason="built without nvcc")
+def test_the_build_says_what_it_is():
+    build = kernels.cuda_build()
+    assert "90" in build["architectures"].split() and build["runtime"] >= 12040
+    assert build["needed"] == max(build["runtime"] // 1000 * 1000, 12040)
+
+
+@pytest.mark.skipif(not kernels.cuda_build()["runtime"] or torch.cuda.is_available(), reason="needs nvcc and no GPU")
+def test_a_cuda_error_is_an_exception():
+    with pytest.raises(RuntimeError, match="asking for the current device: cudaError"):
+        kernels.GatedGraph(0)
