@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import _info
+from .._info import why_not_gated
 from ..ops._arguments import dtype_number
 from ..ops._library import kernels
 from .memory import GateMemory
@@ -27,7 +27,7 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device):
-        reason = _info.cuda_missing()
+        reason = why_not_gated()
         if reason:
             raise RuntimeError(f'mode="gated" on {device}: {reason}')
         if torch.cuda.get_allocator_backend() != "native":

@@ -175,7 +175,7 @@ class Dense(Arguments):
         return t.contiguous()
 
     def refuse_overlap(self) -> None:
-        """Memory that is written to must not be another argument's; x_out may be x itself, which comes as one of them."""
+        """Memory that is written to must not be another argument's; x_out alone may be exactly x."""
         for i, (name, first, last) in enumerate(self._outputs):
             for other, start, end in (*self._outputs[:i], *self._spans):
                 exactly_x = name == "x_out" and other == "x" and (first, last) == (start, end)

@@ -14,14 +14,16 @@ def guided_step(x: Tensor, conditional: Tensor, unconditional: Tensor | None = N
     """`x' = a·x + b·ε`, with `ε = uncond + guidance·(cond - uncond)` on the first `channels` channels (Ho & Salimans,
     2022; the reference guides 3 of 4) and `ε = cond` on the others. Computed in float32 (float64 where x is).
 
-    x: [B, C, ...] latents. conditional, unconditional: [B, C', ...] model outputs, C' >= C; channels beyond C (a learned
-    variance) are not read. Without unconditional, ε = cond. channels: 0 to C', None for all.
-    a, b: the update's coefficients, or instead of them a float tensor `table` [T, 2] of (a, b) on x's device, read there
-    at row `step`, an integer tensor of one element (None: row 0). A step outside of the table makes the result NaN.
-    out: [B, C, ...] contiguous, to write to, may be x itself; None makes a new one. Returns it. On the CPU this is plain torch.
+    x: [B, C, ...] latents. conditional, unconditional: [B, C', ...] model outputs, C' >= C; channels beyond C (a
+    learned variance) are not read. Without unconditional, ε = cond. channels: 0 to C', None for all.
+    a, b: the update's coefficients, or instead of them a float tensor `table` [T, 2] of (a, b) on x's device, read
+    there at row `step`, an int32 or int64 tensor of one element (None: row 0). A step that is not in the table makes
+    the result NaN.
+    out: [B, C, ...] contiguous, to write to, may be x itself; None makes a new one. Returns it.
+    On the CPU this is plain torch.
 
-    Raises ValueError (shapes, layout, overlap, devices), TypeError (dtypes), NotImplementedError (neither CPU nor CUDA),
-    and RuntimeError where a gradient is asked for.
+    Raises ValueError (shapes, layout, overlap, devices), TypeError (dtypes), NotImplementedError (neither CPU nor
+    CUDA), and RuntimeError where a gradient is asked for.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, conditional, unconditional)):
         raise RuntimeError("guided_step is for sampling and gives no gradients: call it under torch.no_grad()")

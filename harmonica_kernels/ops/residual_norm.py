@@ -30,7 +30,7 @@ def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: T
     On CUDA, activations that are not contiguous are copied first.
 
     Raises ValueError (shapes, overlap, coefficients, a device beside x's), TypeError (dtypes), NotImplementedError
-    (neither CPU nor CUDA), and RuntimeError where a gradient is asked for: `blend_residual_norm` is the differentiable one.
+    (neither CPU nor CUDA), and RuntimeError where a gradient is asked for: `blend_residual_norm` is differentiable.
     """
     if torch.is_grad_enabled() and _requires_grad(x, run, shift, scale):
         raise RuntimeError("residual_norm is for inference and gives no gradients: call it under torch.no_grad(), or "

@@ -1,22 +1,22 @@
 """Classifier-free guidance and the scheduler's linear update in one pass over the latents.
 
-Bytes: B·C·H·W values of x, the conditional output and out, and of the unconditional one on the guided channels. At 8·4·32·32
-that is below a microsecond of traffic: the launch is what it costs. The coefficients come as numbers, or are read from a
-table on the device at a step that stands on the device too, which is what a loop inside a CUDA graph needs.
+Bytes: B·C·H·W values of x, the conditional output and out, and of the unconditional one on the guided channels. At
+8·4·32·32 that is below a microsecond of traffic: the launch is what it costs. The coefficients come as numbers, or are
+read from a table on the device at a step that stands on the device too: what a loop inside a CUDA graph needs.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import accumulator, device_of
+from ._launch import FUSED, accumulator, device_of
 
 BLOCK = 1024  # values a program: small latents should still reach many SMs
 
 
 @triton.jit(do_not_specialize=["size", "steps"])
-def _kernel(x, out, conditional, unconditional, conditional_stride, unconditional_stride, x_stride,
-            guidance, guided, a, b, table, step, steps, size, entry, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _guided_step(x, out, conditional, unconditional, conditional_stride, unconditional_stride, x_stride, guidance,
+                 guided, a, b, table, step, steps, size, entry, ACC: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     batch, within = at // entry, at % entry
@@ -45,8 +45,8 @@ def guided_step(x: Tensor, out: Tensor, conditional: Tensor, unconditional: Tens
         return
     batch, C, pixels = x.shape
     with device_of(x):
-        _kernel[triton.cdiv(size, BLOCK),](
+        _guided_step[triton.cdiv(size, BLOCK),](
             x, out, conditional, unconditional, conditional.stride(0),
             0 if unconditional is None else unconditional.stride(0), x.stride(0), guidance, channels * pixels, a, b,
             table, step, 0 if table is None else table.shape[0], size, C * pixels, ACC=accumulator(x), BLOCK=BLOCK,
-            num_warps=4)
+            num_warps=4, **FUSED)

@@ -1,13 +1,13 @@
 """Accumulate, normalise, modulate in one pass: a row of x stays in registers from its load to its norm.
 
-Memory bound. Bytes: B·N·D·(x + every latest + every forecast's previous + fresh, read; x_out + h + first, written), each
-in its own storage size; on an H100 at 3.35 TB/s and bfloat16, D = 1152 and 4096 rows, 9.4 MB an activation: 2.8 µs each,
-so 5.6 µs at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. Modulation rows are shared by the tokens of a batch
-entry and come from the L1 cache: they are loaded with evict_last, activations, read once, with evict_first.
+Memory bound. Bytes: B·N·D·(x + every latest + every forecast's previous + fresh, read; x_out + h + first, written),
+each in its own storage size. At 3.35 TB/s (H100), bfloat16, 4096 rows of 1152 an activation is 9.4 MB and 2.8 µs: 5.6 µs
+at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. Modulation rows are shared by the tokens of a batch entry
+and come from the L1 cache: they are loaded with evict_last, activations, read once, with evict_first.
 
-The run is unrolled, so that the loads of several terms are in flight at once. So that few lengths are compiled, a run of
-more than 4 terms is padded to 8, 16 or 32: a padded term's loads are predicated off. So are the previous output of a term
-that does not extrapolate and the gate of one that has none, wherever another term of the run has one.
+The run is unrolled, so that the loads of several terms are in flight at once. So that few lengths are compiled, a run
+of more than 4 terms is padded to 8, 16 or 32: a padded term's loads are predicated off. So are the previous output of a
+term that does not extrapolate and the gate of one that has none, wherever another term of the run has one.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,17 @@ from torch import Tensor
 
 from ._launch import accumulator, device_of, tile
 
+GROUP = tl.constexpr(8)  # terms whose loads are in flight together; with 16, registers spill
 EXACT = 4  # runs up to this long are compiled for their length
 LONGEST = 32  # longer runs are cut, and summed up in float32 on the way
-NO_GATE = -16  # a row stride; like the strides of real rows a multiple of 16, or it would be compiled anew
+NO_GATE = -16  # a row stride; a multiple of 16 like those of real rows, or it would be compiled anew
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "count"])
-def _kernel(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, scale, scale_stride, rows, tokens, count,
-            FORECAST: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr, DEVICE_E: tl.constexpr,
-            NORM: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
-            BLOCK: tl.constexpr):
+def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, scale, scale_stride, rows, tokens,
+                   count, TERMS: tl.constexpr, FORECAST: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr,
+                   DEVICE_E: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr,
+                   ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = col < D
@@ -38,30 +39,32 @@ def _kernel(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, scale, 
     batch = (row // tokens).to(tl.int64)
 
     sum = tl.load(x + at, mask, other=0.0, eviction_policy="evict_first").to(ACC)
-    for j in tl.static_range(len(terms)):
-        latest, previous, gate, gate_stride = terms[j]
-        there = mask
-        if PADDED:
-            there = mask & (col < tl.where(j < count, D, 0))
-        o = tl.load(latest + at, there, other=0.0, eviction_policy="evict_first").to(ACC)
-        if FORECAST:
-            if DEVICE_E:
-                weight = tl.load(e + j).to(ACC)
-            else:
-                weight = tl.full([1, 1], e[j], ACC)
-            before = tl.load(previous + at, there & (weight != 0), other=0.0, eviction_policy="evict_first").to(ACC)
-            o = (1 + weight) * o - weight * before
-        if j == 0:
-            if fresh is not None:
-                score = tl.load(r).to(ACC)
-                o = score * tl.load(fresh + at, mask, other=0.0, eviction_policy="evict_first").to(ACC) \
-                    + (1 - score) * o
-            if first is not None:
-                tl.store(first + at, o.to(first.dtype.element_ty), mask)
-        if GATED:
-            o *= tl.load(gate + batch * gate_stride + col, there & (col < tl.where(gate_stride >= 0, D, 0)),
-                         other=1.0, eviction_policy="evict_last").to(ACC)
-        sum += o
+    for group in tl.static_range(0, TERMS, GROUP):
+        if group < count:  # a branch on a number of the launch, which loads are not hoisted out of
+            for j in tl.static_range(group, min(group + GROUP, TERMS)):
+                latest, previous, gate, gate_stride = terms[j]
+                there = mask
+                if PADDED:
+                    there = mask & (col < tl.where(j < count, D, 0))
+                o = tl.load(latest + at, there, other=0.0, eviction_policy="evict_first").to(ACC)
+                if FORECAST:
+                    if DEVICE_E:
+                        weight = tl.load(e + j).to(ACC)
+                    else:
+                        weight = tl.full([1, 1], e[j], ACC)
+                    before = tl.load(previous + at, there & (weight != 0), other=0.0, eviction_policy="evict_first")
+                    o = (1 + weight) * o - weight * before.to(ACC)
+                if j == 0:
+                    if fresh is not None:
+                        score = tl.load(r).to(ACC)
+                        o = score * tl.load(fresh + at, mask, other=0.0, eviction_policy="evict_first").to(ACC) \
+                            + (1 - score) * o
+                    if first is not None:
+                        tl.store(first + at, o.to(first.dtype.element_ty), mask)
+                if GATED:
+                    o *= tl.load(gate + batch * gate_stride + col, there & (col < tl.where(gate_stride >= 0, D, 0)),
+                                 other=1.0, eviction_policy="evict_last").to(ACC)
+                sum += o
     if x_out is not None:
         tl.store(x_out + at, sum.to(x_out.dtype.element_ty), mask)
 
@@ -96,7 +99,8 @@ def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, 
         return
     forecasts = any(previous is not None and (e is not None or weight != 0) for _, previous, weight, _ in run)
     if forecasts and e is None and x.dtype is torch.float64:
-        e = torch.tensor([weight for *_, weight, _ in run], dtype=torch.float64, device=x.device)  # floats come as float32
+        # as an argument of the launch a float becomes a float32
+        e = torch.tensor([weight for *_, weight, _ in run], dtype=torch.float64, device=x.device)
     some_gate = next((gate for *_, gate in run if gate is not None), None)
     terms, weights = [], []
     for latest, previous, weight, gate in run:
@@ -111,9 +115,9 @@ def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, 
     (shift, scale, normed, eps), absent = norm, (None, 0)
     config = tile(width)
     with device_of(x):
-        _kernel[triton.cdiv(rows, config["ROWS"]),](
-            x, x_out, h, first, tuple(terms), None if not forecasts else tuple(weights) if e is None else e, fresh,
-            None if fresh is None else r,
-            *(shift or absent), *(scale or absent), rows, tokens, count, FORECAST=forecasts,
+        _residual_norm[triton.cdiv(rows, config["ROWS"]),](
+            x, x_out, h, first, tuple(terms) or None,
+            None if not forecasts else tuple(weights) if e is None else e, fresh, None if fresh is None else r,
+            *(shift or absent), *(scale or absent), rows, tokens, count, TERMS=padded, FORECAST=forecasts,
             GATED=some_gate is not None, PADDED=padded != count, DEVICE_E=e is not None, NORM=normed, EPS=eps,
             ACC=accumulator(x), **config)

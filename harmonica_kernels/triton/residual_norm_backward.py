@@ -4,8 +4,8 @@ With G the gradient of x' that has come through h as well: dx = G, and for each 
 dfresh = r·do, dlatest = (1 - r)(1 + e)·do, dr = Σ do·(fresh - reuse), de = (1 - r)·Σ do·(latest - previous).
 
 One pass for a run of one term, which is every run of a soft row; a longer one takes a pass a term, each making G anew.
-Memory bound. Bytes of the SDT iteration's call (nothing but dx, dfresh, dr wanted): dx_new, dh, x', latest, fresh read, dx
-and dfresh written, 7·B·N·D values; at 64·256 rows of 1152 in bfloat16 264 MB, 79 µs on an H100 at 3.35 TB/s.
+Memory bound. Bytes of the SDT iteration's call (nothing but dx, dfresh, dr wanted): dx_new, dh, x', latest, fresh read,
+dx and dfresh written, 7·B·N·D values; at 64·256 rows of 1152 in bfloat16 264 MB, 79 µs at 3.35 TB/s (H100).
 
 No atomics: a program writes its sums (one row of float32 for each modulation gradient, one number for dr and de) to a
 buffer, which torch.sum adds up in an order that depends on the shape alone.
@@ -24,9 +24,10 @@ TOKENS = 16  # of a program that sums modulation gradients: its float32 row cost
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "j"])
-def _kernel(dx_new, dh, x_new, latest, previous, e, j, fresh, r, gate, gate_stride, scale, scale_stride, dx, dfresh,
-            dlatest, dshift, dscale, dgate, dr, de, tokens, chunks, NORM: tl.constexpr, EPS: tl.constexpr,
-            ACC: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _residual_norm_backward(dx_new, dh, x_new, latest, previous, e, j, fresh, r, gate, gate_stride, scale, scale_stride,
+                            dx, dfresh, dlatest, dshift, dscale, dgate, dr, de, tokens, chunks, NORM: tl.constexpr,
+                            EPS: tl.constexpr, ACC: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr,
+                            ROWS: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     batch = (program // chunks).to(tl.int64)
     start = (program % chunks) * (STEPS * ROWS)
@@ -121,8 +122,10 @@ def residual_norm_backward(shape: tuple[int, int, int], dx_new: Tensor | None, d
     config, acc = tile(width), torch.promote_types(x_new.dtype, torch.float32)
     sums_rows = any(t is not None for t in (dshift, dscale, *dgate))
     config["STEPS"] = triton.cdiv(TOKENS, config["ROWS"]) if sums_rows else 1
+    if sums_rows:
+        config["num_warps"] = min(16, 2 * config["num_warps"])  # the sums stay in registers
     chunks = triton.cdiv(tokens, config["STEPS"] * config["ROWS"])
-    (shift_, scale, normed, eps), absent = norm, (None, 0)
+    (_, scale, normed, eps), absent = norm, (None, 0)
 
     def partial(gradient: Tensor | None, *columns: int) -> Tensor | None:
         if gradient is None:
@@ -148,7 +151,7 @@ def residual_norm_backward(shape: tuple[int, int, int], dx_new: Tensor | None, d
         dr_sums, de_sums = partial(of_x[4]), partial(wants_e)
         if batch * chunks > 0:
             with device_of(x_new):
-                _kernel[batch * chunks,](
+                _residual_norm_backward[batch * chunks,](
                     dx_new, dh, x_new, latest, previous, None if previous is None else e, j, *blended, *(gate or absent),
                     *(scale or absent), *of_x[:2], of_term[0], dshift_sums, dscale_sums, dgate_sums, dr_sums, de_sums,
                     tokens, chunks, NORM=normed, EPS=eps, ACC=accumulator(x_new), **config)
