@@ -32,9 +32,9 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
             them keeps its memory, which the graph has written down. Until it has memory, calls with it run as they are.
         an object with `graph_parts()`, which returns (key, tensors, rebuild): the hashable rest that decides what it
             does, the tensors that it holds, and a function from such tensors to the same object holding those.
-        all else has to be hashable (a row: a tuple of bools) and is a constant of the graph. For modules and schedules
-            that means the very object; weights may change in place, and a module that was moved or cast is recorded
-            anew. After other surgery on it, call `reset`.
+        all else has to be hashable (a row: a tuple of bools; a list counts as a tuple) and is a constant of the graph.
+            For modules and schedules that means the very object; weights may change in place, and a module whose
+            weights were moved or cast is recorded anew.
 
     Args:
         function: returns a tensor or a tuple of tensors; it must be free of side effects other than on its caches.
@@ -108,11 +108,11 @@ class Captured:
 
     def _recorder_on(self, device: torch.device) -> "_Cuda | None":
         """What records there, or None where calls run as they are."""
-        if device.type != "cuda":
+        if device.type not in RECORDERS:
             return None
         if self._recorder is None or self._recorder.device != device:
             self.reset()
-            self._recorder = _Cuda(device)
+            self._recorder = RECORDERS[device.type](device)
         return self._recorder
 
     def _run(self, call: "_Call") -> Any:
@@ -188,8 +188,8 @@ class _Call(NamedTuple):
         for name, value in (*enumerate(args), *kwargs.items()):
             constant, held, build = _taken_apart(value)
             if not _is_constant(constant):
-                raise TypeError(f"{_described(name)}: got {type(value).__name__}; an executor takes tensors, each as an "
-                                "argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
+                raise TypeError(f"{_described(name)}: got {type(value).__name__}; an executor takes tensors, each as "
+                                "an argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
             if isinstance(value, FeatureCache):
                 caches.append(value)
             key.append((name, constant, _weights(constant), tuple((t.shape, t.dtype) for t in held)))
@@ -247,6 +247,9 @@ class _Cuda:
         graph.reset()
 
 
+RECORDERS = {"cuda": _Cuda}  # where calls are recorded; elsewhere they run as they are
+
+
 def _taken_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any]]:
     """An argument's constant part, the tensors that it holds, and what puts it together from such tensors."""
     if isinstance(value, Tensor):
@@ -256,7 +259,7 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any
         return value._state(), (), lambda: value
     if hasattr(value, "graph_parts"):
         return value.graph_parts()
-    return value, (), lambda: value
+    return tuple(value) if isinstance(value, list) else value, (), lambda: value
 
 
 def _is_constant(constant: Any) -> bool:

@@ -201,10 +201,10 @@ class DiT(nn.Module):
         """
         embedded = self.y_embedder(y)
         step_bytes = (3 * len(self.branches) + 2) * embedded.nbytes
-        for some in torch.arange(len(rows)).split(max(1, HOISTED // step_bytes)):
-            first, last = int(some[0]), int(some[-1]) + 1
-            condition = F.silu(self.t_embedder(t[first:last])[:, None] + embedded)
-            for modulation in self.modulations(condition, rows[first:last]):
+        at_once = max(1, HOISTED // step_bytes)
+        for first in range(0, len(rows), at_once):
+            condition = F.silu(self.t_embedder(t[first : first + at_once])[:, None] + embedded)
+            for modulation in self.modulations(condition, rows[first : first + at_once]):
                 yield {"modulation": modulation}
 
     def modulations(self, condition: Tensor, rows: Sequence[Sequence[bool] | Tensor | None]) -> list[hk.Modulation]:
