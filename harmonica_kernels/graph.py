@@ -83,7 +83,7 @@ class Captured:
         device = _one_device(call)
         recorder = self._recorder_on(device)
         if recorder is None or None in (cache._state() for cache in call.caches):
-            return self._run(call)
+            return self._run(call, call.tensors)
         key = (call.key, _weights(self.function), device, torch.is_autocast_enabled(device.type),
                torch.get_autocast_dtype(device.type))
         if key in self._recordings:
@@ -115,15 +115,16 @@ class Captured:
             self._recorder = RECORDERS[device.type](device)
         return self._recorder
 
-    def _run(self, call: "_Call") -> Any:
-        args, kwargs = call.bind(call.tensors)
+    def _run(self, call: "_Call", tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """The function itself, with `tensors` for the call's own."""
+        args, kwargs = call.bind(tensors)
         output = self.function(*args, **kwargs)
         _check_output(output)
         return output
 
-    def _first(self, call: "_Call", recorder: "_Cuda") -> Any:
+    def _first(self, call: "_Call", recorder: "_Cuda") -> Tensor | tuple[Tensor, ...]:
         before = recorder.random_state()
-        output = self._run(call)
+        output = self._run(call, call.tensors)
         if not torch.equal(before, recorder.random_state()):
             raise RuntimeError(f"{_name(self.function)} draws random numbers, which a graph would repeat: pass them as "
                                'tensors, or call it without an executor (sample with executor="eager")')
@@ -134,10 +135,9 @@ class Captured:
             buffers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in call.tensors]
         for buffer, tensor in zip(buffers, call.tensors):
             buffer.copy_(tensor)
-        args, kwargs = call.bind(buffers)
         before = [cache._state() for cache in call.caches]
         try:
-            graph, output = recorder.record(lambda: self.function(*args, **kwargs), alone=not self._recordings)
+            graph, output = recorder.record(lambda: self._run(call, buffers), alone=not self._recordings)
         except Exception as error:
             raise RuntimeError(
                 f"{_name(self.function)} cannot be captured: {error}\nWhat is captured must not wait for the GPU "
@@ -148,7 +148,7 @@ class Captured:
             after = [cache._state() for cache in call.caches]
             for cache, state in zip(call.caches, before):
                 cache._restore(state)
-        return _Recording(graph, buffers, output, after, (args, kwargs, [cache._arena for cache in call.caches]))
+        return _Recording(graph, buffers, output, after, (call.bind, [cache._arena for cache in call.caches]))
 
     def _drop(self) -> None:
         _, recording = self._recordings.popitem(last=False)
@@ -162,7 +162,7 @@ class _Recording(NamedTuple):
     buffers: list[Tensor]  # its inputs
     output: Tensor | tuple[Tensor, ...]
     caches: list[tuple]  # the state that the function leaves each cache in
-    alive: tuple  # what else the graph has the addresses of
+    alive: tuple  # whatever else the graph has the addresses of: arguments and caches' memory
 
     def replay(self, call: "_Call") -> Tensor | tuple[Tensor, ...]:
         for buffer, tensor in zip(self.buffers, call.tensors, strict=True):
@@ -233,7 +233,6 @@ class _Cuda:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     output = call()
-                    _check_output(output)
                 except BaseException:
                     with suppress(RuntimeError):  # that the recording is invalid, which is known
                         graph.capture_end()
