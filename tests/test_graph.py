@@ -9,62 +9,18 @@ import torch
 import torch.nn.functional as F
 
 import harmonica_kernels as hk
-from harmonica_kernels import graph
+from again import Again
+from harmonica_dit.models import DiT, count_flops
+from harmonica_dit.router import Router
+from harmonica_dit.sample import Trajectory, image_noise
+from harmonica_dit.train.importance import importance
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-class Again:
-    """Records on the CPU: a replay calls again and puts the results where the recording's were.
-
-    As on a GPU, recording computes nothing: what it wrote into outputs and `caches` is lost.
-    """
-
-    recording, caches, log = False, (), []
-
-    def __init__(self, device):
-        self.device = device
-
-    def random_state(self):
-        return torch.get_rng_state()
-
-    def record(self, call, alone):
-        held = [None if cache._arena is None else cache._arena.clone() for cache in Again.caches]
-        Again.recording = True
-        try:
-            output = call()
-        finally:
-            Again.recording = False
-            for cache, arena in zip(Again.caches, held):
-                cache._arena.copy_(arena)
-        Again.log.append(("new pool" if alone else "pool", self))
-        outputs = output if isinstance(output, tuple) else (output,)
-        for o in outputs:
-            o.fill_(float("nan"))
-        return Replay(call, outputs), output
-
-    def free(self, replay):
-        Again.log.append(("free", replay))
-        replay.call = None  # it must not be replayed again
-
-
-class Replay:
-    def __init__(self, call, outputs):
-        self.call, self.outputs, self.replays = call, outputs, 0
-
-    def replay(self):
-        self.replays += 1
-        with torch.inference_mode():  # as a graph, it may write anywhere
-            found = self.call()
-            for mine, o in zip(self.outputs, found if isinstance(found, tuple) else (found,), strict=True):
-                mine.copy_(o)
-
-
 @pytest.fixture
 def recorder(monkeypatch):
-    monkeypatch.setitem(graph.RECORDERS, "cpu", Again)
-    monkeypatch.setattr(Again, "log", [])
-    monkeypatch.setattr(Again, "caches", ())
+    Again.install(monkeypatch)
     return Again
 
 
@@ -99,7 +55,7 @@ def test_bad_settings(options, words):
 def test_bad_calls(monkeypatch, call, error, words, recorded):
     """Refused alike with and without a GPU, so that what runs here is not refused there."""
     if recorded:
-        monkeypatch.setitem(graph.RECORDERS, "cpu", Again)
+        Again.install(monkeypatch)
     with pytest.raises(error, match=words):
         call(hk.compile(double), torch.ones(3))
 
@@ -196,7 +152,7 @@ def test_a_recording_that_fails_changes_nothing(recorder):
         return y
 
     net(x, cache=cache), net(x + 1, cache=cache)
-    executor, recorder.caches = hk.compile(waits), (cache,)
+    executor = hk.compile(waits)
     row, before = (True, False, True), cache._state()
     executor(x, cache, row)
     net(x, cache=cache, gate=row)  # swaps the slots back
@@ -230,7 +186,7 @@ def test_caches(recorder, history):
     """Random schedules, trajectory after trajectory in two caches by turns: as eager with a fresh cache each time."""
     net = Toy()
     executor = hk.compile(net)
-    recorder.caches = caches = [hk.FeatureCache(history) for _ in range(2)]
+    caches = [hk.FeatureCache(history) for _ in range(2)]
     generator = torch.Generator().manual_seed(history)
     schedules = [[(True,) * 3] + [ROWS[int(i)] for i in torch.randint(8, (5,), generator=generator)] for _ in range(3)]
     for n in range(24):
@@ -256,7 +212,7 @@ def test_caches(recorder, history):
 def test_a_reset_cache_has_other_memory(recorder):
     """Graphs that know the old memory are not replayed on the new one; the old one stays theirs."""
     net, cache = Toy(), hk.FeatureCache()
-    executor, recorder.caches = hk.compile(net), (cache,)
+    executor = hk.compile(net)
     x = torch.randn(2, 5, 8)
     for _ in range(3):
         net(x, cache=cache)
@@ -324,6 +280,28 @@ def test_any_mode_without_grad(recorder):
     assert torch.equal(executor(x + 1), double(x + 1))
     with torch.inference_mode():
         assert torch.equal(executor(x), double(x))
+
+
+@pytest.mark.parametrize("coefficients", [False, True])
+@pytest.mark.parametrize("kind", ["paper", "reference"])
+def test_importance(recorder, monkeypatch, kind, coefficients):
+    """λ from replayed graphs where rows are hard, to the last bit; soft rows, whose values decide, are not recorded."""
+    T, net = 6, DiT(8, 4, 1, 16, 2, 2, num_classes=4).eval().requires_grad_(False)
+    for p in net.parameters():
+        p.normal_(std=0.3)
+    router = Router(3 * torch.randn(T, 4), net.branch_names, count_flops(net), tuple(range(T)), threshold=0.5,
+                    extrapolation=torch.rand(T, 4) if coefficients else None)
+    noise = image_noise(0, 0, 2, net.sample_shape)
+
+    def measured(rows):
+        return importance(router, Trajectory(net, torch.tensor([0, 3]), steps=T), noise, kind=kind, rows=rows)
+
+    measured("soft")
+    assert not recorder.log
+    found = measured("hard")
+    assert recorder.log
+    monkeypatch.undo()
+    assert torch.equal(found, measured("hard"))
 
 
 # On a GPU.

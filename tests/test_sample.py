@@ -6,10 +6,10 @@ import torch
 
 import harmonica_dit
 import harmonica_kernels as hk
+from again import Again
 from harmonica_dit.models import DiT, count_flops
 from harmonica_dit.sample import ReferenceDDIM, Trajectory, denoise, image_noise, make_scheduler, sample
 from harmonica_dit.schedule import Schedule
-from harmonica_kernels import graph
 
 
 def small(out_variance=False, channels=1):
@@ -136,9 +136,7 @@ def test_executors_change_nothing_without_a_gpu(scheduler):
 @pytest.mark.parametrize("scheduler", ["ddim", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
 def test_a_whole_trajectory_in_a_graph(monkeypatch, scheduler):
     """Recorded once and replayed for other labels and noise; another setting is another graph."""
-    from test_graph import Again
-
-    monkeypatch.setitem(graph.RECORDERS, "cpu", Again)
+    Again.install(monkeypatch)
     net, other = small(channels=4, out_variance=True), small(channels=4, out_variance=True)
     schedules = [table(net, 5), table(net, 5, 1), table(net, 5, extrapolation=True)]
     settings = [dict(schedule=schedules[0]), dict(schedule=schedules[1]), dict(schedule=schedules[2]), dict(),
