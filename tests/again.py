@@ -1,5 +1,7 @@
 """A stand-in for what records on a GPU, so that all that executors do around it can be tested without one."""
 
+from weakref import WeakSet
+
 import torch
 
 from harmonica_kernels import FeatureCache, graph
@@ -12,18 +14,18 @@ class Again:
     """
 
     recording: bool
-    caches: list[FeatureCache]
+    caches: WeakSet[FeatureCache]
     log: list[tuple]
 
     @classmethod
     def install(cls, monkeypatch):
         """Lets executors record on the CPU until the test ends."""
-        cls.recording, cls.caches, cls.log = False, [], []
+        cls.recording, cls.caches, cls.log = False, WeakSet(), []
         monkeypatch.setitem(graph.RECORDERS, "cpu", cls)
         allocate = FeatureCache._allocate
 
         def noted(cache, dtype):
-            cls.caches.append(cache)
+            cls.caches.add(cache)
             allocate(cache, dtype)
 
         monkeypatch.setattr(FeatureCache, "_allocate", noted)
@@ -41,8 +43,9 @@ class Again:
             output = call()
         finally:
             Again.recording = False
-            for arena, values in held:
-                arena.copy_(values)
+            with torch.inference_mode():  # which may write to anything
+                for arena, values in held:
+                    arena.copy_(values)
         Again.log.append(("new pool" if alone else "pool", self))
         outputs = output if isinstance(output, tuple) else (output,)
         for o in outputs:
@@ -60,7 +63,7 @@ class Replay:
 
     def replay(self):
         self.replays += 1
-        with torch.inference_mode():  # as a graph, it may write anywhere
+        with torch.inference_mode():
             found = self.call()
             for mine, o in zip(self.outputs, found if isinstance(found, tuple) else (found,), strict=True):
                 mine.copy_(o)

@@ -285,7 +285,10 @@ def test_any_mode_without_grad(recorder):
 @pytest.mark.parametrize("coefficients", [False, True])
 @pytest.mark.parametrize("kind", ["paper", "reference"])
 def test_importance(recorder, monkeypatch, kind, coefficients):
-    """λ from replayed graphs where rows are hard, to the last bit; soft rows, whose values decide, are not recorded."""
+    """λ from replayed graphs where rows are hard, to the last bit; soft rows, whose values decide, are not recorded.
+
+    Where the paper's λ forecasts, no call comes twice: a row left out changes the weights of all later forecasts.
+    """
     T, net = 6, DiT(8, 4, 1, 16, 2, 2, num_classes=4).eval().requires_grad_(False)
     for p in net.parameters():
         p.normal_(std=0.3)
@@ -299,7 +302,7 @@ def test_importance(recorder, monkeypatch, kind, coefficients):
     measured("soft")
     assert not recorder.log
     found = measured("hard")
-    assert recorder.log
+    assert recorder.log or (coefficients and kind == "paper")
     monkeypatch.undo()
     assert torch.equal(found, measured("hard"))
 
