@@ -215,9 +215,10 @@ class DiT(nn.Module):
         found = [hk.Modulation([], [], []) for _ in rows]
         for k in range(len(self.branches)):
             linear, end = self.blocks[k // 2].adaLN_modulation[1], 3 * D * (k % 2 + 1)  # its rows: shift, scale, gate
-            reused = [_reuses(row, k) for row in rows]
-            for skip in set(reused):
-                steps = [s for s in range(S) if reused[s] == skip]
+            for skip in (False, True):
+                steps = [s for s in range(S) if _reuses(rows[s], k) == skip]
+                if not steps:
+                    continue
                 first = end - D if skip else end - 3 * D
                 # stacked slices, for a list of indices would have to be copied to the device
                 chosen = condition if len(steps) == S else torch.stack([condition[s] for s in steps])
