@@ -37,7 +37,7 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
             weights were moved or cast is recorded anew.
 
     Args:
-        function: returns a tensor or a tuple of tensors; it must be free of side effects other than on its caches.
+        function: returns a tensor or a tuple of tensors; its only side effects may be those on its caches.
         mode: "captured".
         graphs: how many are kept alive; the one longest unused goes first. They share one pool of memory, which is
             returned when the last of them goes.
@@ -234,18 +234,29 @@ class _Cuda:
                 try:
                     output = call()
                 except BaseException:
-                    with suppress(RuntimeError):  # that the recording is invalid, which is known
-                        graph.capture_end()
+                    self._abandon(graph)
                     raise
                 graph.capture_end()
             torch.clear_autocast_cache()
         return graph, output
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends a recording that failed, such that the device can be used as before."""
+        try:
+            graph.capture_end()
+        except RuntimeError:  # CUDA has ended it already; PyTorch then leaves its allocators and generators recording
+            for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with suppress(RuntimeError):
+                    end(self.device.index, self._pool)
+            graph.reset()
+            ABANDONED.append(graph)
 
     def free(self, graph: torch.cuda.CUDAGraph) -> None:
         torch.cuda.synchronize(self.device)  # it may be running
         graph.reset()
 
 
+ABANDONED: list = []  # graphs that failed: PyTorch's allocator of pinned memory goes on asking them what they record
 RECORDERS = {"cuda": _Cuda}  # where calls are recorded; elsewhere they run as they are
 
 

@@ -369,6 +369,9 @@ class TestOnAGpu:
         with pytest.raises(RuntimeError, match=words):
             executor(x), executor(x)
         assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
+        torch.cuda.empty_cache()
+        torch.randn(3, device="cuda")
+        torch.zeros(3).pin_memory().to("cuda", non_blocking=True)
         good = hk.compile(double)
         for i in range(3):
             assert torch.equal(good(x + i), double(x + i))
