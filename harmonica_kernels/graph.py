@@ -7,17 +7,19 @@ bookkeeping, the same on every machine; `_Cuda` alone speaks to CUDA.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .cache import FeatureCache
-from .gated import Gated
+
+if TYPE_CHECKING:
+    from . import gated
 
 
 def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str = "captured",
-            rule: str = "scores", graphs: int = 64) -> "Captured | Gated":
+            rule: str = "scores", graphs: int = 64) -> "Captured | gated.Gated":
     """An executor of `function`: called like it, with the same results, but without its Python where there is a GPU.
 
     With tensors on a GPU, a call that comes a second time is recorded as a CUDA graph and replayed from then on; the
@@ -33,14 +35,14 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
             them keeps its memory, which the graph has written down. Until it has memory, calls with it run as they are.
         an object with `graph_parts()`, which returns (key, tensors, rebuild): the hashable rest that decides what it
             does, the tensors that it holds, and a function from such tensors to the same object holding those.
-        all else has to be hashable (a row: a tuple of bools) and is a constant of the graph. For modules and schedules
-            that means the very object; weights may change in place, and a module that was moved or cast is recorded
-            anew. After other surgery on it, call `reset`.
+        all else has to be hashable (a row: a tuple of bools; a list counts as a tuple) and is a constant of the graph.
+            For modules and schedules that means the very object; weights may change in place, and a module whose
+            weights were moved or cast is recorded anew.
 
     Args:
-        function: returns a tensor or a tuple of tensors; it must be free of side effects other than on its caches.
+        function: returns a tensor or a tuple of tensors; its only side effects may be those on its caches.
         mode: "captured", or "gated": decided on the device. Then `function(trajectory, noise, schedule)` is a whole
-            trajectory (`harmonica_dit.denoise`), and the executor is a `harmonica_kernels.gated.Gated`: one graph serves
+            trajectory (`harmonica_dit.denoise`), and the executor a `harmonica_kernels.gated.Gated`: one graph serves
             every router, schedule and threshold, and changing them is a memory write.
         rule: of "gated", what decides: "scores" (of a router or schedule), or "change", a test of how far the first
             branch's output has moved.
@@ -62,7 +64,11 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
         raise TypeError(f"function: got {type(function).__name__}, expected something to call")
     if isinstance(graphs, bool) or not isinstance(graphs, int) or graphs < 1:
         raise ValueError(f"graphs: got {graphs!r}, expected a whole number ≥ 1")
-    return Gated(function, rule, graphs) if mode == "gated" else Captured(function, graphs)
+    if mode == "gated":
+        from .gated import Gated  # which is built on this file
+
+        return Gated(function, rule, graphs)
+    return Captured(function, graphs)
 
 
 class Captured:
@@ -88,7 +94,7 @@ class Captured:
         device = _one_device(call)
         recorder = self._recorder_on(device)
         if recorder is None or None in (cache._state() for cache in call.caches):
-            return self._run(call)
+            return self._run(call, call.tensors)
         key = (call.key, _weights(self.function), device, torch.is_autocast_enabled(device.type),
                torch.get_autocast_dtype(device.type))
         if key in self._recordings:
@@ -113,22 +119,23 @@ class Captured:
 
     def _recorder_on(self, device: torch.device) -> "_Cuda | None":
         """What records there, or None where calls run as they are."""
-        if device.type != "cuda":
+        if device.type not in RECORDERS:
             return None
         if self._recorder is None or self._recorder.device != device:
             self.reset()
-            self._recorder = _Cuda(device)
+            self._recorder = RECORDERS[device.type](device)
         return self._recorder
 
-    def _run(self, call: "_Call") -> Any:
-        args, kwargs = call.bind(call.tensors)
+    def _run(self, call: "_Call", tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """The function itself, with `tensors` for the call's own."""
+        args, kwargs = call.bind(tensors)
         output = self.function(*args, **kwargs)
         _check_output(output)
         return output
 
-    def _first(self, call: "_Call", recorder: "_Cuda") -> Any:
+    def _first(self, call: "_Call", recorder: "_Cuda") -> Tensor | tuple[Tensor, ...]:
         before = recorder.random_state()
-        output = self._run(call)
+        output = self._run(call, call.tensors)
         if not torch.equal(before, recorder.random_state()):
             raise RuntimeError(f"{_name(self.function)} draws random numbers, which a graph would repeat: pass them as "
                                'tensors, or call it without an executor (sample with executor="eager")')
@@ -139,10 +146,9 @@ class Captured:
             buffers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in call.tensors]
         for buffer, tensor in zip(buffers, call.tensors):
             buffer.copy_(tensor)
-        args, kwargs = call.bind(buffers)
         before = [cache._state() for cache in call.caches]
         try:
-            graph, output = recorder.record(lambda: self.function(*args, **kwargs), alone=not self._recordings)
+            graph, output = recorder.record(lambda: self._run(call, buffers), alone=not self._recordings)
         except Exception as error:
             raise RuntimeError(
                 f"{_name(self.function)} cannot be captured: {error}\nWhat is captured must not wait for the GPU "
@@ -153,7 +159,7 @@ class Captured:
             after = [cache._state() for cache in call.caches]
             for cache, state in zip(call.caches, before):
                 cache._restore(state)
-        return _Recording(graph, buffers, output, after, (args, kwargs, [cache._arena for cache in call.caches]))
+        return _Recording(graph, buffers, output, after, (call.bind, [cache._arena for cache in call.caches]))
 
     def _drop(self) -> None:
         _, recording = self._recordings.popitem(last=False)
@@ -167,7 +173,7 @@ class _Recording(NamedTuple):
     buffers: list[Tensor]  # its inputs
     output: Tensor | tuple[Tensor, ...]
     caches: list[tuple]  # the state that the function leaves each cache in
-    alive: tuple  # what else the graph has the addresses of
+    alive: tuple  # whatever else the graph has the addresses of: arguments and caches' memory
 
     def replay(self, call: "_Call") -> Tensor | tuple[Tensor, ...]:
         for buffer, tensor in zip(self.buffers, call.tensors, strict=True):
@@ -193,8 +199,8 @@ class _Call(NamedTuple):
         for name, value in (*enumerate(args), *kwargs.items()):
             constant, held, build = _taken_apart(value)
             if not _is_constant(constant):
-                raise TypeError(f"{_described(name)}: got {type(value).__name__}; an executor takes tensors, each as an "
-                                "argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
+                raise TypeError(f"{_described(name)}: got {type(value).__name__}; an executor takes tensors, each as "
+                                "an argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
             if isinstance(value, FeatureCache):
                 caches.append(value)
             key.append((name, constant, _weights(constant), tuple((t.shape, t.dtype) for t in held)))
@@ -238,18 +244,31 @@ class _Cuda:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     output = call()
-                    _check_output(output)
                 except BaseException:
-                    with suppress(RuntimeError):  # that the recording is invalid, which is known
-                        graph.capture_end()
+                    self._abandon(graph)
                     raise
                 graph.capture_end()
             torch.clear_autocast_cache()
         return graph, output
 
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends a recording that failed, such that the device can be used as before."""
+        try:
+            graph.capture_end()
+        except RuntimeError:  # CUDA has ended it already; PyTorch then leaves its allocators and generators recording
+            for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with suppress(RuntimeError):
+                    end(self.device.index, self._pool)
+            graph.reset()
+            ABANDONED.append(graph)
+
     def free(self, graph: torch.cuda.CUDAGraph) -> None:
         torch.cuda.synchronize(self.device)  # it may be running
         graph.reset()
+
+
+ABANDONED: list = []  # graphs that failed: PyTorch's allocator of pinned memory goes on asking them what they record
+RECORDERS = {"cuda": _Cuda}  # where calls are recorded; elsewhere they run as they are
 
 
 def _taken_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any]]:
@@ -261,7 +280,7 @@ def _taken_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any
         return value._state(), (), lambda: value
     if hasattr(value, "graph_parts"):
         return value.graph_parts()
-    return value, (), lambda: value
+    return tuple(value) if isinstance(value, list) else value, (), lambda: value
 
 
 def _is_constant(constant: Any) -> bool:

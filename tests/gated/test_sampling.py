@@ -1,5 +1,7 @@
 """A device-gated executor under `sample`, with the bundled model and router."""
 
+import copy
+
 import pytest
 import torch
 
@@ -61,3 +63,13 @@ def test_other_schedulers_are_refused(net):
     trajectory = Trajectory(net, torch.tensor([0]), steps=4, scheduler=make_scheduler("DPMSolverMultistepScheduler", 4))
     with pytest.raises(TypeError, match='DPMSolverMultistepScheduler; a device-gated trajectory needs "ddim"'):
         hk.compile(denoise, mode="gated")(trajectory, image_noise(0, 0, 1, net.sample_shape))
+
+
+def test_moved_weights_are_captured_anew(net, router):
+    other = copy.deepcopy(net)
+    executor, noise = hk.compile(denoise, mode="gated"), image_noise(0, 0, 1, net.sample_shape)
+    executor.load(router)
+    for dtype in (torch.float32, torch.bfloat16):
+        other.to(dtype)
+        executor(Trajectory(other, torch.tensor([1]), steps=router.steps), noise)
+    assert executor.graphs == 2

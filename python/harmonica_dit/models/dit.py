@@ -201,10 +201,10 @@ class DiT(nn.Module):
         """
         embedded = self.y_embedder(y)
         step_bytes = (3 * len(self.branches) + 2) * embedded.nbytes
-        for some in torch.arange(len(rows)).split(max(1, HOISTED // step_bytes)):
-            first, last = int(some[0]), int(some[-1]) + 1
-            condition = F.silu(self.t_embedder(t[first:last])[:, None] + embedded)
-            for modulation in self.modulations(condition, rows[first:last]):
+        at_once = max(1, HOISTED // step_bytes)
+        for first in range(0, len(rows), at_once):
+            condition = F.silu(self.t_embedder(t[first : first + at_once])[:, None] + embedded)
+            for modulation in self.modulations(condition, rows[first : first + at_once]):
                 yield {"modulation": modulation}
 
     def modulation_table(self, t: Tensor, y: Tensor) -> hk.Modulation:
@@ -222,9 +222,10 @@ class DiT(nn.Module):
         found = [hk.Modulation([], [], []) for _ in rows]
         for k in range(len(self.branches)):
             linear, end = self.blocks[k // 2].adaLN_modulation[1], 3 * D * (k % 2 + 1)  # its rows: shift, scale, gate
-            reused = [_reuses(row, k) for row in rows]
-            for skip in set(reused):
-                steps = [s for s in range(S) if reused[s] == skip]
+            for skip in (False, True):
+                steps = [s for s in range(S) if _reuses(rows[s], k) == skip]
+                if not steps:
+                    continue
                 first = end - D if skip else end - 3 * D
                 # stacked slices, for a list of indices would have to be copied to the device
                 chosen = condition if len(steps) == S else torch.stack([condition[s] for s in steps])
