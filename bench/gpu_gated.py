@@ -3,7 +3,8 @@
 Every step is a process of its own with a time limit, and prints lines of JSON before the next one begins, so that a run
 that fails half-way says where. Not yet run.
 
-    smallest   WHILE -> IF nodes -> child graphs with one kernel, without Python or torch; what idle nodes cost
+    smallest   WHILE -> IF nodes -> child graphs with one kernel, without Python or torch; what idle nodes cost; the
+               same under compute-sanitizer
     bodies     random small models against the plan walked on the CPU
     cublas     60 bodies of one bfloat16 GEMM each
     dit        DiT-XL/2 256 (random weights, bfloat16, T=20), 2 and 16 rows: gated and captured on the same schedule,
@@ -55,6 +56,10 @@ def smallest() -> None:
         sources = [ROOT / path for path in ("tests/cuda/smallest.cu", "csrc/cuda/gate.cu", "csrc/cuda/graph.cpp")]
         subprocess.run(["nvcc", "-std=c++17", "-O2", "-arch=native", *sources, "-o", program], check=True)
         subprocess.run([program], check=True)
+        for tool in ("memcheck", "racecheck"):
+            result = subprocess.run(["compute-sanitizer", "--tool", tool, "--error-exitcode", "2", program],
+                                    capture_output=True, text=True)
+            report(step="smallest", sanitizer=tool, code=result.returncode, said=result.stdout.splitlines()[-1:])
 
 
 def bodies() -> None:
