@@ -93,7 +93,7 @@ struct GateMemory {
     int32_t* step;         // -1 before the first
     int32_t* again;        // whether another step follows
     int32_t* compute;      // [K] this step's decisions
-    int32_t* start;        // [K + 1] the run that the norm before branch k adds begins here: the branch computed last, or 0
+    int32_t* start;        // [K + 1] where the run that the norm before k adds begins: the branch computed last, or 0
     int32_t* slot;         // [K] cache slot of the latest output
     int32_t* latest_at;    // [K] step of the latest computed output
     int32_t* previous_at;  // [K] of the one before it, -1 where there is none
@@ -102,12 +102,12 @@ struct GateMemory {
     uint8_t* reused;       // [T, K] what the trajectory reused
 };
 
-// scores: score > τ (Huang et al., 2025). change: the first branch's output moved by more than τ, relative to its size,
-// since it was last taken as reference (the idea of first-block caching). always: computed.
+// scores: score > τ (Huang et al., 2025). change: the first branch's output moved by more than τ, relative to its
+// size, since it was last taken as reference (the idea of first-block caching). always: computed.
 enum class GateRule : int { scores, always, change };
 
-// Decides the branches first..last-1 of a step; first == 0 goes on to the next step. With the change rule and a decision
-// to compute, the output just compared becomes the reference.
+// Decides the branches first..last-1 of a step; first == 0 goes on to the next step. With the change rule and a
+// decision to compute, the output just compared becomes the reference.
 void gate(const GateMemory& memory, int first, int last, GateRule rule);
 
 // What the CUDA part was built with and what this machine has. Nothing here needs a GPU or a driver.

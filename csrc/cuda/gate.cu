@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(THREADS) gate_kernel(GateMemory m, int first, 
         }
         sums = block_sum(sums.x, sums.y);
     }
-    for (int k = first + threadIdx.x; k < last; k += THREADS) settle(m, step, k, wanted(m, rule, step, k, sums.x, sums.y));
+    for (int k = first + threadIdx.x; k < last; k += THREADS)
+        settle(m, step, k, wanted(m, rule, step, k, sums.x, sums.y));
     __syncthreads();
     if (threadIdx.x) return;
     if (first == 0) {
@@ -78,8 +79,8 @@ __global__ void __launch_bounds__(THREADS) change_kernel(Change c) {
     }
 }
 
-cudaGraphNode_t add_kernel(cudaGraph_t graph, const cudaGraphNode_t* after, size_t count, const void* kernel, int blocks,
-                           void** arguments, const char* name) {
+cudaGraphNode_t add_kernel(cudaGraph_t graph, const cudaGraphNode_t* after, size_t count, const void* kernel,
+                           int blocks, void** arguments, const char* name) {
     cudaKernelNodeParams params{};
     params.func = const_cast<void*>(kernel);
     params.gridDim = dim3(blocks);

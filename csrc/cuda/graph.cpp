@@ -45,7 +45,8 @@ void check_cooperative(cudaGraphNode_t node, const std::string& where) {
     check(cudaDriverGetVersion(&driver), "asking for the driver's version");
     if (driver >= 12060) return;
     cudaLaunchAttributeValue value{};
-    check(cudaGraphKernelNodeGetAttribute(node, cudaLaunchAttributeCooperative, &value), where + ": asking how it launches");
+    check(cudaGraphKernelNodeGetAttribute(node, cudaLaunchAttributeCooperative, &value),
+          where + ": asking how it launches");
     if (value.cooperative) refuse(where, "before driver 12.6, a cooperative kernel");
 }
 
@@ -161,7 +162,8 @@ void GatedGraph::fill(int graph, void* data, int byte, size_t bytes, const std::
     append(c, node, name);
 }
 
-void GatedGraph::gate(int graph, const GateMemory& memory, int first, int last, GateRule rule, const std::string& name) {
+void GatedGraph::gate(int graph, const GateMemory& memory, int first, int last, GateRule rule,
+                      const std::string& name) {
     OnDevice guard(device_);
     Chain& c = chain(graph);
     append(c, add_gate(c.graph, &c.last, c.last != nullptr, memory, first, last, rule), name);
@@ -208,7 +210,7 @@ void GatedGraph::instantiate(uintptr_t stream) {
     if (error == cudaSuccess && params.result_out == cudaGraphInstantiateSuccess) return;
     executable_ = nullptr;
     auto named = names_.find(params.errNode_out);
-    std::string where = named != names_.end() ? named->second : params.errNode_out ? "a node inside a child" : "no node named";
+    std::string where = named != names_.end() ? named->second : params.errNode_out ? "a node in a child" : "no node named";
     std::string what = std::string("instantiating the graph: ") + reason(params.result_out) + " at " + where +
                        " (CUDA_LOG_FILE=stderr says more)";
     check(error, what);

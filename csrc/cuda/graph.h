@@ -12,9 +12,9 @@
 namespace harmonica {
 
 // Every graph in it is a chain: a node runs after the one that was added to the same graph before it. Graph 0 is the
-// root; `conditional` gives the numbers of others. Names appear in errors. Throws std::runtime_error where CUDA refuses,
-// with the node's name; the object stays destructible. Addresses and captured graphs' memory stay the caller's, and have
-// to live as long as this object.
+// root; `conditional` gives the numbers of others. Names appear in errors. Throws std::runtime_error where CUDA
+// refuses, with the node's name; the object stays destructible. Addresses and captured graphs' memory stay the
+// caller's, and have to live as long as this object.
 class GatedGraph {
   public:
     explicit GatedGraph(int device);
@@ -30,7 +30,7 @@ class GatedGraph {
     void gate(int graph, const GateMemory& memory, int first, int last, GateRule rule, const std::string& name);
     void change(int graph, const Change& change, const std::string& name);
 
-    // Clones a captured cudaGraph_t, after checking node by node, children too, that it may stand in a conditional's body.
+    // Clones a captured cudaGraph_t, after checking node by node, children too, that it may stand in a conditional.
     void child(int graph, uintptr_t captured, const std::string& name);
 
     // An IF (one body) or, with `loop`, a WHILE node; returns its body's number.

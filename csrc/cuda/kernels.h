@@ -7,8 +7,8 @@
 
 namespace harmonica {
 
-// Sums of |o - reference| and |reference| over `values` values, in parts whose number and order depend on `parts` alone;
-// o becomes the other half of reference [2, values].
+// Sums of |o - reference| and |reference| over `values` values, in an order that depends on their number and on `parts`
+// alone; o becomes the other half of reference [2, values].
 struct Change {
     const void* o;
     void* reference;

@@ -1,6 +1,6 @@
-// The smallest gated graph: a WHILE whose body holds IF nodes whose bodies hold one kernel each. Does CUDA run it, do the
-// conditions hold, and what do idle nodes cost? Needs neither Python nor torch:
-//     nvcc -std=c++17 -O2 -arch=native tests/cuda/smallest.cu csrc/cuda/gate.cu csrc/cuda/graph.cpp -o smallest && ./smallest
+// The smallest gated graph: a WHILE whose body holds IF nodes whose bodies hold one kernel each. Does CUDA run it, do
+// the conditions hold, and what do idle nodes cost? Needs neither Python nor torch:
+//     nvcc -std=c++17 -O2 -arch=native tests/cuda/smallest.cu csrc/cuda/gate.cu csrc/cuda/graph.cpp -o smallest
 // Prints a line of JSON for each case, before the next begins; ends with 1 where a count is wrong.
 #include <cuda_runtime.h>
 
@@ -70,7 +70,8 @@ bool run(int K, int T, double share, cudaStream_t stream) {
     auto threshold = device<double>(1);
     auto conditions = device<uint64_t>(K + 1);
     m.scores = scores, m.threshold = threshold, m.conditions = conditions;
-    m.extrapolation = scores, m.change = device<double>(2), m.e = device<float>(K), m.reused = device<uint8_t>(size_t(T) * K);
+    m.extrapolation = scores, m.change = device<double>(2), m.e = device<float>(K);
+    m.reused = device<uint8_t>(size_t(T) * K);
     m.step = device<int32_t>(1), m.again = device<int32_t>(1), m.reference = device<int32_t>(1);
     m.compute = device<int32_t>(K), m.start = device<int32_t>(K + 1), m.slot = device<int32_t>(K);
     m.latest_at = device<int32_t>(K), m.previous_at = device<int32_t>(K);
@@ -111,12 +112,12 @@ bool run(int K, int T, double share, cudaStream_t stream) {
     check(cudaMemcpy(found.data(), counters, found.size() * sizeof(int), cudaMemcpyDeviceToHost), "cudaMemcpy");
     bool right = found == expected;
     float time = milliseconds(graph, stream);
-    std::printf("{\"case\": \"WHILE, %d IF nodes\", \"steps\": %d, \"computed\": %.2f, \"right\": %s, \"us_per_step\": %.3f}\n",
-                K, T, share, right ? "true" : "false", 1000 * time / T);
+    std::printf("{\"step\": \"smallest\", \"if_nodes\": %d, \"steps\": %d, \"computed\": %.2f, \"right\": %s, "
+                "\"us_per_step\": %.3f}\n", K, T, share, right ? "true" : "false", 1000 * time / T);
     std::fflush(stdout);
-    for (void* data : {(void*)scores, (void*)threshold, (void*)conditions, (void*)m.change, (void*)m.e, (void*)m.reused,
-                       (void*)m.step, (void*)m.again, (void*)m.reference, (void*)m.compute, (void*)m.start, (void*)m.slot,
-                       (void*)m.latest_at, (void*)m.previous_at, (void*)counters})
+    for (void* data : std::initializer_list<void*>{
+             scores, threshold, conditions, const_cast<double*>(m.change), m.e, m.reused, m.step, m.again, m.reference,
+             m.compute, m.start, m.slot, m.latest_at, m.previous_at, counters})
         cudaFree(data);
     return right;
 }
