@@ -12,7 +12,8 @@ from .ops._library import kernels
 def info() -> dict[str, Any]:
     """Version, compiled extension, instruction sets (best first), threads, CUDA, and which code runs each op.
 
-    cuda: whether CUDA tensors can be used here; if not, cuda_reason says what is missing.
+    cuda: whether CUDA tensors can be used here; if not, cuda_reason says what is missing. gated: the same of
+    device-gated graphs, which the extension itself is built for.
     """
     try:
         installed = version("harmonica-kernels")
@@ -29,6 +30,9 @@ def info() -> dict[str, Any]:
         "threading": kernels.threading(),
         "cuda": not reason,
         "cuda_reason": reason,
+        "gated": not why_not_gated(),
+        "gated_reason": why_not_gated(),
+        "gated_build": kernels.cuda_build(),
         "ops": {"residual_norm": compiled, "blend_residual_norm": compiled, "cache_commit": plain, "bias_gelu": plain,
                 "guided_step": plain},
     }
@@ -41,4 +45,20 @@ def _why_no_cuda() -> str:
         return "PyTorch finds no CUDA device"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
+    return ""
+
+
+def why_not_gated() -> str:
+    """Why no CUDA graph can be gated on the device here; empty where one can."""
+    build = kernels.cuda_build()
+    if not build["runtime"]:
+        return "the extension was built without nvcc (12.4 or newer); put it on the PATH and install again"
+    if not build["driver"]:
+        return "there is no NVIDIA driver"
+    version = lambda number: f"{number // 1000}.{number % 1000 // 10}"
+    if build["driver"] < build["needed"]:
+        return (f"the driver is too old: it serves CUDA {version(build['driver'])}, {version(build['needed'])} is "
+                f"needed by an extension built with {version(build['runtime'])}")
+    if build["error"] or not build["devices"]:
+        return f"there is no GPU ({build['error'] or 'the driver lists none'})"
     return ""

@@ -7,16 +7,19 @@ bookkeeping, the same on every machine; `_Cuda` alone speaks to CUDA.
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .cache import FeatureCache
 
+if TYPE_CHECKING:
+    from . import gated
+
 
 def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str = "captured",
-            graphs: int = 64) -> "Captured":
+            rule: str = "scores", graphs: int = 64) -> "Captured | gated.Gated":
     """An executor of `function`: called like it, with the same results, but without its Python where there is a GPU.
 
     With tensors on a GPU, a call that comes a second time is recorded as a CUDA graph and replayed from then on; the
@@ -38,7 +41,11 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
 
     Args:
         function: returns a tensor or a tuple of tensors; its only side effects may be those on its caches.
-        mode: "captured".
+        mode: "captured", or "gated": decided on the device. Then `function(trajectory, noise, schedule)` is a whole
+            trajectory (`harmonica_dit.denoise`), and the executor a `harmonica_kernels.gated.Gated`: one graph serves
+            every router, schedule and threshold, and changing them is a memory write.
+        rule: of "gated", what decides: "scores" (of a router or schedule), or "change", a test of how far the first
+            branch's output has moved.
         graphs: how many are kept alive; the one longest unused goes first. They share one pool of memory, which is
             returned when the last of them goes.
 
@@ -51,12 +58,16 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
         GPU, copies from the host or draws random numbers; TypeError or ValueError for arguments of other kinds or on
         several devices. The message says what to do.
     """
-    if mode != "captured":
-        raise ValueError(f'mode: got {mode!r}, expected "captured"')
+    if mode not in ("captured", "gated"):
+        raise ValueError(f'mode: got {mode!r}, expected "captured" or "gated"')
     if not callable(function):
         raise TypeError(f"function: got {type(function).__name__}, expected something to call")
     if isinstance(graphs, bool) or not isinstance(graphs, int) or graphs < 1:
         raise ValueError(f"graphs: got {graphs!r}, expected a whole number ≥ 1")
+    if mode == "gated":
+        from .gated import Gated  # which is built on this file
+
+        return Gated(function, rule, graphs)
     return Captured(function, graphs)
 
 

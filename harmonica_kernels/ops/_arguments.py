@@ -17,6 +17,12 @@ DEVICES = ("cpu", "cuda", "meta")  # meta computes shapes only
 _SINGLE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DOUBLE = {torch.float64: 3}
 
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """DType of csrc/kernels.h."""
+    return (_SINGLE | _DOUBLE)[dtype]
+
+
 Tensors = Sequence[Tensor | None]
 
 

@@ -115,6 +115,10 @@ class Router(nn.Module):
                         model=self.model, origin=f"router, threshold {threshold:g}", guidance=self.guidance,
                         resolution=self.resolution, architecture=self.architecture)
 
+    def gates(self) -> tuple[Tensor, Tensor | None]:
+        """Scores and extrapolation coefficients [T, K], for `executor.load`."""
+        return self.scores(), self._extrapolation()
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, whole or not at all; row 0 of the logits is stored as the largest logit."""
         rows = torch.stack([row.detach().float().cpu() for row in self.logits])

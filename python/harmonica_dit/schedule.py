@@ -146,6 +146,11 @@ class Schedule:
         return replace(self, compute=compute, extrapolation=self.extrapolation[rows], timesteps=timesteps,
                        origin=f"{self.origin}, resampled from {self.steps} steps")
 
+    def gates(self) -> tuple[Tensor, Tensor | None]:
+        """Scores that every threshold decides alike, and extrapolation coefficients [T, K], for `executor.load`."""
+        scores = torch.where(self.compute, math.inf, -math.inf)
+        return scores, None if self.history == 1 else self.extrapolation
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, whole or not at all."""
         metadata = {name: getattr(self, name) for name in FIELDS + OPTIONAL} | dict(

@@ -16,7 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+import harmonica_kernels as hk
 import harmonica_kernels.triton as kernels
+from harmonica_kernels.gated import Loop
+from harmonica_kernels.gated.memory import GateMemory
+from harmonica_kernels.gated.pieces import Pieces
+from harmonica_kernels.triton.gated_norm import gated_norm
 
 ARCHES = (80, 90, 100)
 B, N, D = 2, 8, 1152
@@ -80,8 +85,19 @@ def hidden() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(1, 16, 4 * D, dtype=torch.bfloat16), torch.zeros(1, 4 * D, dtype=torch.bfloat16)
 
 
+def gated(history: int) -> None:
+    steps, branches, wide = 3, 4, torch.zeros(3, B, 6 * D, dtype=torch.bfloat16)
+    modulation = hk.Modulation([wide[..., :D]] * (branches + 1), [wide[..., D : 2 * D]] * (branches + 1),
+                               [wide[..., 2 * D : 3 * D]] * branches)
+    loop = Loop([hk.Branch(lambda h, context: h.clone())] * branches, lambda: modulation,
+                lambda x: activation(), lambda y: y, torch.zeros(steps, 2))
+    memory = GateMemory(steps, branches, history, torch.device("cpu"))
+    gated_norm(Pieces(loop, memory, torch.zeros(B, 1)), 2)
+
+
 CALLS = {
     **{f"residual_norm R={R}": lambda R=R: forward(R) for R in (0, 1, 4, 28)},
+    **{f"gated_norm history={history}": lambda history=history: gated(history) for history in (1, 2)},
     "residual_norm R=1 store": lambda: forward(1, store=True),
     "residual_norm R=2 forecast": lambda: forward(2, forecast=True),
     "residual_norm R=16 forecast": lambda: forward(16, forecast=True),

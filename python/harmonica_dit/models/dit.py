@@ -210,6 +210,13 @@ class DiT(nn.Module):
             for modulation in self.modulations(condition, rows[first : first + at_once]):
                 yield {"modulation": modulation}
 
+    def modulation_table(self, t: Tensor, y: Tensor) -> hk.Modulation:
+        """The rows of all T steps stacked, [T, B, D], for t [T] and y [B]: what a device-gated trajectory indexes."""
+        condition = F.silu(self.t_embedder(t)[:, None] + self.y_embedder(y))
+        parts = [part for block in self.blocks for part in block.adaLN_modulation[1](condition).chunk(6, 2)]
+        final = self.final_layer.adaLN_modulation[1](condition).chunk(2, 2)
+        return hk.Modulation([*parts[::3], final[0]], [*parts[1::3], final[1]], parts[2::3])
+
     def modulations(self, condition: Tensor, rows: Sequence[Sequence[bool] | Tensor | None]) -> list[hk.Modulation]:
         """adaLN-Zero rows of S steps for their activated conditions [S, B, D]; of a branch that a step's hard row
         reuses, only the gate.

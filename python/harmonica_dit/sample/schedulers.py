@@ -31,6 +31,12 @@ class ReferenceDDIM(DDIMScheduler):
         abar = self.alphas_cumprod[torch.from_numpy(spaced)].tolist()
         self._alphas = dict(zip(spaced.tolist(), zip(abar, [*abar[1:], 1.0])))
 
+    def updates(self) -> Tensor:
+        """[T, 2] float32: a and b of each step, x_{s+1} = a·x_s + b·ε."""
+        pairs = [self._alphas[t] for t in self.timesteps.tolist()]
+        return torch.tensor([((after / now) ** 0.5, (1 - after) ** 0.5 - (after * (1 - now) / now) ** 0.5)
+                             for now, after in pairs])
+
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor,
              return_dict: bool = True) -> DDIMSchedulerOutput | tuple:
         """x_{s+1} = √ᾱ'·x̂_0 + √(1-ᾱ')·ε, with x̂_0 = (x_s - √(1-ᾱ)·ε)/√ᾱ (Song et al., 2021, eq. 12, σ = 0)."""

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .schedulers import make_scheduler
+from harmonica_kernels.gated import Loop
+
+from .schedulers import ReferenceDDIM, make_scheduler
 
 
 def image_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
@@ -107,6 +109,23 @@ class Trajectory:
         if self._generators is not None:
             other._generators = [generator.clone_state() for generator in self._generators]
         return other
+
+    def loop(self) -> Loop:
+        """What a device-gated executor needs to know, see `harmonica_kernels.compile`.
+
+        Raises:
+            TypeError: the scheduler's step is not linear in x and the output alone, or the model is not taken apart.
+        """
+        if not isinstance(self.scheduler, ReferenceDDIM):
+            raise TypeError(f'scheduler: got {type(self.scheduler).__name__}; a device-gated trajectory needs "ddim", '
+                            "whose step is a·x + b·ε")
+        if not hasattr(self.net, "modulation_table"):
+            raise TypeError(f"net: {type(self.net).__name__} has no modulation_table, which a device-gated trajectory "
+                            'indexes; use mode="captured"')
+        net, guided = self.net, self.guidance != 1
+        return Loop(net.branches, lambda: net.modulation_table(self._t, self._rows),
+                    lambda x: net.embed(torch.cat([x, x]) if guided else x), net.head, self.scheduler.updates(),
+                    self.guidance, self.guidance_channels)
 
     def graph_parts(self) -> tuple[tuple, tuple[Tensor, ...], Callable[[Tensor], "Trajectory"]]:
         """What an executor needs to know, see `harmonica_kernels.compile`.
