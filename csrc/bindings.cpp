@@ -3,10 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "kernels.h"
+#ifdef HARMONICA_CUDA
+#include "cuda/graph.h"
+#endif
 
 namespace py = pybind11;
 using namespace harmonica;
@@ -68,12 +73,75 @@ std::pair<double, std::vector<double>> py_residual_norm_backward(
     return {result.r, std::move(result.e)};
 }
 
+// Addresses and sizes by their names in kernels.h.
+GateMemory gate_memory(const std::map<std::string, uintptr_t>& named) {
+    auto in = [&](const char* name, auto*& pointer) {
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(named.at(name));
+    };
+    GateMemory m{};
+    m.steps = int32_t(named.at("steps")), m.branches = int32_t(named.at("branches"));
+    m.history = int32_t(named.at("history")), m.parts = int32_t(named.at("parts"));
+    in("scores", m.scores), in("extrapolation", m.extrapolation), in("threshold", m.threshold);
+    in("conditions", m.conditions), in("change", m.change), in("step", m.step), in("again", m.again);
+    in("compute", m.compute), in("start", m.start), in("slot", m.slot), in("latest_at", m.latest_at);
+    in("previous_at", m.previous_at), in("e", m.e), in("reference", m.reference), in("reused", m.reused);
+    return m;
+}
+
+GateRule gate_rule(const std::string& rule) {
+    return rule == "scores" ? GateRule::scores : rule == "change" ? GateRule::change : GateRule::always;
+}
+
+py::dict py_cuda_build() {
+    CudaBuild build = cuda_build();
+    py::dict facts;
+    facts["runtime"] = build.runtime, facts["architectures"] = build.architectures, facts["driver"] = build.driver;
+    facts["needed"] = build.needed, facts["devices"] = build.devices, facts["error"] = build.error;
+    return facts;
+}
+
+#ifdef HARMONICA_CUDA
+void bind_graph(py::module_& m) {
+    py::class_<GatedGraph>(m, "GatedGraph")
+        .def(py::init<int>())
+        .def("condition", &GatedGraph::condition)
+        .def("fill",
+             [](GatedGraph& g, int graph, uintptr_t data, int byte, size_t bytes, const std::string& name) {
+                 g.fill(graph, reinterpret_cast<void*>(data), byte, bytes, name);
+             })
+        .def("gate",
+             [](GatedGraph& g, int graph, const std::map<std::string, uintptr_t>& memory, int first, int last,
+                const std::string& rule, const std::string& name) {
+                 g.gate(graph, gate_memory(memory), first, last, gate_rule(rule), name);
+             })
+        .def("change",
+             [](GatedGraph& g, int graph, uintptr_t o, uintptr_t reference, int dtype, int64_t values, uintptr_t sums,
+                int parts, uintptr_t which, const std::string& name) {
+                 g.change(graph,
+                          {reinterpret_cast<void*>(o), reinterpret_cast<void*>(reference), DType(dtype), values,
+                           reinterpret_cast<double*>(sums), parts, reinterpret_cast<int32_t*>(which)},
+                          name);
+             })
+        .def("child", &GatedGraph::child)
+        .def("conditional", &GatedGraph::conditional)
+        .def("instantiate", &GatedGraph::instantiate, py::call_guard<py::gil_scoped_release>())
+        .def("launch", &GatedGraph::launch, py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled kernels; csrc/kernels.h has their contracts.";
     m.def("residual_norm", &py_residual_norm);
     m.def("residual_norm_backward", &py_residual_norm_backward);
+    m.def("gate", [](const std::map<std::string, uintptr_t>& memory, int first, int last, const std::string& rule) {
+        gate(gate_memory(memory), first, last, gate_rule(rule));
+    });
+    m.def("cuda_build", &py_cuda_build);
+#ifdef HARMONICA_CUDA
+    bind_graph(m);
+#endif
     m.def("available_isas", &available_isas);
     m.def("isa", &isa);
     m.def("set_isa", &set_isa);

@@ -3,13 +3,16 @@
 import torch
 from torch import Tensor
 
+from .ops import cache_commit
+
 
 class FeatureCache:
     """The memory of one trajectory: per branch the last `history` computed outputs [B, N, D], before the gate.
 
     Its buffers are allocated by the first forward that stores into it, for that batch and in the dtype of the first
     branch's output, as one arena [history, K, B, N, D]. With two slots a branch, a new output goes into the older one
-    and the two swap roles by index; nothing is copied.
+    and the two swap roles by index; nothing is copied. Only where a score on the device decides whether a blended
+    output is stored, the roles cannot depend on it: then the latest output is copied to the previous one's slot.
 
     Args:
         history: outputs kept for each branch: 1 repeats, 2 can also extrapolate.
@@ -27,8 +30,15 @@ class FeatureCache:
         self._slots: list[list[Tensor]] = []  # per branch, newest first
         self._filled: list[int] = []  # per branch, how many of its slots hold a computed output
         self._of: tuple | None = None  # what a forward must match: shape, dtype and device of x, number of branches
-        self._pending: list[tuple[int, Tensor]] = []
+        self._pending: list[tuple[int, Tensor, Tensor | None, float]] = []  # branch, output, score, threshold
         self._open = False
+
+    def rewind(self) -> None:
+        """Forgets the outputs but keeps the memory, for another trajectory of the same shapes."""
+        self._filled = [0] * len(self._slots)
+        for slots in self._slots:
+            slots.sort(key=lambda slot: slot.data_ptr())  # as they were at first
+        self._pending, self._open = [], False
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +51,10 @@ class FeatureCache:
         return None if self._arena is None else self._arena.dtype
 
     def filled(self, k: int) -> int:
-        """How many outputs of branch k the cache holds, 0 to `history`."""
+        """How many outputs of branch k the cache holds, 0 to `history`.
+
+        Where scores on the device decide what is stored, a lone output counts as two equal ones, which forecast it.
+        """
         return self._filled[k] if self._filled else 0
 
     def latest(self, k: int) -> Tensor:
@@ -76,8 +89,15 @@ class FeatureCache:
         The backward reads the old entries, so the renewal waits for it. The next forward does it unasked.
         """
         pending, self._pending = self._pending, []
-        for k, o in pending:
-            self._push(k, o.dtype).copy_(o)
+        for k, o, score, threshold in pending:
+            if score is None:
+                self._push(k, o.dtype).copy_(o)
+                continue
+            latest, *previous = self._slots[k]
+            if previous and self._filled[k] == 1:
+                previous[0].copy_(latest)
+                self._filled[k] = 2
+            cache_commit(latest, o, score, threshold, previous=previous[0] if previous else None)
 
     # What `cached_forward` calls.
 
@@ -118,8 +138,28 @@ class FeatureCache:
         self._filled[k] = min(self._filled[k] + 1, self.history)
         return slots[0]
 
-    def _renew(self, k: int, o: Tensor) -> None:
-        """Takes a blended output: at once, or at `commit` where a backward may still read the entry it replaces."""
-        self._pending.append((k, o))
+    def _renew(self, k: int, score: Tensor | None, threshold: float, o: Tensor) -> None:
+        """Takes a blended output: at once, or at `commit` where a backward may still read the entry it replaces.
+
+        With a score on the device, branch k's entry is renewed where that exceeds the threshold, without waiting for
+        it; None renews in any case.
+        """
+        self._pending.append((k, o, score, threshold))
         if not torch.is_grad_enabled():
             self.commit()
+
+    # What an executor calls (graph.py).
+
+    def _state(self) -> tuple | None:
+        """What a recorded forward takes for granted of this cache, its memory included; None where it has none yet."""
+        if self._arena is None:
+            return None
+        return self._of, self._open, tuple(self._filled), tuple(slots[0].data_ptr() for slots in self._slots)
+
+    def _restore(self, state: tuple) -> None:
+        """Becomes what it was at `_state`, but for the outputs' values, in the same memory."""
+        self._of, self._open, filled, newest = state
+        self._filled = list(filled)
+        for slots, address in zip(self._slots, newest, strict=True):
+            if slots[0].data_ptr() != address:
+                slots.reverse()

@@ -78,7 +78,9 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         TypeError, ValueError: an argument is not as above; the message names it. Nothing has been changed then, but
             where it was a body that returned something else: the cache has to be reset after that.
         RuntimeError: the last forward with this cache was interrupted.
-        NotImplementedError: x is not on the CPU; this version has kernels for no other device.
+        NotImplementedError: x is neither on the CPU nor on a CUDA device; there are kernels for no other.
+
+    On CUDA nothing here waits for the device: a soft row's scores and forecast weights are read there.
 
     Source: HarmoniCa (Huang et al., ICML 2025), section 3; forecasts after TaylorSeer (Liu et al., 2025), first order.
     """
@@ -106,8 +108,10 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         _check_output(o, h, x, k)
         if soft:
             stream.blend(o, gate[k], cache, k, mod.gate[k], extrapolate)
-            if gate[k].item() > threshold:
-                stream.renew = partial(cache._renew, k)
+            if x.device.type != "cpu":
+                stream.renew = partial(cache._renew, k, gate[k].detach(), threshold)  # decided there: no wait
+            elif gate[k].item() > threshold:
+                stream.renew = partial(cache._renew, k, None, threshold)
         else:
             stream.compute(o, None if cache is None else cache._push(k, o.dtype), mod.gate[k])
     y = stream.norm(mod.shift[K], mod.scale[K], True, eps, last=True)
@@ -150,7 +154,7 @@ class _Stream:
     def norm(self, shift: Tensor | None, scale: Tensor | None, norm: bool, eps: float, last: bool = False) -> Tensor:
         """Adds the run to x and returns the modulated norm: the one fused call between two bodies."""
         h_dtype = self.h_dtype if norm or shift is not None or scale is not None else self.x.dtype
-        if self.fresh is not None or self._wants_grad(shift, scale):
+        if self.fresh is not None or self._wants_grad(shift, scale) or self._e_is_elsewhere():
             h = self._functional(shift, scale, h_dtype, norm, eps)
         else:
             x_out = None
@@ -172,7 +176,9 @@ class _Stream:
         e = None
         if any(isinstance(weight, Tensor) or weight != 0 for weight in self.e):
             exact = torch.float64 if self.x.dtype == torch.float64 else torch.float32
-            e = torch.stack([torch.as_tensor(weight, dtype=exact, device=self.x.device) for weight in self.e])
+            # full, not as_tensor: filled on the device, not copied to it
+            e = torch.stack([weight.to(exact) if isinstance(weight, Tensor) else
+                             torch.full((), weight, dtype=exact, device=self.x.device) for weight in self.e])
         self.x, h, o = blend_residual_norm(self.x, self.run, shift, scale, e=e, fresh=self.fresh, r=self.r,
                                            h_dtype=h_dtype, norm=norm, eps=eps)
         self.owned = False  # autograd may have saved it
@@ -181,6 +187,10 @@ class _Stream:
         if self.renew is not None:
             self.renew(o)
         return h
+
+    def _e_is_elsewhere(self) -> bool:
+        """Whether reading a forecast weight as a number would wait for the device."""
+        return any(isinstance(weight, Tensor) and not weight.is_cpu for weight in self.e)
 
     def _wants_grad(self, shift: Tensor | None, scale: Tensor | None) -> bool:
         if not torch.is_grad_enabled():
@@ -197,8 +207,8 @@ def _check(branches, x, mod, gate, extrapolate, cache, threshold) -> Sequence[bo
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
         what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: got {what}, expected a float tensor [B, N, D]")
-    if x.device.type != "cpu":
-        raise NotImplementedError(f"x: is on {x.device}; this version has kernels for the CPU only")
+    if x.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"x: is on {x.device}; there are kernels for the CPU and for CUDA")
     if x.dtype not in (*STORAGE, torch.float64):
         raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16 or float16 (float64 for checking gradients)")
     _check_modulation(branches, x, mod)

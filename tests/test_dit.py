@@ -1,15 +1,18 @@
 """The DiT through `cached_forward` equals the plain one, and loads facebookresearch's layout."""
 
 import argparse
+import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import harmonica_dit
 import harmonica_kernels as hk
 from harmonica_dit.files import save_tensors
-from harmonica_dit.models import DiT, count_flops, read_weights
+from harmonica_dit.models import DiT, count_flops, dit, read_weights
 from plain_dit import PlainDiT
 
 SMALL = dict(input_size=8, patch_size=2, in_channels=2, hidden_size=24, depth=3, num_heads=3, num_classes=5)
@@ -63,6 +66,87 @@ def test_a_reused_branch_keeps_its_new_gate():
     again = net(x, t - 1, y, cache=cache, gate=(False,) * 6)
     assert (now - other).abs().max() > 1e-3
     torch.testing.assert_close(again, now, rtol=1e-4, atol=1e-4)  # the outputs computed a line ago, the same gates
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_hoisted_modulation(monkeypatch, at_once):
+    """Of all steps together, or of slices of them: as found step by step, and of reused branches the gate alone."""
+    _, net = pair()
+    x, _, y = inputs()
+    t = torch.tensor([999, 500, 30, 7, 0])
+    table = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    monkeypatch.setattr(dit, "HOISTED", at_once * 4 * (3 * 6 + 2) * 24 * x.element_size())
+    sizes, modulations = [], net.modulations
+    monkeypatch.setattr(net, "modulations", lambda c, rows: sizes.append(len(c)) or modulations(c, rows))
+    for rows in ([None] * 5, [None, *(tuple(row) for row in table[1:].tolist())]):
+        sizes.clear()
+        hoisted = list(net.hoist(t, y, rows))
+        assert max(sizes) == min(at_once, 5) and sum(sizes) == 5
+        caches = [hk.FeatureCache(), hk.FeatureCache()]
+        for s, (row, known) in enumerate(zip(rows, hoisted, strict=True)):
+            mod = known["modulation"]
+            assert [r is not None for r in mod.shift] == [*(row or (True,) * 6), True]
+            assert [r is None for r in mod.scale] == [r is None for r in mod.shift]
+            now, again = t[s].expand(4), torch.zeros(4, dtype=torch.long)  # t and y are not read with a modulation
+            want = net(x, now, y, gate=row, cache=caches[0])
+            got = net(x, again, again, gate=row, cache=caches[1], **known)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reused_step_takes_no_memory_for_shift_and_scale():
+    _, net = pair()
+    _, _, y = inputs()
+    t, rows = torch.arange(8), [None] + [(False,) * 6] * 7
+    found = [known["modulation"] for known in net.hoist(t, y, rows)]
+    storages = {row.untyped_storage().data_ptr(): row.untyped_storage().nbytes()
+                for mod in found for part in mod for row in part if row is not None}
+    assert sum(storages.values()) == 4 * 24 * (18 + 7 * 6 + 8 * 2) * 4
+
+
+def test_xformers(monkeypatch):
+    """By name; it is given [B, N, heads, D/heads]. Here a stand-in, for the package itself needs a GPU."""
+    seen = []
+
+    def memory_efficient_attention(q, k, v):
+        seen.append(q.shape)
+        weights = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhnm,bmhd->bnhd", weights.softmax(-1), v)
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    plain, _ = pair()
+    net = DiT(**SMALL, attention="xformers").eval().requires_grad_(False)
+    net.load_state_dict(plain.state_dict())
+    x, t, y = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, t, y, cache=hk.FeatureCache()), plain(x, t, y), rtol=1e-4, atol=1e-4)
+    assert seen == [(4, 16, 3, 8)] * 3
+    assert harmonica_dit.load("fashion-dit", attention="xformers").blocks[0].attn.back_end is memory_efficient_attention
+
+
+def test_attention_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
+    with pytest.raises(ImportError, match='"xformers" needs the package xformers .*"sdpa"'):
+        harmonica_dit.load("fashion-dit", attention="xformers")
+    with pytest.raises(ValueError, match="attention: got 'flash', expected"):
+        DiT(**SMALL, attention="flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["sdpa", "xformers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_back_ends_on_a_gpu(name, dtype):
+    """DiT-XL's head dim, 72, included."""
+    if name == "xformers":
+        pytest.importorskip("xformers.ops")
+    for d in (64, 72):
+        qkv = torch.randn(2, 50, 3, 4, d, device="cuda", dtype=dtype)
+        q, k, v = qkv.unbind(2)
+        want = F.scaled_dot_product_attention(*(part.double().transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        torch.testing.assert_close(dit.attention_back_end(name)(q, k, v).double(), want, rtol=0.02, atol=0.02)
 
 
 def test_bad_rows():

@@ -221,6 +221,81 @@ def test_the_callers_x_is_never_changed(gate, first_norm):
     assert torch.equal(toy.x, before) and toy.x._version == version
 
 
+def test_renewal_decided_by_a_score_on_the_device():
+    """The cache's part of a soft row on CUDA: entries are copied where the score says so, and none is waited for."""
+    for history in (1, 2):
+        cache, scores, outputs = hk.FeatureCache(history), torch.rand(6, K), torch.randn(7, K, 2, 3, 8)
+        cache._begin(outputs[0, 0], K)
+        stored = [[outputs[0, k]] for k in range(K)]
+        for k in range(K):
+            cache._push(k, torch.float32).copy_(outputs[0, k])
+        for row, fresh in zip(scores, outputs[1:]):
+            for k in range(K):
+                cache._renew(k, row[k], 0.5, fresh[k])
+                if row[k] > 0.5:
+                    stored[k].append(fresh[k])
+            cache.commit()
+            for k in range(K):
+                assert torch.equal(cache.latest(k), stored[k][-1]) and cache.filled(k) == history
+                if history == 2:  # a lone output counts as two equal ones
+                    assert torch.equal(cache.previous(k), stored[k][max(0, len(stored[k]) - 2)])
+
+
+@pytest.fixture
+def on_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    with torch.device("cuda"):
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("promise", [
+    lambda: test_hard_trajectory_equals_naive((2, 3, 8), True), lambda: test_forecast_trajectory_equals_naive(True),
+    lambda: test_forecast_trajectory_equals_naive(False), lambda: test_soft_trajectory_equals_naive(1, True),
+    lambda: test_soft_gate_gradcheck(), lambda: test_storage_dtypes(torch.bfloat16),
+    lambda: test_a_reused_body_is_never_called_and_body_out_writes_the_slot(), lambda: test_non_contiguous_x()])
+def test_on_cuda(on_cuda, promise):
+    promise()
+
+
+@pytest.mark.gpu
+def test_soft_forecasts_on_cuda(on_cuda):
+    """As `test_soft_trajectory_equals_naive`, but a lone output counts as two equal ones: forecasts repeat it."""
+    toy, cache, store = Toy(), hk.FeatureCache(2), [[] for _ in range(K)]
+    with torch.no_grad():
+        for step in range(8):
+            x, e = torch.randn_like(toy.x), torch.randn(K, dtype=torch.float64)
+            gate = None if step == 0 else torch.rand(K, dtype=torch.float64)
+            y = toy(x, gate=gate, cache=cache, extrapolate=None if gate is None else e, threshold=0.5)
+            torch.testing.assert_close(y, toy.naive(x, store, gate, e, threshold=0.5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("history", [1, 2])
+def test_nothing_waits_for_the_device(on_cuda, history):
+    toy, cache = Toy(dtype=torch.float32), hk.FeatureCache(history)
+    gate, e = torch.rand(K, requires_grad=True), torch.rand(K, requires_grad=True) if history == 2 else None
+    weights = torch.ones_like(toy.x)
+
+    def trajectory():
+        with torch.no_grad():
+            toy(toy.x, cache=cache)
+            toy(toy.x, cache=cache)
+            toy(toy.x, gate=(True, False, False, True), cache=cache, extrapolate=(0.5,) * K if history == 2 else None)
+            toy(toy.x, gate=(True, False, False, True), cache=cache, extrapolate=e)
+        y = toy(toy.x, gate=gate, cache=cache, extrapolate=e)
+        torch.autograd.grad(y, [gate] if e is None else [gate, e], weights)
+        cache.commit()
+
+    trajectory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trajectory()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_slots_swap_without_a_copy():
     toy, cache = Toy(), hk.FeatureCache(2)
     with torch.no_grad():

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 import harmonica_dit
-from harmonica_dit.models import DiT
-from harmonica_dit.sample import ReferenceDDIM, Trajectory, image_noise, make_scheduler, sample
+import harmonica_kernels as hk
+from again import Again
+from harmonica_dit.models import DiT, count_flops
+from harmonica_dit.sample import ReferenceDDIM, Trajectory, denoise, image_noise, make_scheduler, sample
+from harmonica_dit.schedule import Schedule
 
 
 def small(out_variance=False, channels=1):
@@ -82,12 +85,12 @@ def test_guidance_channels():
     """Guided on the first c channels; the rest is the conditional output."""
     net = small(out_variance=True, channels=4)
     x, labels = torch.randn(3, 4, 8, 8), torch.tensor([0, 1, 2])
-    for c in (3, None, 8):
+    for c in (None, 3, 8):
         t = Trajectory(net, labels, steps=4, guidance=2.5, guidance_channels=c)
         when = torch.full((3,), t.timesteps[1])
         conditional, unconditional = net(x, when, labels), net(x, when, torch.full((3,), 4))
         expected = unconditional + 2.5 * (conditional - unconditional)
-        if c == 3:
+        if c != 8:
             expected[:, 3:] = conditional[:, 3:]
         torch.testing.assert_close(t.predict(x, 1), expected, rtol=1e-4, atol=1e-4)
     plain = Trajectory(net, labels, steps=4, guidance=1.0)
@@ -110,7 +113,72 @@ def test_a_fork_goes_its_own_way():
         assert torch.equal(x, y)
 
 
+def table(net, T, seed=0, extrapolation=False):
+    """A schedule with random rows."""
+    compute = torch.rand(T, len(net.branches), generator=torch.Generator().manual_seed(seed)) < 0.5
+    compute[0] = True
+    return Schedule(compute, net.branch_names, count_flops(net), extrapolation=0.5 * torch.ones(compute.shape)
+                    if extrapolation else None)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "DDPMScheduler"])
+def test_executors_change_nothing_without_a_gpu(scheduler):
+    """By name and kept over calls, to the last bit, schedulers that draw noise included."""
+    net, labels = small(), torch.arange(7) % 4
+    mine = hk.compile(denoise)
+    for schedule in (None, table(net, 4)):
+        options = dict(steps=4, schedule=schedule, scheduler=scheduler, batch=3, seed=5)
+        eager = sample(net, labels, **options)
+        for executor in ("eager", "captured", mine, mine):
+            assert torch.equal(sample(net, labels, executor=executor, **options), eager)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_a_whole_trajectory_in_a_graph(monkeypatch, scheduler):
+    """Recorded once and replayed for other labels and noise; another setting is another graph."""
+    Again.install(monkeypatch)
+    net, other = small(channels=4, out_variance=True), small(channels=4, out_variance=True)
+    schedules = [table(net, 5), table(net, 5, 1), table(net, 5, extrapolation=True)]
+    settings = [dict(schedule=schedules[0]), dict(schedule=schedules[1]), dict(schedule=schedules[2]), dict(),
+                dict(guidance=1), dict(guidance_channels=9), dict(steps=4), dict(net=other)]
+    executor = hk.compile(denoise)
+    for n, setting in enumerate(settings):
+        setting = dict(net=net, steps=5, scheduler=scheduler) | setting
+        for seed in range(3):
+            labels = (torch.arange(3) + seed) % 4
+            got = sample(labels=labels, seed=seed, executor=executor, **setting)
+            assert torch.equal(got, sample(labels=labels, seed=seed, **setting))
+        assert executor.graphs == n + 1
+    sample(labels=torch.arange(10) % 4, batch=3, seed=5, executor=executor, **setting)
+    assert executor.graphs == len(settings)  # three replays; the last batch has one label and ran as it is
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheduler", ["ddim", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_trajectory_on_a_gpu(scheduler, dtype):
+    net = small(channels=4, out_variance=True).to("cuda", dtype)
+    executor = hk.compile(denoise)
+    for schedule in (None, table(net, 5), table(net, 5, extrapolation=True)):
+        for seed in range(4):
+            options = dict(labels=(torch.arange(3) + seed) % 4, steps=5, seed=seed, schedule=schedule,
+                           scheduler=scheduler)
+            assert torch.equal(sample(net, executor=executor, **options), sample(net, **options))
+    assert executor.graphs == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_noise_on_the_way_cannot_be_captured():
+    net = small().cuda()
+    with pytest.raises(RuntimeError, match='executor="eager"'):
+        sample(net, [0, 1, 2], steps=3, scheduler="DDPMScheduler", batch=1, executor="captured")
+
+
 @pytest.mark.parametrize("options, words", [
+    (dict(executor="fast"), "executor: got 'fast'"), (dict(executor=torch.sin), "executor: got"),
+    (dict(executor=hk.compile(torch.sin)), "executor: got"),
     (dict(labels=[4]), "labels: got 4"), (dict(labels=[-1]), "labels: got -1"), (dict(labels=[]), "labels"),
     (dict(labels=[0.5]), "labels"), (dict(labels=[[1]]), "labels"),
     (dict(steps=0), "steps: got 0"), (dict(steps=-3), "steps: got -3"), (dict(steps=1001), "steps"),

@@ -1,7 +1,10 @@
 """The ops, one file each. `reference` holds all of them in plain torch."""
 
+from .bias_gelu import bias_gelu
 from .blend_residual_norm import blend_residual_norm
+from .cache_commit import cache_commit
+from .guided_step import guided_step
 from .residual_norm import residual_norm
 from .run import Term
 
-__all__ = ["Term", "blend_residual_norm", "residual_norm"]
+__all__ = ["Term", "bias_gelu", "blend_residual_norm", "cache_commit", "guided_step", "residual_norm"]

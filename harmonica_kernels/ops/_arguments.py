@@ -1,4 +1,4 @@
-"""What every op does with its arguments: check them, before memory is touched, and pack them for the kernels.
+"""What every op does with its arguments: check them, before memory is touched, and pack them for a device's kernels.
 
 Shapes: batch B, tokens N, width D. Storage types: float32, bfloat16 and float16 in any mix, or float64 throughout
 (which serves gradient checks; it is not fast).
@@ -6,68 +6,82 @@ Shapes: batch B, tokens N, width D. Storage types: float32, bfloat16 and float16
 
 from collections.abc import Callable, Sequence
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
+
+DEVICES = ("cpu", "cuda", "meta")  # meta computes shapes only
 
 # In the order of DType in csrc/kernels.h.
 _SINGLE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _DOUBLE = {torch.float64: 3}
 
-Activation = tuple[int, int, int, int]  # pointer, dtype, batch stride, token stride
-Rows = tuple[int, int, int]  # pointer, dtype, stride
+
+def dtype_number(dtype: torch.dtype) -> int:
+    """DType of csrc/kernels.h."""
+    return (_SINGLE | _DOUBLE)[dtype]
+
+
 Tensors = Sequence[Tensor | None]
 
 
 class Arguments:
-    """The arguments of one call, checked against its x and packed; every error names the op and the argument.
+    """The arguments of one call, checked against its x; every error names the op and the argument.
 
-    Keeps the contiguous copies that it makes of inputs without dense rows: it must outlive the kernel. Of fake tensors
-    it checks the same things and packs nothing.
+    It packs nothing, which is all that fake tensors need; `Pointers` and `Dense` pack for the kernels of a device.
     """
 
-    def __init__(self, op: str, x: Tensor, fake: bool = False):
+    def __init__(self, op: str, x: Tensor):
         if x.dim() != 3 or x.shape[2] == 0:
             raise ValueError(f"{op}: x must be [B, N, D] with D >= 1, got {list(x.shape)}")
-        self.op, self.shape, self.fake, self.copies = op, x.shape, fake, []
+        if x.device.type not in DEVICES:
+            raise no_kernels(op, x.device)
+        self.op, self.shape, self.device, self.copies = op, x.shape, x.device, []
         self.dtypes = _DOUBLE if x.dtype is torch.float64 else _SINGLE
 
-    def activation(self, t: Tensor | None, name: str, term: int | None = None, out: bool = False) -> Activation | None:
-        """[B, N, D]. `out`: it is written to, so that a copy would not do."""
+    def activation(self, t: Tensor | None, name: str, term: int | None = None, out: bool = False) -> Any:
+        """[B, N, D]. `out`: it is written to."""
         if t is None:
             return None
         if t.shape != self.shape:
             self._refuse(t, name, term, f"[B, N, D] = {list(self.shape)} like x")
-        if t.dtype not in self.dtypes or not t.is_cpu:
+        if t.dtype not in self.dtypes or t.device != self.device:
             self._refuse_kind(t, name, term)
-        if self.fake:
-            return None
-        b, n, d = t.stride()
-        if d != 1 and t.shape[2] > 1:
-            if out:
-                raise ValueError(f"{self.op}: {name} is written to and needs dense rows [D], got strides {t.stride()}")
-            t = t.contiguous()
-            self.copies.append(t)
-            b, n, _ = t.stride()
-        return t.data_ptr(), self.dtypes[t.dtype], b, n
+        if out and t.shape[2] > 1 and t.stride(2) != 1:
+            raise ValueError(f"{self.op}: {name} is written to and needs dense rows [D], got strides {t.stride()}")
+        return self.pack_activation(t, _full(name, term), out)
 
-    def rows(self, t: Tensor | None, name: str, term: int | None = None) -> Rows | None:
+    def rows(self, t: Tensor | None, name: str, term: int | None = None) -> Any:
         """[B or 1, D]"""
         if t is None:
             return None
         shape, batch = t.shape, self.shape[0]
         if len(shape) != 2 or shape[1] != self.shape[2] or (shape[0] != batch and shape[0] != 1):
             self._refuse(t, name, term, f"[B or 1, D] = [{batch} or 1, {self.shape[2]}]")
-        if t.dtype not in self.dtypes or not t.is_cpu:
+        if t.dtype not in self.dtypes or t.device != self.device:
             self._refuse_kind(t, name, term)
-        if self.fake:
+        return self.pack_rows(t, _full(name, term))
+
+    def scalars(self, t: Tensor | None, name: str, count: int | None = None) -> Any:
+        """A float tensor [count], or of one element; of any float dtype."""
+        if t is None:
             return None
-        b, d = t.stride()
-        if d != 1 and shape[1] > 1:
-            t = t.contiguous()
-            self.copies.append(t)
-            b, _ = t.stride()
-        return t.data_ptr(), self.dtypes[t.dtype], 0 if shape[0] == 1 else b
+        if not t.is_floating_point() or (t.numel() != 1 if count is None else t.shape != (count,)):
+            expected = "of one element" if count is None else f"[{count}], one coefficient for each term"
+            raise ValueError(f"{self.op}: {name} must be a float tensor {expected}, got {list(t.shape)} of {t.dtype}")
+        if t.device != self.device:
+            self._refuse_kind(t, name, None)
+        return self.pack_scalars(t, count)
+
+    def pack_activation(self, t: Tensor, name: str, out: bool) -> Any:
+        return None
+
+    def pack_rows(self, t: Tensor, name: str) -> Any:
+        return None
+
+    def pack_scalars(self, t: Tensor, count: int | None) -> Any:
+        return None
 
     def terms(self, latest: Sequence[Tensor], previous: Tensors, e: Sequence[float], gate: Tensors) -> list:
         """A run: (latest, previous, e, gate) of each term. A previous output whose e is 0 is packed all the same."""
@@ -76,7 +90,7 @@ class Arguments:
                              f"None) and coefficients e, got {len(previous)}, {len(gate)} and {len(e)}")
         terms = []
         for j, weight in enumerate(e):
-            if not self.fake and weight != 0:
+            if type(self) is not Arguments and weight != 0:
                 self._check_coefficient(weight, j, previous[j])
             terms.append((self.activation(latest[j], "latest", j), self.activation(previous[j], "previous", j),
                           weight, self.rows(gate[j], "gate", j)))
@@ -92,24 +106,105 @@ class Arguments:
         raise ValueError(f"{self.op}: {_full(name, term)} must be {expected}, got {list(t.shape)}")
 
     def _refuse_kind(self, t: Tensor, name: str, term: int | None) -> None:
-        if t.dtype not in self.dtypes:
-            beside = " beside a float64 x" if self.dtypes is _DOUBLE else ""
-            raise TypeError(f"{self.op}: float32, bfloat16 and float16 are supported, in any mix, or float64 for all "
-                            f"arguments at once; {_full(name, term)} is {t.dtype}{beside}")
-        if not (self.fake and t.is_meta):
-            raise no_kernels(self.op, str(t.device))
+        if t.device != self.device:
+            raise ValueError(f"{self.op}: {_full(name, term)} is on {t.device}, expected {self.device} like x")
+        beside = " beside a float64 x" if self.dtypes is _DOUBLE else ""
+        raise TypeError(f"{self.op}: float32, bfloat16 and float16 are supported, in any mix, or float64 for all "
+                        f"arguments at once; {_full(name, term)} is {t.dtype}{beside}")
+
+
+class Pointers(Arguments):
+    """For the C++ kernels: pointers, dtypes and strides, as csrc/bindings.cpp takes them.
+
+    Keeps the contiguous copies that it makes of inputs without dense rows: it must outlive the kernel.
+    """
+
+    def pack_activation(self, t: Tensor, name: str, out: bool) -> tuple[int, int, int, int]:
+        """Pointer, dtype, batch stride, token stride."""
+        t = self._dense_rows(t)
+        return t.data_ptr(), self.dtypes[t.dtype], *t.stride()[:2]
+
+    def pack_rows(self, t: Tensor, name: str) -> tuple[int, int, int]:
+        """Pointer, dtype, stride."""
+        t = self._dense_rows(t)
+        return t.data_ptr(), self.dtypes[t.dtype], 0 if t.shape[0] == 1 else t.stride(0)
+
+    def pack_scalars(self, t: Tensor, count: int | None) -> float | list[float]:
+        return t.item() if count is None else t.tolist()
+
+    def _dense_rows(self, t: Tensor) -> Tensor:
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
+            t = t.contiguous()
+            self.copies.append(t)
+        return t
+
+
+class Dense(Arguments):
+    """For the Triton kernels: tensors, activations contiguous.
+
+    An activation that is not contiguous is copied, which costs a pass; `finish` copies back those that are written to.
+    """
+
+    def __init__(self, op: str, x: Tensor):
+        super().__init__(op, x)
+        self._outputs, self._spans = [], []  # (name, first byte, the byte after the last)
+
+    def pack_activation(self, t: Tensor, name: str, out: bool) -> Tensor:
+        if self.is_dense(t):
+            (self._outputs if out else self._spans).append(_span(name, t))
+            return t
+        dense = t.contiguous()
+        if out:
+            if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride())):
+                raise ValueError(f"{self.op}: {name} is written to and has rows that overlap each other")
+            self.copies.append((t, dense))
+        return dense
+
+    def is_dense(self, t: Tensor) -> bool:
+        return t.is_contiguous()
+
+    def pack_rows(self, t: Tensor, name: str) -> tuple[Tensor, int]:
+        """The rows, dense each, and the stride from one to the next."""
+        if t.stride(1) != 1 and t.shape[1] > 1:
+            t = t.contiguous()
+        else:
+            self._spans.append(_span(name, t))
+        return t, 0 if t.shape[0] == 1 else t.stride(0)
+
+    def pack_scalars(self, t: Tensor, count: int | None) -> Tensor:
+        return t.contiguous()
+
+    def refuse_overlap(self) -> None:
+        """Memory that is written to must not be another argument's; x_out alone may be exactly x."""
+        for i, (name, first, last) in enumerate(self._outputs):
+            for other, start, end in (*self._outputs[i + 1:], *self._spans):
+                exactly_x = name == "x_out" and other == "x" and (first, last) == (start, end)
+                if first < end and start < last and not exactly_x:
+                    raise ValueError(f"{self.op}: {name} is written to and shares memory with {other}")
+
+    def finish(self) -> None:
+        for t, dense in self.copies:
+            t.copy_(dense)
 
 
 def _full(name: str, term: int | None) -> str:
     return name if term is None else f"run[{term}].{name}"
 
 
-def no_kernels(op: str, device: str) -> NotImplementedError:
-    return NotImplementedError(f"{op}: this version has kernels for the CPU only, got tensors on {device}")
+def _span(name: str, t: Tensor) -> tuple[str, int, int]:
+    """The bytes that a tensor of dense rows lies in, first and behind the last."""
+    first, rest = t.data_ptr(), zip(t.shape[:-1], t.stride())
+    values = 0 if t.numel() == 0 else sum((size - 1) * stride for size, stride in rest) + t.shape[-1]
+    return name, first, first + values * t.element_size()
 
 
-def cuda_missing(op: str) -> Callable:
-    """The CUDA implementation of an op that has none yet."""
-    def missing(*_):
-        raise no_kernels(op, "cuda")
-    return missing
+def no_kernels(op: str, device: torch.device) -> NotImplementedError:
+    return NotImplementedError(f"{op}: there are kernels for the CPU and for CUDA, got tensors on {device}")
+
+
+def elsewhere(op: str) -> Callable:
+    """The implementation of an op on every other device: a refusal."""
+    def refuse(*arguments):
+        flat = [t for argument in arguments for t in (argument if isinstance(argument, (list, tuple)) else [argument])]
+        raise no_kernels(op, next(t.device for t in flat if isinstance(t, Tensor)))
+    return refuse

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import Arguments, cuda_missing
+from ._arguments import Arguments, Dense, Pointers, elsewhere
 from ._library import kernels, library
 from .run import Term
 
@@ -28,7 +28,11 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
     h_dtype: dtype of h, x's by default. norm=False leaves the LN out.
     An empty run returns x itself for x'; norm=False without shift and scale returns x' itself for h.
 
-    Raises ValueError (shapes, coefficients), TypeError (dtypes), NotImplementedError (devices other than the CPU).
+    On CUDA, r and e are read there, without waiting for them: a coefficient of a term without previous output counts
+    as 0 (on the CPU it is an error). Activations that are not contiguous are copied first.
+
+    Raises ValueError (shapes, coefficients, a device beside x's), TypeError (dtypes), NotImplementedError (neither CPU
+    nor CUDA).
     """
     if (fresh is None) != (r is None):
         raise ValueError(f"blend_residual_norm: fresh and r go together, got {'r' if fresh is None else 'fresh'} alone")
@@ -83,35 +87,20 @@ def _outputs(x, latest, fresh, h_dtype) -> tuple[Tensor, Tensor, Tensor]:
             new(fresh is not None, x.dtype if fresh is None else fresh.dtype))
 
 
-def _coefficients(pack: Arguments, e: Tensor | None, latest: Sequence[Tensor]) -> list[float]:
-    if e is None:
-        return [0.0] * len(latest)
-    if e.shape != (len(latest),) or not e.is_floating_point():
-        raise ValueError(f"{pack.op}: e must be a float tensor [{len(latest)}], one coefficient for each term, got "
-                         f"{list(e.shape)} of {e.dtype}")
-    return [0.0] * len(latest) if pack.fake else e.tolist()
-
-
-def _score(pack: Arguments, r: Tensor | None) -> float:
-    if r is None:
-        return 0.0
-    if r.numel() != 1 or not r.is_floating_point():
-        raise ValueError(f"{pack.op}: r must be a float tensor of one element, got {list(r.shape)} of {r.dtype}")
-    return 0.0 if pack.fake else r.item()
-
-
-def _pack(op, x, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, norm, eps, fake=False) -> tuple:
-    """The arguments that forward and backward share, checked and packed: terms, fresh, r and the norm's."""
-    pack = Arguments(op, x, fake)
-    weights = _coefficients(pack, e, latest)
-    return pack, (pack.terms(latest, _spread(previous, forecast), weights, _spread(gate, gated)),
-                  pack.activation(fresh, "fresh"), _score(pack, r),
-                  (pack.rows(shift, "shift"), pack.rows(scale, "scale"), norm, eps))
+def _pack(kind: type[Arguments], op, x, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, norm,
+          eps) -> tuple:
+    """The arguments that forward and backward share, checked and packed: terms, fresh, r and the norm's; and e."""
+    pack = kind(op, x)
+    weights, score = pack.scalars(e, "e", len(latest)), pack.scalars(r, "r")
+    terms = pack.terms(latest, _spread(previous, forecast), weights if kind is Pointers and e is not None
+                       else [0.0] * len(latest), _spread(gate, gated))
+    return pack, (terms, pack.activation(fresh, "fresh"), 0.0 if r is None else score,
+                  (pack.rows(shift, "shift"), pack.rows(scale, "scale"), norm, eps)), weights
 
 
 def _cpu(x, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, h_dtype, norm, eps):
-    pack, packed = _pack("blend_residual_norm", x, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale,
-                         norm, eps)
+    pack, packed, _ = _pack(Pointers, "blend_residual_norm", x, latest, previous, forecast, e, gate, gated, fresh, r,
+                            shift, scale, norm, eps)
     x_new, h, o = outputs = _outputs(x, latest, fresh, h_dtype)
     kernels.residual_norm(
         tuple(x.shape), pack.activation(x, "x"), pack.activation(x_new if latest else None, "x_new"),
@@ -120,9 +109,20 @@ def _cpu(x, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, 
     return outputs
 
 
+def _cuda(x, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, h_dtype, norm, eps):
+    from .. import triton
+
+    pack, packed, weights = _pack(Dense, "blend_residual_norm", x, latest, previous, forecast, e, gate, gated, fresh, r,
+                                  shift, scale, norm, eps)
+    x_new, h, o = outputs = _outputs(x, latest, fresh, h_dtype)
+    triton.residual_norm(tuple(x.shape), pack.activation(x, "x"), x_new if latest else None,
+                         None if h_dtype is None else h, None if fresh is None else o, *packed, weights)
+    return outputs
+
+
 def _fake(x, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, h_dtype, norm, eps):
-    pack, _ = _pack("blend_residual_norm", x, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, norm,
-                    eps, fake=True)
+    pack, *_ = _pack(Arguments, "blend_residual_norm", x, latest, previous, forecast, e, gate, gated, fresh, r, shift,
+                     scale, norm, eps)
     outputs = _outputs(x, latest, fresh, h_dtype)
     pack.activation(x, "x")
     return outputs
@@ -136,8 +136,8 @@ def _gradients(x_new, latest, e, gate, fresh, r, shift, scale, wanted) -> list[T
 
 def _backward_cpu(dx_new, dh, x_new, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, norm, eps,
                   wanted):
-    pack, packed = _pack("blend_residual_norm_backward", x_new, latest, previous, forecast, e, gate, gated, fresh, r,
-                         shift, scale, norm, eps)
+    pack, packed, _ = _pack(Pointers, "blend_residual_norm_backward", x_new, latest, previous, forecast, e, gate, gated,
+                            fresh, r, shift, scale, norm, eps)
     gradients = _gradients(x_new, latest, e, gate, fresh, r, shift, scale, wanted)
     dx, dfresh, dr, de, dshift, dscale = gradients[:6]
     dlatest, dgate = gradients[6:6 + len(latest)], _spread(gradients[6 + len(latest):], gated)
@@ -154,10 +154,25 @@ def _backward_cpu(dx_new, dh, x_new, latest, previous, forecast, e, gate, gated,
     return [t for t in gradients if t is not None]
 
 
+def _backward_cuda(dx_new, dh, x_new, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, norm, eps,
+                   wanted):
+    from .. import triton
+
+    pack, packed, weights = _pack(Dense, "blend_residual_norm_backward", x_new, latest, previous, forecast, e, gate,
+                                  gated, fresh, r, shift, scale, norm, eps)
+    gradients = _gradients(x_new, latest, e, gate, fresh, r, shift, scale, wanted)
+    dx, dfresh, dr, de, dshift, dscale = gradients[:6]
+    dlatest, dgate = gradients[6:6 + len(latest)], _spread(gradients[6 + len(latest):], gated)
+    triton.residual_norm_backward(
+        tuple(x_new.shape), pack.activation(dx_new, "dx_new"), pack.activation(dh, "dh"),
+        pack.activation(x_new, "x_new"), *packed, weights, dx, dfresh, dlatest, dshift, dscale, dgate, dr, de)
+    return [t for t in gradients if t is not None]
+
+
 def _backward_fake(dx_new, dh, x_new, latest, previous, forecast, e, gate, gated, fresh, r, shift, scale, norm, eps,
                    wanted):
-    pack, _ = _pack("blend_residual_norm_backward", x_new, latest, previous, forecast, e, gate, gated, fresh, r, shift,
-                    scale, norm, eps, fake=True)
+    pack, *_ = _pack(Arguments, "blend_residual_norm_backward", x_new, latest, previous, forecast, e, gate, gated,
+                     fresh, r, shift, scale, norm, eps)
     pack.activation(dx_new, "dx_new")
     pack.activation(dh, "dh")
     gradients = _gradients(x_new, latest, e, gate, fresh, r, shift, scale, wanted)
@@ -194,9 +209,10 @@ def _no_second_derivative(ctx, *_):
 
 
 library.impl("blend_residual_norm", _cpu, "CPU")
-library.impl("blend_residual_norm", cuda_missing("blend_residual_norm"), "CUDA")
+library.impl("blend_residual_norm", _cuda, "CUDA")
+library.impl("blend_residual_norm", elsewhere("blend_residual_norm"), "CompositeExplicitAutograd")
 library.impl("blend_residual_norm_backward", _backward_cpu, "CPU")
-library.impl("blend_residual_norm_backward", cuda_missing("blend_residual_norm_backward"), "CUDA")
+library.impl("blend_residual_norm_backward", _backward_cuda, "CUDA")
 torch.library.register_fake("harmonica::blend_residual_norm", _fake, lib=library)
 torch.library.register_fake("harmonica::blend_residual_norm_backward", _backward_fake, lib=library)
 torch.library.register_autograd("harmonica::blend_residual_norm", _backward, setup_context=_setup_context, lib=library)

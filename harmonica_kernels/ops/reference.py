@@ -5,8 +5,9 @@ Shapes: batch B, tokens N, width D. Modulation rows (gate, shift, scale) are [B 
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
+from torch.nn.functional import gelu, layer_norm
 
 from .run import Term
 
@@ -41,3 +42,29 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], e: Sequence[float | Tens
     blended = [Term(o, None, run[0].gate), *run[1:]]
     x, h = residual_norm(x, blended, [0.0, *e[1:]], shift, scale, norm, eps)
     return x, h, o
+
+
+def cache_commit(latest: Tensor, previous: Tensor | None, o: Tensor, r: Tensor,
+                 threshold: float) -> tuple[Tensor, Tensor | None]:
+    """(latest', previous'): (o, latest) where r > threshold, else as they are."""
+    return (o, None if previous is None else latest) if r.item() > threshold else (latest, previous)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, exact: bool) -> Tensor:
+    """`GELU(x + bias)`, computed in float32 at least; x [..., D], bias [D]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return gelu(x.to(wide) + bias, approximate="none" if exact else "tanh")
+
+
+def guided_step(x: Tensor, conditional: Tensor, unconditional: Tensor | None, guidance: float, channels: int, a: float,
+                b: float, table: Tensor | None, step: Tensor | None) -> Tensor:
+    """`a·x + b·ε`, ε guided on the first channels; all [B, C, ...]. With a table [T, 2] (a, b) is its row `step`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    eps = conditional.to(wide)
+    if unconditional is not None:
+        guided = unconditional.to(wide)[:, :channels].lerp(eps[:, :channels], guidance)
+        eps = torch.cat([guided, eps[:, channels:]], 1)
+    if table is not None:
+        row = 0 if step is None else step.item()
+        a, b = table[row].to(wide) if 0 <= row < len(table) else (torch.nan, torch.nan)
+    return a * x.to(wide) + b * eps

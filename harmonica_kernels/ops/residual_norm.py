@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import Arguments, cuda_missing
+from ._arguments import Arguments, Dense, Pointers, elsewhere
 from ._library import kernels, library
 from .run import Term
 
@@ -27,8 +27,10 @@ def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: T
     h_dtype: dtype of h, x's by default; h_out has to be of it. norm=False leaves the LN out, and without shift and
     scale returns x_out (x where the run is empty) itself, without a pass, provided that h_dtype is its dtype.
 
-    Raises ValueError (shapes, overlap, coefficients), TypeError (dtypes), NotImplementedError (devices other than the
-    CPU), and RuntimeError where a gradient is asked for: `blend_residual_norm` is the differentiable one.
+    On CUDA, activations that are not contiguous are copied first.
+
+    Raises ValueError (shapes, overlap, coefficients, a device beside x's), TypeError (dtypes), NotImplementedError
+    (neither CPU nor CUDA), and RuntimeError where a gradient is asked for: `blend_residual_norm` is differentiable.
     """
     if torch.is_grad_enabled() and _requires_grad(x, run, shift, scale):
         raise RuntimeError("residual_norm is for inference and gives no gradients: call it under torch.no_grad(), or "
@@ -64,30 +66,45 @@ library.define(
 _op = torch.ops.harmonica.residual_norm.default
 
 
-def _pack(x, x_out, h, store, latest, previous, e, gate, shift, scale, norm, eps, fake=False) -> tuple:
-    """The op's arguments, checked, and packed for the kernel."""
+def _pack(kind: type[Arguments], x, x_out, h, store, latest, previous, e, gate, shift, scale, norm, eps) -> tuple:
+    """The op's arguments, checked, and packed for a device's kernel, whose first nine they are."""
     like = x_out if x is None else x
-    if store is not None and (not latest or (not fake and e[0] != 0)):
+    pack = kind("residual_norm", like)
+    if store is not None and (not latest or (kind is not Arguments and e[0] != 0)):
         raise ValueError("residual_norm: store receives run[0].latest, so the run must not be empty and e[0] must be 0")
-    pack = Arguments("residual_norm", like, fake)
     out = pack.activation(x_out, "x_out", out=True)
     return pack, (
         tuple(like.shape), out if x is None else pack.activation(x, "x"), out, pack.activation(h, "h", out=True),
         pack.activation(store, "store", out=True), pack.terms(latest, previous, e, gate), None, 0.0,
-        (pack.rows(shift, "shift"), pack.rows(scale, "scale"), norm, eps), torch.get_num_threads())
+        (pack.rows(shift, "shift"), pack.rows(scale, "scale"), norm, eps))
 
 
 def _cpu(x, x_out, h, store, *rest) -> None:
-    pack, packed = _pack(x, x_out, h, store, *rest)
-    kernels.residual_norm(*packed)
-    # As PyTorch's own in-place ops do: a backward that needs what has been overwritten must not go unnoticed.
-    torch.autograd.graph.increment_version([t for t in (x_out, h, store) if t is not None])
+    pack, packed = _pack(Pointers, x, x_out, h, store, *rest)
+    kernels.residual_norm(*packed, torch.get_num_threads())
+    _has_written(x_out, h, store)
+
+
+def _cuda(x, x_out, h, store, *rest) -> None:
+    from .. import triton
+
+    pack, packed = _pack(Dense, x, x_out, h, store, *rest)
+    pack.refuse_overlap()
+    triton.residual_norm(*packed)
+    pack.finish()
+    _has_written(x_out, h, store)
+
+
+def _has_written(*outputs: Tensor | None) -> None:
+    """As PyTorch's own in-place ops do: a backward that needs what has been overwritten must not go unnoticed."""
+    torch.autograd.graph.increment_version([t for t in outputs if t is not None])
 
 
 def _fake(*arguments) -> None:
-    _pack(*arguments, fake=True)
+    _pack(Arguments, *arguments)
 
 
 library.impl("residual_norm", _cpu, "CPU")
-library.impl("residual_norm", cuda_missing("residual_norm"), "CUDA")
+library.impl("residual_norm", _cuda, "CUDA")
+library.impl("residual_norm", elsewhere("residual_norm"), "CompositeExplicitAutograd")
 torch.library.register_fake("harmonica::residual_norm", _fake, lib=library)

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.models.flops import Flops
+from harmonica_dit.reference_router import reference_arguments
 from harmonica_dit.schedule import (
     FORMAT,
     Schedule,
+    check_architecture,
     check_branches,
     check_content,
     check_fits,
     check_flops,
+    check_resolution,
     check_table,
     check_timesteps,
     described,
@@ -24,6 +27,7 @@ from harmonica_dit.schedule import (
 BUNDLED = Path(__file__).parent / "routers"
 LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
 FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
+OPTIONAL = ("resolution", "architecture")  # files of before these were kept have none
 
 
 class Router(nn.Module):
@@ -40,6 +44,8 @@ class Router(nn.Module):
         threshold: τ; branch k is computed at step s iff r[s, k] > τ.
         model, scheduler: names. guidance: of the trajectories it was trained on.
         beta: the weight of the cost in its training. seed: of its training.
+        resolution: height and width of the latents that it was trained on, None where that is not known.
+        architecture: the fingerprint of the model's class (see `adapt`), None where it is not known.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -50,7 +56,8 @@ class Router(nn.Module):
     def __init__(self, logits: Tensor, branches: tuple[str, ...], flops: Flops, timesteps: tuple[float, ...], *,
                  extrapolation: Tensor | None = None, learn_extrapolation: bool = False, threshold: float = 0.1,
                  model: str = "", scheduler: str = "ddim", guidance: float = 1.5, beta: float | None = None,
-                 seed: int | None = None):
+                 seed: int | None = None, resolution: tuple[int, int] | None = None,
+                 architecture: dict[str, str | int] | None = None):
         super().__init__()
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) < 2 or not logits.shape[1]:
             raise TypeError(f"logits: got {described(logits)}, expected a float32 tensor [T, K] with T ≥ 2")
@@ -67,6 +74,8 @@ class Router(nn.Module):
                 raise ValueError(f"{name}: got {value!r}, expected a finite number")
         self.threshold = check_threshold(threshold)
         self.model, self.scheduler, self.guidance, self.beta, self.seed = model, scheduler, guidance, beta, seed
+        check_architecture(architecture)
+        self.resolution, self.architecture = check_resolution(resolution), architecture
         self.logits = nn.ParameterList(row.detach().clone() for row in logits[1:])
         self.coefficients = None
         if extrapolation is not None:
@@ -103,7 +112,12 @@ class Router(nn.Module):
         compute = computed(self.scores(), threshold)
         compute[0] = True
         return Schedule(compute, self.branches, self.flops, self._extrapolation(), timesteps=self.timesteps,
-                        model=self.model, origin=f"router, threshold {threshold:g}")
+                        model=self.model, origin=f"router, threshold {threshold:g}", guidance=self.guidance,
+                        resolution=self.resolution, architecture=self.architecture)
+
+    def gates(self) -> tuple[Tensor, Tensor | None]:
+        """Scores and extrapolation coefficients [T, K], for `executor.load`."""
+        return self.scores(), self._extrapolation()
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, whole or not at all; row 0 of the logits is stored as the largest logit."""
@@ -111,7 +125,7 @@ class Router(nn.Module):
         tensors = {"logits": torch.cat([torch.full_like(rows[:1], LIMIT), rows])}
         if self.coefficients is not None:
             tensors["extrapolation"] = self._extrapolation()
-        metadata = {name: getattr(self, name) for name in FIELDS} | dict(
+        metadata = {name: getattr(self, name) for name in FIELDS + OPTIONAL} | dict(
             kind="router", format=FORMAT, flops=[self.flops.branches, self.flops.fixed], steps=self.steps,
             cur=self.schedule().cur)
         save_tensors(path, tensors, metadata)
@@ -148,14 +162,36 @@ class Router(nn.Module):
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike, net=None) -> "Router":
         """What `load` makes of a file's content; `path` is for its messages."""
-        tensors, metadata = check_content(tensors, metadata, path, "router", ("logits",), FIELDS, ("extrapolation",))
+        tensors, metadata = check_content(tensors, metadata, path, "router", ("logits",), FIELDS, ("extrapolation",),
+                                          OPTIONAL)
         try:
             router = cls(**tensors, **metadata)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
         if net is not None:
-            check_fits(f"{path}: ", router.branches, router.model, net)
+            check_fits(f"{path}: ", router, net)
         return router
+
+    @classmethod
+    def from_reference(cls, path: str | os.PathLike, kind: str = "learning-to-cache", *, net=None,
+                       threshold: float = 0.1) -> "Router":
+        """A router that published code trained for DDIM sampling of a DiT, from its `.pt` file; no code in it is run.
+
+        Args:
+            kind: whose file it is. "harmonica": every row as it is. "learning-to-cache": each odd row of the file, the
+                noisiest too, computes everything, as its sampler does; only the others have been trained.
+            net: the model that the router is to fit, which gives it branch names and FLOPs: a denoiser, or diffusers'
+                `DiTTransformer2DModel`. None: the DiT of facebookresearch/DiT that the file names, DiT-XL/2 at 256
+                pixels where it names none.
+            threshold: τ.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no whole file of this kind, or not for this model; the message says what was expected.
+
+        Source: Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733); HarmoniCa (see above).
+        """
+        return cls(**reference_arguments(path, kind, net), threshold=threshold)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Draws the scores and the threshold into a picture file."""

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +13,8 @@ from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.models.flops import Flops
 
 FORMAT = 1
+FIELDS = ("branches", "flops", "origin", "model", "timesteps")
+OPTIONAL = ("guidance", "resolution", "architecture")  # files of before these were kept have none
 
 
 def forecast_ratios(compute: Tensor) -> Tensor:
@@ -47,6 +49,9 @@ class Schedule:
         origin: the method and its settings, in words.
         model: name of the model that it was made for, "" if any.
         timesteps: the T timesteps that it was made for, None if any.
+        guidance: the guidance scale that it was made for, None if any.
+        resolution: height and width of the latents that it was made for, None if any.
+        architecture: the fingerprint of the model's class (see `adapt`), None where it is not known.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -59,6 +64,9 @@ class Schedule:
     origin: str = ""
     model: str = ""
     timesteps: tuple[float, ...] | None = None
+    guidance: float | None = None
+    resolution: tuple[int, int] | None = None
+    architecture: dict[str, str | int] | None = None
 
     def __post_init__(self):
         compute = self.compute
@@ -81,6 +89,10 @@ class Schedule:
         for name in ("origin", "model"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}, expected text")
+        if self.guidance is not None and not is_number(self.guidance):
+            raise ValueError(f"guidance: got {self.guidance!r}, expected a finite number")
+        object.__setattr__(self, "resolution", check_resolution(self.resolution))
+        check_architecture(self.architecture)
 
     @property
     def steps(self) -> int:
@@ -117,11 +129,33 @@ class Schedule:
             rows.append(tuple(e.tolist()) if e.any() else None)
         return tuple(rows)
 
+    def resampled(self, timesteps: tuple[float, ...]) -> "Schedule":
+        """For other timesteps, as many as you like: each row is the one of the nearest timestep; row 0 computes.
+
+        Raises:
+            ValueError: this schedule does not say what timesteps it was made for.
+        """
+        if self.timesteps is None:
+            raise ValueError("schedule: does not say what timesteps it was made for, so its rows cannot be mapped to "
+                             "others")
+        timesteps = check_timesteps(timesteps, len(timesteps))
+        made, wanted = (torch.tensor(values, dtype=torch.float64) for values in (self.timesteps, timesteps))
+        rows = (wanted[:, None] - made).abs().argmin(1)  # the noisier of two equally near
+        compute = self.compute[rows]
+        compute[0] = True
+        return replace(self, compute=compute, extrapolation=self.extrapolation[rows], timesteps=timesteps,
+                       origin=f"{self.origin}, resampled from {self.steps} steps")
+
+    def gates(self) -> tuple[Tensor, Tensor | None]:
+        """Scores that every threshold decides alike, and extrapolation coefficients [T, K], for `executor.load`."""
+        scores = torch.where(self.compute, math.inf, -math.inf)
+        return scores, None if self.history == 1 else self.extrapolation
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, whole or not at all."""
-        save_tensors(path, {"compute": self.compute, "extrapolation": self.extrapolation}, dict(
-            kind="schedule", format=FORMAT, branches=self.branches, flops=[self.flops.branches, self.flops.fixed],
-            origin=self.origin, model=self.model, timesteps=self.timesteps))
+        metadata = {name: getattr(self, name) for name in FIELDS + OPTIONAL} | dict(
+            kind="schedule", format=FORMAT, flops=[self.flops.branches, self.flops.fixed])
+        save_tensors(path, {"compute": self.compute, "extrapolation": self.extrapolation}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Schedule":
@@ -136,8 +170,8 @@ class Schedule:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike) -> "Schedule":
         """What `load` makes of a file's content; `path` is for its messages."""
-        tensors, metadata = check_content(tensors, metadata, path, "schedule", ("compute", "extrapolation"),
-                                          ("branches", "flops", "origin", "model", "timesteps"))
+        tensors, metadata = check_content(tensors, metadata, path, "schedule", ("compute", "extrapolation"), FIELDS,
+                                          optional_fields=OPTIONAL)
         try:
             return cls(**tensors, **metadata)
         except (TypeError, ValueError) as error:
@@ -149,7 +183,7 @@ class Schedule:
         Raises:
             ValueError: it cannot run this schedule; the message says what differs.
         """
-        check_fits("schedule: ", self.branches, self.model, net)
+        check_fits("schedule: ", self, net)
         if trajectory.steps != self.steps:
             raise ValueError(f"schedule: for {self.steps} steps, the trajectory has {trajectory.steps}")
         if self.timesteps is not None and self.timesteps != tuple(trajectory.timesteps):
@@ -164,9 +198,11 @@ class Schedule:
 
 
 def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathLike, kind: str,
-                  tensors: tuple[str, ...], fields: tuple[str, ...],
-                  optional: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
+                  tensors: tuple[str, ...], fields: tuple[str, ...], optional: tuple[str, ...] = (),
+                  optional_fields: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
     """The named tensors and metadata fields of what a router's or schedule's file holds, `flops` as `Flops`.
+
+    Optional ones are left out where the file has none.
 
     Raises:
         ValueError: it is of no file of this kind and format, or something is missing.
@@ -179,7 +215,7 @@ def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathL
     missing = [name for name in tensors if name not in found] + [name for name in fields if name not in metadata]
     if missing:
         raise ValueError(f"{path}: a {kind} has to hold {', '.join(missing)}, this file does not")
-    metadata = {name: metadata[name] for name in fields}
+    metadata = {name: metadata[name] for name in (*fields, *optional_fields) if name in metadata}
     try:
         branches, fixed = metadata["flops"]
         metadata["flops"] = Flops(tuple(branches), fixed)
@@ -188,16 +224,23 @@ def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathL
     return {name: found[name] for name in (*tensors, *optional) if name in found}, metadata
 
 
-def check_fits(where: str, branches: tuple[str, ...], model: str, net) -> None:
-    """Refuses branches that are not the model's; another name alone is a warning."""
+def check_fits(where: str, made, net) -> None:
+    """Refuses a model of another architecture or with other branches; another name alone is a warning.
+
+    made: a router or a schedule. net: a denoiser or an adapter.
+    """
+    mine, theirs = made.architecture, getattr(net, "architecture", None)
+    if mine is not None and theirs is not None and any(theirs[key] != mine[key] for key in theirs.keys() & mine):
+        raise ValueError(f"{where}for the architecture {mine}, the model {net.name!r} is {theirs}")
     names = tuple(net.branch_names)
-    if len(names) != len(branches):
-        raise ValueError(f"{where}for {len(branches)} branches of {model!r}, the model {net.name!r} has {len(names)}")
-    for k, (mine, theirs) in enumerate(zip(branches, names, strict=True)):
+    if len(names) != len(made.branches):
+        raise ValueError(f"{where}for {len(made.branches)} branches of {made.model!r}, the model {net.name!r} has "
+                         f"{len(names)}")
+    for k, (mine, theirs) in enumerate(zip(made.branches, names, strict=True)):
         if mine != theirs:
             raise ValueError(f"{where}branch {k} is {mine!r}, the model {net.name!r} has {theirs!r} there")
-    if model and model != net.name:
-        warnings.warn(f"{where}made for the model {model!r}, used with {net.name!r}", stacklevel=4)
+    if made.model and made.model != net.name:
+        warnings.warn(f"{where}made for the model {made.model!r}, used with {net.name!r}", stacklevel=4)
 
 
 def check_table(name: str, table: Tensor, T: int, K: int) -> None:
@@ -230,6 +273,23 @@ def check_timesteps(timesteps, T: int) -> tuple[float, ...]:
     if not isinstance(timesteps, (tuple, list)) or len(timesteps) != T or not all(map(is_number, timesteps)):
         raise ValueError(f"timesteps: expected {T} numbers, one for each row, got {shortened(timesteps)}")
     return tuple(timesteps)
+
+
+def check_resolution(resolution) -> tuple[int, int] | None:
+    """Height and width as a tuple, or None."""
+    if resolution is None:
+        return None
+    whole = isinstance(resolution, (tuple, list)) and all(type(side) is int and side > 0 for side in resolution)
+    if not whole or len(resolution) != 2:
+        raise ValueError(f"resolution: expected the latents' (height, width), got {shortened(resolution)}")
+    return tuple(resolution)
+
+
+def check_architecture(architecture) -> None:
+    """Refuses what is neither None nor a dict of names and numbers."""
+    if architecture is not None and not (isinstance(architecture, dict) and all(
+            isinstance(key, str) and type(value) in (str, int) for key, value in architecture.items())):
+        raise TypeError(f"architecture: expected a dict such as an adapter's, got {shortened(architecture)}")
 
 
 def is_number(value) -> bool:

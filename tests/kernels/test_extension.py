@@ -33,6 +33,11 @@ def test_missing_extension_says_what_to_do():
     assert "ImportError: harmonica_kernels' compiled kernels could not be loaded" in python(code).stderr
 
 
+def test_missing_triton_says_what_to_do():
+    code = "import sys; sys.modules['triton'] = None; import harmonica_kernels; import harmonica_kernels.triton"
+    assert "ImportError: harmonica_kernels: CUDA tensors need Triton" in python(code).stderr
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_threads_are_torchs_own(threads):
     """No thread is added to those that torch has started, so no second pool competes with them."""
@@ -48,7 +53,8 @@ def test_threads_are_torchs_own(threads):
 def test_info_is_honest():
     facts = info()
     assert facts["isa"] in facts["isas"] and "portable" in facts["isas"]
-    assert facts["cuda"] is False and facts["cuda_reason"]
-    assert facts["ops"]["residual_norm"] == f"C++ ({kernels.isa()})"
+    assert facts["cuda"] == (not facts["cuda_reason"])
+    assert facts["ops"]["residual_norm"].startswith(f"CPU: C++ ({kernels.isa()})")
+    assert all(("CUDA: Triton" in path) == facts["cuda"] for path in facts["ops"].values())
     printed = subprocess.run([sys.executable, "-m", "harmonica_kernels"], text=True, capture_output=True).stdout
     assert facts["threading"] in printed and facts["extension"] in printed

@@ -204,6 +204,8 @@ def call(x=None, run=None, shift=None, scale=None, **kwargs):
     (ValueError, "1 terms needs", lambda: dict(e=[0.0, 0.0])),
     (ValueError, r"e\[0\] is 0.5, but run\[0\].previous", lambda: dict(e=[0.5])),
     (ValueError, r"e\[0\] must be finite, got nan", lambda: dict(e=[float("nan")])),
+    (ValueError, r"run\[0\].latest is on meta, expected cpu like x",
+     lambda: dict(run=[Term(torch.randn(X, device="meta"))])),
     (TypeError, "shift is torch.float64", lambda: dict(shift=torch.randn(ROW).double())),
     (TypeError, r"run\[0\].latest is torch.float32 beside a float64 x", lambda: dict(x=torch.randn(X).double())),
     (TypeError, "x_out is torch.int32|x is torch.int32", lambda: dict(x=torch.ones(X, dtype=torch.int32))),
@@ -238,5 +240,6 @@ def test_refuses_gradients():
 
 def test_refuses_other_devices():
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(NotImplementedError, match="CPU only.*cuda"):
-        call(x=torch.randn(X, device="cuda"), run=[], x_out=None)
+    refused = pytest.raises(NotImplementedError, match="for the CPU and for CUDA.*mps")
+    with FakeTensorMode(allow_non_fake_inputs=True), refused:
+        call(x=torch.randn(X, device="mps"), run=[], x_out=None)

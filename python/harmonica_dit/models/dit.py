@@ -4,7 +4,7 @@ Parameters are named as in facebookresearch/DiT, so its checkpoints load as they
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +12,46 @@ from torch import Tensor, nn
 
 import harmonica_kernels as hk
 
+HOISTED = 256 << 20  # bytes of modulation rows that are found before the loop, at most
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def attention_back_end(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Attention of q, k, v [B, N, heads, D/heads], which gives the like.
+
+    "sdpa" is PyTorch's, which chooses between flash attention, cuDNN and its own; "xformers" is
+    `memory_efficient_attention` of the package of that name.
+
+    Raises:
+        ValueError: there is no such back end. ImportError: xformers is not installed.
+    """
+    if name == "sdpa":
+        return _sdpa
+    if name == "xformers":
+        try:
+            from xformers.ops import memory_efficient_attention
+        except ImportError as error:
+            raise ImportError(f'attention: "xformers" needs the package xformers ({error}); install it, or use the '
+                              'default, "sdpa"') from error
+        return memory_efficient_attention
+    raise ValueError(f'attention: got {name!r}, expected "sdpa" or "xformers"')
+
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, back_end: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__()
-        self.heads = heads
+        self.heads, self.back_end = heads, back_end
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def mix(self, h: Tensor) -> Tensor:
         """Everything before the last linear: [B, N, D] -> [B, N, D]."""
         B, N, D = h.shape
-        q, k, v = self.qkv(h).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        q, k, v = self.qkv(h).view(B, N, 3, self.heads, D // self.heads).unbind(2)
+        return self.back_end(q, k, v).reshape(B, N, D)
 
     def forward(self, h: Tensor, context=None) -> Tensor:
         return self.proj(self.mix(h))
@@ -52,9 +79,9 @@ def _linear_out(linear: nn.Linear, h: Tensor, out: Tensor) -> None:
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: float):
+    def __init__(self, width: int, heads: int, mlp_ratio: float, back_end: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__()
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, back_end)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -107,22 +134,27 @@ class DiT(nn.Module):
         num_classes: labels 0..num_classes-1; num_classes itself stands for "no label".
         learn_sigma: whether the output has as many channels again for the variance.
         name: what routers trained on this model call it.
+        attention: back end, "sdpa" or "xformers", see `attention_back_end`.
     """
+
+    guidance, guidance_channels, scheduler = 1.5, 3, "ddim"  # the reference's, where a trajectory is not told others
 
     def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
                  depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000,
-                 learn_sigma: bool = True, name: str = "DiT"):
+                 learn_sigma: bool = True, name: str = "DiT", attention: str = "sdpa"):
         super().__init__()
         self.name = name
         self.sample_shape = (in_channels, input_size, input_size)
         self.num_classes = num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patch, self.grid = patch_size, input_size // patch_size
+        self.tokens = self.grid**2
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid**2, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        back_end = attention_back_end(attention)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, back_end) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         self.branches = [branch for block in self.blocks for branch in (
             hk.Branch(block.attn, block.attn.forward_out), hk.Branch(block.mlp, block.mlp.forward_out))]
@@ -134,32 +166,84 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, *, gate: Sequence[bool] | Tensor | None = None,
                 extrapolate: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None,
-                threshold: float = 0.1) -> Tensor:
+                threshold: float = 0.1, modulation: hk.Modulation | None = None) -> Tensor:
         """The model's output [B, C_out, H, W] for x [B, C, H, W] at timesteps t [B] with labels y [B].
 
         gate, extrapolate, cache, threshold: as in `harmonica_kernels.cached_forward`.
+        modulation: of t, y and gate, where `hoist` has found it before.
         """
-        condition = F.silu(self.t_embedder(t) + self.y_embedder(y))
-        tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
-        tokens = hk.cached_forward(self.branches, tokens, self.modulation(condition, gate), gate=gate,
-                                   extrapolate=extrapolate, cache=cache, threshold=threshold)
+        if modulation is None:
+            [modulation] = self.modulations(F.silu(self.t_embedder(t) + self.y_embedder(y))[None], [gate])
+        tokens = hk.cached_forward(self.branches, self.embed(x), modulation, gate=gate, extrapolate=extrapolate,
+                                   cache=cache, threshold=threshold)
+        return self.head(tokens)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, D], before the first branch."""
+        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
+
+    def head(self, tokens: Tensor) -> Tensor:
+        """[B, N, D], after the final norm -> [B, C_out, H, W]."""
         g, p = self.grid, self.patch
         out = self.final_layer.linear(tokens).view(-1, g, g, p, p, self.out_channels)
         return out.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, g * p, g * p)
 
-    def modulation(self, condition: Tensor, gate: Sequence[bool] | Tensor | None = None) -> hk.Modulation:
-        """adaLN-Zero rows for the activated condition [B, D]; of a branch that a hard row reuses, only the gate."""
-        linears = [block.adaLN_modulation[1] for block in self.blocks]
-        hard = gate is not None and not isinstance(gate, Tensor)
-        D = condition.shape[1]
-        shift, scale, gates = [], [], []
+    def hoist(self, t: Tensor, y: Tensor, rows: Sequence[Sequence[bool] | None]) -> Iterator[dict]:
+        """What `forward` would find anew at every step, for all T steps of a trajectory together: its `modulation`.
+
+        The steps go through each adaLN layer as one matrix, so its weights, a third of the model's, are read once
+        instead of T times. Where the rows of all steps would take more than HOISTED bytes, it goes by slices of steps,
+        one after the other, as they are asked for.
+
+        Args:
+            t: [T] timesteps. y: [B] labels, the same at every step.
+            rows: the T hard gate rows, None where everything is computed.
+
+        Yields:
+            `forward`'s further arguments, step by step.
+        """
+        embedded = self.y_embedder(y)
+        step_bytes = (3 * len(self.branches) + 2) * embedded.nbytes
+        at_once = max(1, HOISTED // step_bytes)
+        for first in range(0, len(rows), at_once):
+            condition = F.silu(self.t_embedder(t[first : first + at_once])[:, None] + embedded)
+            for modulation in self.modulations(condition, rows[first : first + at_once]):
+                yield {"modulation": modulation}
+
+    def modulation_table(self, t: Tensor, y: Tensor) -> hk.Modulation:
+        """The rows of all T steps stacked, [T, B, D], for t [T] and y [B]: what a device-gated trajectory indexes."""
+        condition = F.silu(self.t_embedder(t)[:, None] + self.y_embedder(y))
+        parts = [part for block in self.blocks for part in block.adaLN_modulation[1](condition).chunk(6, 2)]
+        final = self.final_layer.adaLN_modulation[1](condition).chunk(2, 2)
+        return hk.Modulation([*parts[::3], final[0]], [*parts[1::3], final[1]], parts[2::3])
+
+    def modulations(self, condition: Tensor, rows: Sequence[Sequence[bool] | Tensor | None]) -> list[hk.Modulation]:
+        """adaLN-Zero rows of S steps for their activated conditions [S, B, D]; of a branch that a step's hard row
+        reuses, only the gate.
+        """
+        S, _, D = condition.shape
+        found = [hk.Modulation([], [], []) for _ in rows]
         for k in range(len(self.branches)):
-            linear, end = linears[k // 2], 3 * D * (k % 2 + 1)  # a branch's rows: shift, scale, gate
-            reused = hard and k < len(gate) and not gate[k]  # cached_forward refuses a row of another length
-            first = end - D if reused else end - 3 * D
-            rows = F.linear(condition, linear.weight[first:end], linear.bias[first:end]).split(D, 1)
-            shift.append(rows[-3] if len(rows) == 3 else None)
-            scale.append(rows[-2] if len(rows) == 3 else None)
-            gates.append(rows[-1])
-        final_shift, final_scale = self.final_layer.adaLN_modulation[1](condition).chunk(2, 1)
-        return hk.Modulation([*shift, final_shift], [*scale, final_scale], gates)
+            linear, end = self.blocks[k // 2].adaLN_modulation[1], 3 * D * (k % 2 + 1)  # its rows: shift, scale, gate
+            for skip in (False, True):
+                steps = [s for s in range(S) if _reuses(rows[s], k) == skip]
+                if not steps:
+                    continue
+                first = end - D if skip else end - 3 * D
+                # stacked slices, for a list of indices would have to be copied to the device
+                chosen = condition if len(steps) == S else torch.stack([condition[s] for s in steps])
+                parts = F.linear(chosen, linear.weight[first:end], linear.bias[first:end]).split(D, 2)
+                for i, s in enumerate(steps):
+                    found[s].shift.append(None if skip else parts[-3][i])
+                    found[s].scale.append(None if skip else parts[-2][i])
+                    found[s].gate.append(parts[-1][i])
+        shift, scale = self.final_layer.adaLN_modulation[1](condition).chunk(2, 2)
+        for s in range(S):
+            found[s].shift.append(shift[s])
+            found[s].scale.append(scale[s])
+        return found
+
+
+def _reuses(row: Sequence[bool] | Tensor | None, k: int) -> bool:
+    """Whether it is a hard row that reuses branch k; `cached_forward` refuses a row of another length."""
+    return row is not None and not isinstance(row, Tensor) and k < len(row) and not row[k]

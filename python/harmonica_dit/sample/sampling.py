@@ -12,20 +12,25 @@ from .trajectory import Trajectory, check_labels, image_noise
 
 
 @torch.no_grad()
-def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, guidance: float = 1.5,
-           guidance_channels: int | None = 3, seed: int = 0, first: int = 0, scheduler="ddim", batch: int = 64,
-           progress: Callable[[int], None] | None = None) -> Tensor:
+def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, guidance: float | None = None,
+           guidance_channels: int | None = None, seed: int = 0, first: int = 0, scheduler=None, batch: int = 64,
+           executor="eager", progress: Callable[[int], None] | None = None) -> Tensor:
     """Samples one image for each label.
 
     Args:
         net: a denoiser, see `harmonica_dit.load`.
-        labels: [n] whole numbers.
+        labels: [n] whole numbers: classes or, of a text model, the numbers of its prompts.
         steps: T, the scheduler's steps.
         schedule: for this model and T; None computes every branch at every step.
-        guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`.
+        guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`; None is the
+            model's own.
         seed, first: image i starts from noise number `first` + i of the seed, whatever the batch size.
-        scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one.
+        scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one; None is the
+            model's own.
         batch: images at a time.
+        executor: "eager"; "captured", which records the trajectory's second batch as a CUDA graph and replays it for
+            the batches after; or `harmonica_kernels.compile(harmonica_dit.denoise)`, an executor that keeps its graphs
+            for the next call. On the CPU all run alike.
         progress: called with the number of images done after each batch.
 
     Returns:
@@ -33,6 +38,7 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the schedule is for another model or another T.
+        RuntimeError: the trajectory cannot be captured, as where the scheduler draws noise; the message says why.
     """
     labels = check_labels(labels, net.num_classes)
     if schedule is not None and not isinstance(schedule, Schedule):
@@ -40,6 +46,7 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
     for name, value, least in (("batch", batch, 1), ("seed", seed, 0), ("first", first, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: got {value!r}, expected a whole number ≥ {least}")
+    run = _runner(executor)
     device = next(net.parameters()).device
     images = []
     for start in range(0, len(labels), batch):
@@ -49,7 +56,7 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
         if schedule is not None:
             schedule.check(net, trajectory)
         noise = image_noise(seed, first + start, len(part), net.sample_shape)
-        images.append(denoise(trajectory, noise.to(device), schedule))
+        images.append(run(trajectory, noise.to(device), schedule))
         if progress is not None:
             progress(start + len(part))
     return torch.cat(images)
@@ -57,10 +64,26 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
 
 @torch.no_grad()
 def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = None) -> Tensor:
-    """Runs one trajectory from its noise [n, C, H, W] to images."""
+    """Runs one trajectory from its noise [n, C, H, W] to images.
+
+    `harmonica_kernels.compile(denoise)` is its executor: one CUDA graph for the whole trajectory.
+    """
     cache = None if schedule is None else hk.FeatureCache(schedule.history)
+    rows = [None] * trajectory.steps if schedule is None else schedule.rows
     x = trajectory.start(noise)
-    for s in range(trajectory.steps):
-        row = {} if schedule is None else dict(gate=schedule.rows[s], extrapolate=schedule.forecasts[s], cache=cache)
-        x = trajectory.advance(trajectory.predict(x, s, **row), s, x)
+    for s, known in enumerate(trajectory.hoist(rows)):
+        row = {} if schedule is None else dict(gate=rows[s], extrapolate=schedule.forecasts[s], cache=cache)
+        x = trajectory.advance(trajectory.predict(x, s, **row, **known), s, x)
     return x
+
+
+def _runner(executor) -> Callable[..., Tensor]:
+    """`denoise` or its executor."""
+    if isinstance(executor, str) and executor == "eager":
+        return denoise
+    if isinstance(executor, str) and executor == "captured":
+        return hk.compile(denoise)
+    if getattr(executor, "function", None) is not denoise:
+        raise ValueError(f'executor: got {executor!r}, expected "eager", "captured", or an executor of this call\'s '
+                         "denoise: harmonica_kernels.compile(harmonica_dit.denoise)")
+    return executor

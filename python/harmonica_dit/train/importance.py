@@ -33,6 +33,9 @@ def importance(router: Router, trajectory: Trajectory, noise: Tensor, *, kind: s
         kind: "paper", "reference" or "gain". rows: "soft" blends, as published; "hard" thresholds, as inference does.
     """
     T, one_by_one = router.steps, kind == "reference"
+    # soft rows are decided from their values, and prompts are looked up on the host: nothing that could be recorded
+    if rows == "hard" and getattr(trajectory.net, "prompts", None) is None:
+        trajectory.run = hk.compile(trajectory.net)
     walk = Walk(router, trajectory, noise, hard=rows == "hard")
     spare = None if one_by_one else hk.FeatureCache(router.history)  # what only computes everything needs no cache
     images, errors = [], []  # for s = 1, 2, …: of the trajectory that leaves the router's at step s

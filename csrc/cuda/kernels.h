@@ -1,0 +1,26 @@
+// The kernels that decide, as nodes of a graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../kernels.h"
+
+namespace harmonica {
+
+// Sums of |o - reference| and |reference| over `values` values, in an order that depends on their number and on `parts`
+// alone; o becomes the other half of reference [2, values].
+struct Change {
+    const void* o;
+    void* reference;
+    DType dtype;
+    int64_t values;
+    double* sums;  // [2, parts]
+    int32_t parts;
+    const int32_t* which;  // the half that holds the reference
+};
+
+cudaGraphNode_t add_gate(cudaGraph_t graph, const cudaGraphNode_t* after, size_t count, const GateMemory& memory,
+                         int first, int last, GateRule rule);
+cudaGraphNode_t add_change(cudaGraph_t graph, const cudaGraphNode_t* after, size_t count, const Change& change);
+
+}  // namespace harmonica

@@ -1,0 +1,140 @@
+// The smallest gated graph: a WHILE whose body holds IF nodes whose bodies hold one kernel each. Does CUDA run it, do
+// the conditions hold, and what do idle nodes cost? Needs neither Python nor torch:
+//     nvcc -std=c++17 -O2 -arch=native tests/cuda/smallest.cu csrc/cuda/gate.cu csrc/cuda/graph.cpp -o smallest
+// Prints a line of JSON for each case, before the next begins; ends with 1 where a count is wrong.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <vector>
+
+#include "../../csrc/cuda/error.h"
+#include "../../csrc/cuda/graph.h"
+
+using namespace harmonica;
+
+namespace {
+
+__global__ void count_up(int* counter) { ++*counter; }
+
+template <typename T>
+T* device(size_t count) {
+    void* data = nullptr;
+    check(cudaMalloc(&data, count * sizeof(T)), "cudaMalloc");
+    check(cudaMemset(data, 0, count * sizeof(T)), "cudaMemset");
+    return static_cast<T*>(data);
+}
+
+template <typename T>
+void write(T* to, const std::vector<T>& from) {
+    check(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+}
+
+// A graph of one kernel, as a capture would give it.
+cudaGraph_t one_kernel(int* counter) {
+    cudaGraph_t graph;
+    check(cudaGraphCreate(&graph, 0), "cudaGraphCreate");
+    void* arguments[] = {&counter};
+    cudaKernelNodeParams params{};
+    params.func = reinterpret_cast<void*>(count_up);
+    params.gridDim = params.blockDim = dim3(1);
+    params.kernelParams = arguments;
+    cudaGraphNode_t node;
+    check(cudaGraphAddKernelNode(&node, graph, nullptr, 0, &params), "cudaGraphAddKernelNode");
+    return graph;
+}
+
+float milliseconds(GatedGraph& graph, cudaStream_t stream) {
+    cudaEvent_t begin, end;
+    check(cudaEventCreate(&begin), "cudaEventCreate");
+    check(cudaEventCreate(&end), "cudaEventCreate");
+    std::vector<float> times(15);
+    for (float& time : times) {
+        check(cudaEventRecord(begin, stream), "cudaEventRecord");
+        graph.launch(reinterpret_cast<uintptr_t>(stream));
+        check(cudaEventRecord(end, stream), "cudaEventRecord");
+        check(cudaEventSynchronize(end), "running the graph");
+        check(cudaEventElapsedTime(&time, begin, end), "cudaEventElapsedTime");
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+}
+
+// K branches with an IF node each over T steps; `share` of the scores lie above the threshold.
+bool run(int K, int T, double share, cudaStream_t stream) {
+    GateMemory m{};
+    m.steps = T, m.branches = K, m.history = 1, m.parts = 1;
+    auto scores = device<float>(size_t(T) * K);
+    auto threshold = device<double>(1);
+    auto conditions = device<uint64_t>(K + 1);
+    m.scores = scores, m.threshold = threshold, m.conditions = conditions;
+    m.extrapolation = scores, m.change = device<double>(2), m.e = device<float>(K);
+    m.reused = device<uint8_t>(size_t(T) * K);
+    m.step = device<int32_t>(1), m.again = device<int32_t>(1), m.reference = device<int32_t>(1);
+    m.compute = device<int32_t>(K), m.start = device<int32_t>(K + 1), m.slot = device<int32_t>(K);
+    m.latest_at = device<int32_t>(K), m.previous_at = device<int32_t>(K);
+    int* counters = device<int>(K + 1);
+
+    std::vector<float> table(size_t(T) * K);
+    std::vector<int> expected(K + 1);
+    for (size_t i = 0; i < table.size(); ++i) {
+        table[i] = float((i * 2654435761u >> 8) % 1000) < share * 1000 ? 1.0f : 0.0f;
+        if (i / K == 0 || table[i] > 0.5f) ++expected[i % K];
+    }
+    expected[K] = T;
+    write(scores, table);
+    write(threshold, std::vector<double>{0.5});
+
+    std::vector<uint64_t> handles(K + 1);
+    GatedGraph graph(0);
+    graph.fill(0, m.step, 0xFF, sizeof(int32_t), "rewind");
+    handles[K] = graph.condition(true);
+    int body = graph.conditional(0, handles[K], true, "WHILE");
+    graph.gate(body, m, 0, K, GateRule::scores, "gate");
+    std::vector<cudaGraph_t> sources;
+    for (int k = 0; k < K; ++k) {
+        handles[k] = graph.condition(false);
+        std::string name = "branch " + std::to_string(k);
+        sources.push_back(one_kernel(counters + k));
+        graph.child(graph.conditional(body, handles[k], false, "IF of " + name), uintptr_t(sources.back()), name);
+    }
+    sources.push_back(one_kernel(counters + K));
+    graph.child(body, uintptr_t(sources.back()), "step");
+    write(conditions, handles);
+    graph.instantiate(reinterpret_cast<uintptr_t>(stream));
+    for (cudaGraph_t source : sources) cudaGraphDestroy(source);  // the graph holds clones
+
+    graph.launch(reinterpret_cast<uintptr_t>(stream));
+    check(cudaStreamSynchronize(stream), "running the graph");
+    std::vector<int> found(K + 1);
+    check(cudaMemcpy(found.data(), counters, found.size() * sizeof(int), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    bool right = found == expected;
+    float time = milliseconds(graph, stream);
+    std::printf("{\"step\": \"smallest\", \"if_nodes\": %d, \"steps\": %d, \"computed\": %.2f, \"right\": %s, "
+                "\"us_per_step\": %.3f}\n", K, T, share, right ? "true" : "false", 1000 * time / T);
+    std::fflush(stdout);
+    for (void* data : std::initializer_list<void*>{
+             scores, threshold, conditions, const_cast<double*>(m.change), m.e, m.reused, m.step, m.again, m.reference,
+             m.compute, m.start, m.slot, m.latest_at, m.previous_at, counters})
+        cudaFree(data);
+    return right;
+}
+
+}  // namespace
+
+int main() {
+    try {
+        cudaStream_t stream;
+        check(cudaStreamCreate(&stream), "cudaStreamCreate");
+        bool right = true;
+        for (int K : {1, 30, 60})
+            for (double share : {0.0, 0.5, 1.0}) right = run(K, 100, share, stream) && right;
+        cudaStreamDestroy(stream);
+        return right ? 0 : 1;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "%s\n", error.what());
+        return 1;
+    }
+}
