@@ -21,8 +21,15 @@ def run(record: Record) -> None:
 
 
 def build(record: Record) -> None:
-    wanted = ["--name"] if record.tiny else ["build_ext", "--inplace"]
-    call(record, {"build_ext": [sys.executable, "setup.py", *wanted]})
+    """CMake by itself: an old setuptools there could not read pyproject.toml."""
+    if not record.tiny:
+        from pybind11 import get_cmake_dir
+
+        folder = "build/cmake-gpu"
+        call(record, {"configure": ["cmake", "-S", ".", "-B", folder, "-G", "Ninja",
+                                    f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={get_cmake_dir()}"]})
+        call(record, {"compile": ["cmake", "--build", folder, "--parallel"]})
+        call(record, {"install": ["cmake", "--install", folder, "--prefix", "harmonica_kernels"]})
     call(record, {"info": [sys.executable, "-m", "harmonica_kernels"]})
 
 

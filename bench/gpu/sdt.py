@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import torch
+
 from bench.bench_sdt import Problem
 
 from .record import Record
