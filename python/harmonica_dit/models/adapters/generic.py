@@ -1,11 +1,9 @@
 """Any other diffusers transformer: its branches, found by name, are gated where they stand, without fused norms."""
 
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,72 +13,10 @@ from harmonica_dit.models.flops import Flops
 from harmonica_dit.schedule import Schedule, check_fits
 from harmonica_kernels.forward import _check_extrapolation, _check_gate
 
-BRANCH = re.compile(r"attn|attention|(^|_)(ff|ffn|mlp|feed_forward)(_|$)")
-NOT_A_BRANCH = re.compile(r"norm|adaln|modulation|embed|drop")
+from .branches import feeders, find_branches
+from .outputs import GenericCache, Output, is_output, map_tensors, tensors_of
+
 ADVICE = "; adapter.trace(...) with such arguments leaves such a branch out"
-Output = Tensor | tuple | None  # of a branch: a tensor, or tensors and None in a tuple
-
-
-class GenericCache:
-    """The memory of one trajectory: what each branch returned in the last `history` forwards that computed it.
-
-    Outputs have any shape, tuples included, and a branch has one for each of its calls in a forward. They are kept as
-    they come, not copied. Same use as `harmonica_kernels.FeatureCache`.
-    """
-
-    def __init__(self, history: int = 1):
-        if isinstance(history, bool) or history not in (1, 2):
-            raise ValueError(f"history: got {history!r}, expected 1 (repeat) or 2 (extrapolate)")
-        self.history = history
-        self.reset()
-
-    def reset(self) -> None:
-        """Forgets everything; the next trajectory may have any shape."""
-        self._outputs: dict[int, list[list[Output]]] = {}  # per branch, newest first, the outputs of its calls
-        self._meta: dict[nn.Module, Output] = {}  # what stands in for the output of a feeder that is not called
-        self._of: tuple | None = None  # shapes, dtypes and devices of the forward's arguments
-        self._open = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the outputs held."""
-        return sum(t.nbytes for t in _tensors(list(self._outputs.values())))
-
-    def filled(self, k: int) -> int:
-        """Of how many forwards the cache holds branch k's outputs, 0 to `history`."""
-        return len(self._outputs.get(k, ()))
-
-    def latest(self, k: int) -> list[Output]:
-        """Branch k's newest outputs, one for each of its calls in that forward."""
-        return self._outputs[k][0]
-
-    def previous(self, k: int) -> list[Output] | None:
-        """The outputs that branch k had before the latest, or None where there are none yet."""
-        return self._outputs[k][1] if self.filled(k) == 2 else None
-
-    def copy_(self, other: "GenericCache") -> "GenericCache":
-        """Becomes equal to `other`. Returns itself."""
-        self.history, self._of, self._open = other.history, other._of, other._open
-        self._outputs, self._meta = dict(other._outputs), dict(other._meta)
-        return self
-
-    def commit(self) -> None:
-        """Does nothing: an entry is replaced, never written into, so a backward may still read the old one."""
-
-    def _store(self, k: int, o: Output, first: bool) -> None:
-        """Takes an output of branch k, the first of this forward's or another."""
-        if first:
-            self._outputs[k] = [[], *self._outputs.get(k, ())][: self.history]
-        self._outputs[k][0].append(_map(Tensor.detach, o))
-
-    def _check(self, of: tuple) -> None:
-        if self._open:
-            raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
-                               "call cache.reset() and start the trajectory again")
-        if self._of is not None and self._of != of:
-            raise ValueError(f"cache: holds a forward of {self._of}, got {of}; every call of a step (such as the one "
-                             "with and the one without prompt) needs a cache of its own, and another trajectory "
-                             "cache.reset()")
 
 
 class GenericAdapter:
@@ -107,7 +43,7 @@ class GenericAdapter:
         self.transformer = transformer
         if branches is None:
             found: dict[nn.Module, str] = {}
-            for name in _find(transformer):
+            for name in find_branches(transformer):
                 found.setdefault(transformer.get_submodule(name), name)  # a module may have several
             branches = tuple(found.values())
         if not branches:
@@ -167,7 +103,7 @@ class GenericAdapter:
         self.left_out |= unfit
         self._use(names)
         counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-        numbers = tuple(float(sum(counts.get(part, 0) for part in (name, *_feeders(self.transformer, name))))
+        numbers = tuple(float(sum(counts.get(part, 0) for part in (name, *feeders(self.transformer, name))))
                         for name in names)
         return Flops(numbers, float(counter.get_total_flops()) - sum(numbers))
 
@@ -219,7 +155,7 @@ class GenericAdapter:
             raise ValueError("branches: two of the names are one module; name it once")
         self.branch_names = tuple(names)
         self._modules = [submodules[name] for name in names]
-        self._feeding = [[submodules[feeder] for feeder in _feeders(self.transformer, name)] for name in names]
+        self._feeding = [[submodules[feeder] for feeder in feeders(self.transformer, name)] for name in names]
         around = {".".join(name.split(".")[:end]) for name in names for end in range(name.count(".") + 2)}
         self._around = {name: submodules[name] for name in sorted(around)}  # "" is the transformer itself
 
@@ -249,7 +185,7 @@ class _Run:
         self.names, self.compute, self.gate, self.e = adapter.branch_names, compute, gate, extrapolate
         self.cache, self.threshold = cache, threshold
         self.branch_of = {module: k for k, module in enumerate(adapter._modules)}
-        self.fed = {feeder: k for k, feeders in enumerate(adapter._feeding) for feeder in feeders}
+        self.fed = {feeder: k for k, fed in enumerate(adapter._feeding) for feeder in fed}
         self.called = [0] * len(self.names)
         reused = range(len(self.names)) if isinstance(gate, Tensor) else [k for k, c in enumerate(compute) if not c]
         self.held = {k: (cache.latest(k), cache.previous(k)) for k in reused}  # a soft row replaces what it blends with
@@ -265,7 +201,7 @@ class _Run:
         if not self.compute[self.fed[module]]:
             return self.cache._meta[module]
         o = forward()
-        self.cache._meta[module] = _map(lambda t: torch.empty_like(t, device="meta"), o)
+        self.cache._meta[module] = map_tensors(lambda t: torch.empty_like(t, device="meta"), o)
         return o
 
     def branch(self, module: nn.Module, forward: Callable) -> Output:
@@ -276,12 +212,12 @@ class _Run:
         if not self.compute[k]:
             return reused
         o = forward()
-        if not _is_output(o):
+        if not is_output(o):
             raise TypeError(f"{self.names[k]}: returned {type(o).__name__}, expected float tensors{ADVICE}")
         renew = True
         if isinstance(self.gate, Tensor):
             r = self.gate[k]
-            o = _map(lambda fresh, old: r * fresh + (1 - r) * old, o, reused)
+            o = map_tensors(lambda fresh, old: r * fresh + (1 - r) * old, o, reused)
             renew = r.item() > self.threshold
         if renew:
             self.cache._store(k, o, call == 0)
@@ -311,11 +247,11 @@ class _Run:
         if self.e is None or previous is None or not (isinstance(self.e, Tensor) or self.e[k]):
             return latest[call]
         e = self.e[k]
-        return _map(lambda now, before: (1 + e) * now - e * before, latest[call], previous[call])
+        return map_tensors(lambda now, before: (1 + e) * now - e * before, latest[call], previous[call])
 
     def _watch(self, k: int, o: Output) -> None:
         """Notes the output's version; tensors of inference mode have none."""
-        self.versions += [(k, t, t._version) for t in _tensors(o) if not t.is_inference()]
+        self.versions += [(k, t, t._version) for t in tensors_of(o) if not t.is_inference()]
 
 
 class _Trace(_Run):
@@ -334,7 +270,7 @@ class _Trace(_Run):
         self.called[k] += 1
         self.first.setdefault(self.names[k], len(self.first))
         o = forward()
-        if _is_output(o):
+        if is_output(o):
             self._watch(k, o)
         else:
             self.odd.add(self.names[k])
@@ -455,64 +391,11 @@ def _restore(module: nn.Module, own: Callable | None) -> None:
         module.__dict__["forward"] = own
 
 
-def _find(transformer: nn.Module) -> Iterator[str]:
-    """Names of the attention and feed-forward modules in the transformer's lists of blocks, by definition."""
-    for name, child in transformer.named_children():
-        if isinstance(child, nn.ModuleList):
-            for i, block in enumerate(child):
-                yield from _find_in(block, f"{name}.{i}")
-
-
-def _find_in(block: nn.Module, prefix: str) -> Iterator[str]:
-    if _is_single_stream(block):
-        yield f"{prefix}.proj_out"
-        return
-    for name, child in block.named_children():
-        if NOT_A_BRANCH.search(name):
-            continue
-        inner = next(child.children(), None)  # none in a bare linear or activation
-        if BRANCH.search(name) and inner is not None and not isinstance(child, nn.ModuleList):
-            yield f"{prefix}.{name}"
-        else:
-            yield from _find_in(child, f"{prefix}.{name}")
-
-
-def _is_single_stream(block: nn.Module) -> bool:
-    return all(hasattr(block, part) for part in ("attn", "proj_mlp", "proj_out"))
-
-
-def _feeders(transformer: nn.Module, name: str) -> list[str]:
-    """Names of the modules whose outputs go into this branch and nowhere else."""
-    prefix, _, part = name.rpartition(".")
-    if part != "proj_out" or not _is_single_stream(transformer.get_submodule(prefix)):
-        return []
-    return [f"{prefix}.attn", f"{prefix}.proj_mlp"]
-
-
-def _map(f: Callable, *outputs: Output) -> Output:
-    """f over the tensors of outputs of one form."""
-    first = outputs[0]
-    if isinstance(first, (tuple, list)):
-        return tuple(_map(f, *parts) for parts in zip(*outputs, strict=True))
-    return None if first is None else f(*outputs)
-
-
-def _tensors(o: Output) -> list[Tensor]:
-    if isinstance(o, (tuple, list)):
-        return [t for part in o for t in _tensors(part)]
-    return [] if o is None else [o]
-
-
-def _is_output(o: Any) -> bool:
-    tensors = _tensors(o)
-    return bool(tensors) and all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
-
-
 def _signature(args: tuple, kwargs: dict) -> tuple:
     """Shape, dtype and device of a forward's tensor arguments."""
     named = [*enumerate(args), *sorted(kwargs.items())]
     return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named
-                 for t in _tensors(value) if isinstance(t, Tensor))
+                 for t in tensors_of(value) if isinstance(t, Tensor))
 
 
 def flop_counter() -> FlopCounterMode:
