@@ -1,10 +1,11 @@
 """HarmoniCa: learned feature caching for diffusion transformers (Huang et al., ICML 2025)."""
 
 from .models import load
+from .models.adapters.generic import scheduled
 from .pipelines import HarmoniCaConfig, apply, remove
 from .router import Router
 from .sample import sample
 from .schedule import Schedule
 from .train import train_router
 
-__all__ = ["HarmoniCaConfig", "Router", "Schedule", "apply", "load", "remove", "sample", "train_router"]
+__all__ = ["HarmoniCaConfig", "Router", "Schedule", "apply", "load", "remove", "sample", "scheduled", "train_router"]

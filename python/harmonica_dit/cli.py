@@ -18,6 +18,7 @@ from harmonica_dit.evaluate.pictures import image_sheet, plot_router, plot_sched
 from harmonica_dit.evaluate.terminal import compare_with_bar, table
 from harmonica_dit.files import replacing, save_tensors
 from harmonica_dit.models.fashion_data import CLASSES
+from harmonica_dit.reference_router import KINDS
 from harmonica_dit.router import Router
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.train import train_router
@@ -187,14 +188,15 @@ def evaluate(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help=f"{FILE}.")],
+    file: Annotated[Path, typer.Argument(help=f"{FILE}; or a .pt file that published code wrote.")],
     out: Annotated[Path | None, typer.Option(help="The picture, a .png.  [default: beside the file]")] = None,
     threshold: Threshold = None,
+    kind: Annotated[str, typer.Option(help=f"Whose a .pt file is: {' or '.join(KINDS)}.")] = KINDS[0],
 ) -> None:
     """Draw a router or a schedule, and say what it saves."""
     out = out or file.parent / Router.find(file).with_suffix(".png").name  # a bundled one has nothing beside it here
     check_file(out)
-    found = read(file)
+    found = Router.from_reference(file, kind) if file.suffix == ".pt" else read(file)
     schedule = frozen(found, threshold)
     if isinstance(found, Router):
         plot_router(found.scores(), found.threshold if threshold is None else threshold, out, found.branches,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.models.flops import Flops
+from harmonica_dit.reference_router import reference_arguments
 from harmonica_dit.schedule import (
     FORMAT,
     Schedule,
@@ -166,6 +167,27 @@ class Router(nn.Module):
         if net is not None:
             check_fits(f"{path}: ", router, net)
         return router
+
+    @classmethod
+    def from_reference(cls, path: str | os.PathLike, kind: str = "learning-to-cache", *, net=None,
+                       threshold: float = 0.1) -> "Router":
+        """A router that published code trained for DDIM sampling of a DiT, from its `.pt` file; no code in it is run.
+
+        Args:
+            kind: whose file it is. "harmonica": every row as it is. "learning-to-cache": each odd row of the file, the
+                noisiest too, computes everything, as its sampler does; only the others have been trained.
+            net: the model that the router is to fit, which gives it branch names and FLOPs: a denoiser, or diffusers'
+                `DiTTransformer2DModel`. None: the DiT of facebookresearch/DiT that the file names, DiT-XL/2 at 256
+                pixels where it names none.
+            threshold: τ.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no whole file of this kind, or not for this model; the message says what was expected.
+
+        Source: Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733); HarmoniCa (see above).
+        """
+        return cls(**reference_arguments(path, kind, net), threshold=threshold)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Draws the scores and the threshold into a picture file."""

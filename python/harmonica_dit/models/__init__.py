@@ -54,16 +54,7 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """A state dict from safetensors or, without running any code in it, from a `.pt` file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # of facebookresearch/DiT's training checkpoints
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its readers raise: pickle, zip and runtime errors
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: {error}") from None
+    state = unpickled_tensors(path)
     if isinstance(state, dict) and "ema" in state:
         state = state["ema"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -71,4 +62,24 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return state
 
 
-__all__ = ["CONFIGS", "FASHION", "FASHION_WEIGHTS", "DiT", "Flops", "count_flops", "load", "read_weights"]
+def unpickled_tensors(path: str | os.PathLike):
+    """What a safetensors or `.pt` file holds: tensors in plain containers. No code in the file is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of facebookresearch/DiT's training checkpoints
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its readers raise: pickle, zip and runtime errors
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: {error}") from None
+
+
+__all__ = ["CONFIGS", "FASHION", "FASHION_WEIGHTS", "DiT", "Flops", "count_flops", "load", "read_weights",
+           "unpickled_tensors"]

@@ -1,0 +1,525 @@
+"""Any other diffusers transformer: its branches, found by name, are gated where they stand, without fused norms."""
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from harmonica_dit.models.flops import Flops
+from harmonica_dit.schedule import Schedule, check_fits
+from harmonica_kernels.forward import _check_extrapolation, _check_gate
+
+BRANCH = re.compile(r"attn|attention|(^|_)(ff|ffn|mlp|feed_forward)(_|$)")
+NOT_A_BRANCH = re.compile(r"norm|adaln|modulation|embed|drop")
+ADVICE = "; adapter.trace(...) with such arguments leaves such a branch out"
+Output = Tensor | tuple | None  # of a branch: a tensor, or tensors and None in a tuple
+
+
+class GenericCache:
+    """The memory of one trajectory: what each branch returned in the last `history` forwards that computed it.
+
+    Outputs have any shape, tuples included, and a branch has one for each of its calls in a forward. They are kept as
+    they come, not copied. Same use as `harmonica_kernels.FeatureCache`.
+    """
+
+    def __init__(self, history: int = 1):
+        if isinstance(history, bool) or history not in (1, 2):
+            raise ValueError(f"history: got {history!r}, expected 1 (repeat) or 2 (extrapolate)")
+        self.history = history
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything; the next trajectory may have any shape."""
+        self._outputs: dict[int, list[list[Output]]] = {}  # per branch, newest first, the outputs of its calls
+        self._meta: dict[nn.Module, Output] = {}  # what stands in for the output of a feeder that is not called
+        self._of: tuple | None = None  # shapes, dtypes and devices of the forward's arguments
+        self._open = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the outputs held."""
+        return sum(t.nbytes for t in _tensors(list(self._outputs.values())))
+
+    def filled(self, k: int) -> int:
+        """Of how many forwards the cache holds branch k's outputs, 0 to `history`."""
+        return len(self._outputs.get(k, ()))
+
+    def latest(self, k: int) -> list[Output]:
+        """Branch k's newest outputs, one for each of its calls in that forward."""
+        return self._outputs[k][0]
+
+    def previous(self, k: int) -> list[Output] | None:
+        """The outputs that branch k had before the latest, or None where there are none yet."""
+        return self._outputs[k][1] if self.filled(k) == 2 else None
+
+    def copy_(self, other: "GenericCache") -> "GenericCache":
+        """Becomes equal to `other`. Returns itself."""
+        self.history, self._of, self._open = other.history, other._of, other._open
+        self._outputs, self._meta = dict(other._outputs), dict(other._meta)
+        return self
+
+    def commit(self) -> None:
+        """Does nothing: an entry is replaced, never written into, so a backward may still read the old one."""
+
+    def _store(self, k: int, o: Output, first: bool) -> None:
+        """Takes an output of branch k, the first of this forward's or another."""
+        if first:
+            self._outputs[k] = [[], *self._outputs.get(k, ())][: self.history]
+        self._outputs[k][0].append(_map(Tensor.detach, o))
+
+    def _check(self, of: tuple) -> None:
+        if self._open:
+            raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
+                               "call cache.reset() and start the trajectory again")
+        if self._of is not None and self._of != of:
+            raise ValueError(f"cache: holds a forward of {self._of}, got {of}; every call of a step (such as the one "
+                             "with and the one without prompt) needs a cache of its own, and another trajectory "
+                             "cache.reset()")
+
+
+class GenericAdapter:
+    """Gates the attention and feed-forward modules of a transformer's blocks, whatever the class.
+
+    They are found by name in the transformer's lists of blocks. In a single-stream block, where attention and
+    feed-forward run side by side into one `proj_out`, that is the branch, and `attn` and `proj_mlp` are spared with
+    it. While a call with a gate row runs, the branches' `forward` is replaced; other threads' calls of the same
+    transformer are not touched by that, and nothing is left behind, also after an error.
+
+    Args:
+        transformer: a module whose blocks stand in lists (`nn.ModuleList`) that are its attributes.
+        branches: submodules' names, such as a schedule's; None finds them, in the order of definition (`trace` knows
+            the order of execution).
+
+    Attributes:
+        branch_names: the K branches. left_out: those that `trace` found unfit, each with the reason; always computed.
+
+    Raises:
+        TypeError: no branches are found. ValueError: a named one does not exist.
+    """
+
+    def __init__(self, transformer: nn.Module, branches: Sequence[str] | None = None):
+        self.transformer = transformer
+        if branches is None:
+            found: dict[nn.Module, str] = {}
+            for name in _find(transformer):
+                found.setdefault(transformer.get_submodule(name), name)  # a module may have several
+            branches = tuple(found.values())
+        if not branches:
+            raise TypeError(f"transformer: {type(transformer).__name__} has no list of blocks with attention or "
+                            "feed-forward modules; name them as branches=")
+        self.left_out: dict[str, str] = {}
+        self._use(branches)
+        self.check()
+
+    @property
+    def name(self) -> str:
+        """The repository or folder that the weights came from, else the class."""
+        config = getattr(self.transformer, "config", {})
+        return config.get("_name_or_path") or type(self.transformer).__name__
+
+    @property
+    def architecture(self) -> dict[str, str | int]:
+        """What a router has to have been made for: class, number of branches K and width D."""
+        linears = [module for module in self._modules[0].modules() if isinstance(module, nn.Linear)]
+        return {"class": type(self.transformer).__name__, "K": len(self.branch_names),
+                "D": linears[-1].out_features if linears else 0}
+
+    def new_cache(self, history: int = 1) -> GenericCache:
+        """A cache for one trajectory."""
+        return GenericCache(history)
+
+    def check(self) -> None:
+        """Refuses compiled code around the branches.
+
+        Raises:
+            ValueError: the message names the module.
+        """
+        for name, module in self._around.items():
+            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+                raise ValueError(f"{name or 'transformer'}: has been compiled, and what a step computes is decided "
+                                 "inside it; compile the modules inside the branches instead")
+
+    def trace(self, *args, **kwargs) -> Flops:
+        """Runs one forward of the transformer to see its branches at work; the arguments are the transformer's own.
+
+        Puts `branch_names` in the order of execution and leaves out (`left_out`) what the gate cannot stand for: a
+        branch that is not called, and one whose output is not tensors, or is changed in place afterwards.
+
+        Returns:
+            What the forward costs, branch by branch (matrix products, convolutions, attention).
+
+        Raises:
+            TypeError: no branch is left.
+        """
+        run = _Trace(self)
+        with torch.no_grad(), flop_counter() as counter:
+            self._forward(self.transformer, args, kwargs, run)
+        unfit = run.unfit()
+        names = sorted((name for name in self.branch_names if name not in unfit), key=run.first.__getitem__)
+        if not names:
+            raise TypeError(f"transformer: none of its branches can be gated: {unfit}")
+        self.left_out |= unfit
+        self._use(names)
+        counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+        numbers = tuple(float(sum(counts.get(part, 0) for part in (name, *_feeders(self.transformer, name))))
+                        for name in names)
+        return Flops(numbers, float(counter.get_total_flops()) - sum(numbers))
+
+    def __call__(self, *args, gate: Sequence[bool] | Tensor | None = None,
+                 extrapolate: Sequence[float] | Tensor | None = None, cache: GenericCache | None = None,
+                 threshold: float = 0.1, **kwargs):
+        """As the transformer's forward; gate, extrapolate, threshold as in `harmonica_kernels.cached_forward`.
+
+        Args:
+            cache: from `new_cache`, one for each trajectory and, where a step calls the transformer more than once,
+                for each of these calls.
+
+        Raises:
+            TypeError, ValueError: an argument is not as it should be; the message names it.
+            RuntimeError: the last forward with this cache was interrupted; or a branch was not called, or not as
+                often as when its outputs were stored, or its output was changed in place (`trace` finds such branches
+                and leaves them out).
+        """
+        return self._gated(self.transformer, args, kwargs, gate, extrapolate, cache, threshold)
+
+    def _gated(self, forward: Callable, args: tuple, kwargs: dict, gate, extrapolate, cache, threshold):
+        """`__call__`, with the transformer's forward as `forward`."""
+        compute = self._check(gate, extrapolate, cache, threshold)
+        if cache is None:
+            return forward(*args, **kwargs)
+        of = _signature(args, kwargs)
+        cache._check(of)
+        run = _Run(self, compute, gate, extrapolate, cache, threshold)
+        cache._of, cache._open = of, True
+        output = self._forward(forward, args, kwargs, run)
+        run.finish()
+        cache._open = False
+        return output
+
+    def _forward(self, forward: Callable, args: tuple, kwargs: dict, run: "_Run"):
+        with _replaced(run.modules):
+            token = _current.set(run)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                _current.reset(token)
+
+    def _use(self, names: Sequence[str]) -> None:
+        submodules = dict(self.transformer.named_modules(remove_duplicate=False))
+        unknown = [name for name in names if name not in submodules]
+        if unknown:
+            raise ValueError(f"branches: {type(self.transformer).__name__} has no submodule {unknown[0]!r}")
+        if len({submodules[name] for name in names}) < len(names):
+            raise ValueError("branches: two of the names are one module; name it once")
+        self.branch_names = tuple(names)
+        self._modules = [submodules[name] for name in names]
+        self._feeding = [[submodules[feeder] for feeder in _feeders(self.transformer, name)] for name in names]
+        around = {".".join(name.split(".")[:end]) for name in names for end in range(name.count(".") + 2)}
+        self._around = {name: submodules[name] for name in sorted(around)}  # "" is the transformer itself
+
+    def _check(self, gate, extrapolate, cache, threshold) -> Sequence[bool]:
+        if cache is not None and not isinstance(cache, GenericCache):
+            raise TypeError(f"cache: got {type(cache).__name__}, expected what adapter.new_cache() makes")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: got {threshold}, expected a number from 0 to 1")
+        K = len(self.branch_names)
+        compute = _check_gate(K, gate, cache)
+        _check_extrapolation(K, extrapolate, cache, compute, isinstance(gate, Tensor))
+        self.check()
+        again = torch.is_grad_enabled() and getattr(self.transformer, "is_gradient_checkpointing", False)
+        if again and gate is not None:
+            raise ValueError("transformer: its gradient checkpointing would run the branches again without the gate; "
+                             "call transformer.disable_gradient_checkpointing()")
+        return compute
+
+
+class _Run:
+    """One forward under a gate row: what each branch does when it is called.
+
+    A module that a forward calls more than once is one branch, with an output for each call.
+    """
+
+    def __init__(self, adapter: GenericAdapter, compute, gate, extrapolate, cache: GenericCache | None, threshold):
+        self.names, self.compute, self.gate, self.e = adapter.branch_names, compute, gate, extrapolate
+        self.cache, self.threshold = cache, threshold
+        self.branch_of = {module: k for k, module in enumerate(adapter._modules)}
+        self.fed = {feeder: k for k, feeders in enumerate(adapter._feeding) for feeder in feeders}
+        self.called = [0] * len(self.names)
+        reused = range(len(self.names)) if isinstance(gate, Tensor) else [k for k, c in enumerate(compute) if not c]
+        self.held = {k: (cache.latest(k), cache.previous(k)) for k in reused}  # a soft row replaces what it blends with
+        self.versions: list[tuple[int, Tensor, int]] = []
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules whose forward is replaced."""
+        return [*self.branch_of, *self.fed]
+
+    def feed(self, module: nn.Module, forward: Callable) -> Output:
+        """A module whose output only goes into a branch: nobody reads it where that is reused."""
+        if not self.compute[self.fed[module]]:
+            return self.cache._meta[module]
+        o = forward()
+        self.cache._meta[module] = _map(lambda t: torch.empty_like(t, device="meta"), o)
+        return o
+
+    def branch(self, module: nn.Module, forward: Callable) -> Output:
+        k = self.branch_of[module]
+        call = self.called[k]
+        self.called[k] += 1
+        reused = self._reused(k, call) if k in self.held else None
+        if not self.compute[k]:
+            return reused
+        o = forward()
+        if not _is_output(o):
+            raise TypeError(f"{self.names[k]}: returned {type(o).__name__}, expected float tensors{ADVICE}")
+        renew = True
+        if isinstance(self.gate, Tensor):
+            r = self.gate[k]
+            o = _map(lambda fresh, old: r * fresh + (1 - r) * old, o, reused)
+            renew = r.item() > self.threshold
+        if renew:
+            self.cache._store(k, o, call == 0)
+        self._watch(k, o)
+        return o
+
+    def finish(self) -> None:
+        """Refuses a forward that the cache does not stand for; it stays unusable until its reset."""
+        for k, (name, count) in enumerate(zip(self.names, self.called)):
+            if not count or (k in self.held and count != len(self.held[k][0])):
+                expected = len(self.held[k][0]) if k in self.held else "at least 1"
+                raise RuntimeError(f"{name}: was called {count} times in this forward, expected {expected}{ADVICE}")
+        changed = self.changed()
+        if changed:
+            raise RuntimeError(f"{changed[0]}: its output was changed in place after it was returned{ADVICE}")
+
+    def changed(self) -> list[str]:
+        """Branches whose output was changed in place since they returned it."""
+        return [self.names[k] for k, t, version in self.versions if t._version != version]
+
+    def _reused(self, k: int, call: int) -> Output:
+        latest, previous = self.held[k]
+        if call >= len(latest):
+            raise RuntimeError(f"{self.names[k]}: is called more often than in the forward that stored its "
+                               f"outputs{ADVICE}")
+        self._watch(k, latest[call])
+        if self.e is None or previous is None or not (isinstance(self.e, Tensor) or self.e[k]):
+            return latest[call]
+        e = self.e[k]
+        return _map(lambda now, before: (1 + e) * now - e * before, latest[call], previous[call])
+
+    def _watch(self, k: int, o: Output) -> None:
+        """Notes the output's version; tensors of inference mode have none."""
+        self.versions += [(k, t, t._version) for t in _tensors(o) if not t.is_inference()]
+
+
+class _Trace(_Run):
+    """A plain forward that notes how its branches behave."""
+
+    def __init__(self, adapter: GenericAdapter):
+        super().__init__(adapter, [True] * len(adapter.branch_names), None, None, None, 0.0)
+        self.first: dict[str, int] = {}
+        self.odd: set[str] = set()
+
+    def feed(self, module: nn.Module, forward: Callable) -> Output:
+        return forward()
+
+    def branch(self, module: nn.Module, forward: Callable) -> Output:
+        k = self.branch_of[module]
+        self.called[k] += 1
+        self.first.setdefault(self.names[k], len(self.first))
+        o = forward()
+        if _is_output(o):
+            self._watch(k, o)
+        else:
+            self.odd.add(self.names[k])
+        return o
+
+    def unfit(self) -> dict[str, str]:
+        """The branches that cannot be gated, each with the reason."""
+        unfit = {name: "is not called" for name, count in zip(self.names, self.called) if not count}
+        unfit |= dict.fromkeys(self.changed(), "its output is changed in place")
+        return unfit | dict.fromkeys(self.odd, "its output is not float tensors")
+
+
+@contextmanager
+def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> Iterator[GenericAdapter]:
+    """Inside the `with` block the transformer follows a schedule, whoever calls it: a pipeline or a loop of your own.
+
+        with scheduled(pipe.transformer, schedule):
+            image = pipe(prompt, num_inference_steps=schedule.steps).images[0]
+
+    Every T·calls calls are one trajectory, and the next begins with empty caches. Not for use from two threads at
+    once.
+
+    Args:
+        transformer: of any class that `GenericAdapter` takes.
+        schedule: its branches are submodules' names.
+        calls: how often a step calls the transformer, e.g. 2 where a pipeline runs the prompt and the empty prompt
+            one after the other.
+
+    Raises:
+        TypeError, ValueError: the transformer has no such branches, or an argument is not as above.
+        RuntimeError: at the end, if the calls were not those of whole trajectories: other steps than the schedule's,
+            or another number of calls a step.
+    """
+    if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
+        raise ValueError(f"calls: got {calls!r}, expected a whole number from 1 on")
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
+    adapter = GenericAdapter(transformer, schedule.branches)
+    check_fits("schedule: ", schedule, adapter)
+    caches = [adapter.new_cache(schedule.history) for _ in range(calls)]
+    done = 0
+
+    def follow(forward, args, kwargs):
+        nonlocal done
+        s, call = divmod(done % (schedule.steps * calls), calls)
+        cache = caches[call]
+        if s == 0:
+            cache.reset()
+        try:
+            output = adapter._gated(forward, args, kwargs, schedule.rows[s], schedule.forecasts[s], cache, 0.0)
+        except BaseException:
+            done = 0  # what comes next is another trajectory
+            raise
+        done += 1
+        return output
+
+    with _forward_replaced(transformer, follow):
+        yield adapter
+    if done % (schedule.steps * calls):
+        raise RuntimeError(f"the transformer was called {done} times, which is no multiple of {schedule.steps} steps "
+                           f"of {calls}: the images were made with wrong rows of the schedule")
+
+
+_current: ContextVar[_Run | None] = ContextVar("harmonica_run", default=None)
+_users: dict[nn.Module, int] = {}
+_lock = threading.Lock()
+_originals: dict[nn.Module, Callable | None] = {}
+
+
+@contextmanager
+def _replaced(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts the gate before the modules' forward. Calls in contexts without a run, such as other threads', pass."""
+    with _lock:
+        for module in modules:
+            _users[module] = _users.get(module, 0) + 1
+            if _users[module] == 1:
+                _originals[module] = _replace(module, _gate)
+    try:
+        yield
+    finally:
+        with _lock:
+            for module in modules:
+                _users[module] -= 1
+                if not _users[module]:
+                    del _users[module]
+                    _restore(module, _originals.pop(module))
+
+
+def _gate(module: nn.Module, forward: Callable, args: tuple, kwargs: dict):
+    run = _current.get()
+    if run is not None and module in run.branch_of:
+        return run.branch(module, lambda: forward(*args, **kwargs))
+    if run is not None and module in run.fed:
+        return run.feed(module, lambda: forward(*args, **kwargs))
+    return forward(*args, **kwargs)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, call: Callable) -> Iterator[None]:
+    original = _replace(module, lambda _, forward, args, kwargs: call(forward, args, kwargs))
+    try:
+        yield
+    finally:
+        _restore(module, original)
+
+
+def _replace(module: nn.Module, call: Callable) -> Callable | None:
+    """Lets `call(module, forward, args, kwargs)` stand for the module's forward. Returns what `_restore` needs."""
+    forward, own = module.forward, module.__dict__.get("forward")  # accelerate's hooks have set one
+    module.__dict__["forward"] = lambda *args, **kwargs: call(module, forward, args, kwargs)
+    return own
+
+
+def _restore(module: nn.Module, own: Callable | None) -> None:
+    if own is None:
+        del module.__dict__["forward"]
+    else:
+        module.__dict__["forward"] = own
+
+
+def _find(transformer: nn.Module) -> Iterator[str]:
+    """Names of the attention and feed-forward modules in the transformer's lists of blocks, by definition."""
+    for name, child in transformer.named_children():
+        if isinstance(child, nn.ModuleList):
+            for i, block in enumerate(child):
+                yield from _find_in(block, f"{name}.{i}")
+
+
+def _find_in(block: nn.Module, prefix: str) -> Iterator[str]:
+    if _is_single_stream(block):
+        yield f"{prefix}.proj_out"
+        return
+    for name, child in block.named_children():
+        if NOT_A_BRANCH.search(name):
+            continue
+        inner = next(child.children(), None)  # none in a bare linear or activation
+        if BRANCH.search(name) and inner is not None and not isinstance(child, nn.ModuleList):
+            yield f"{prefix}.{name}"
+        else:
+            yield from _find_in(child, f"{prefix}.{name}")
+
+
+def _is_single_stream(block: nn.Module) -> bool:
+    return all(hasattr(block, part) for part in ("attn", "proj_mlp", "proj_out"))
+
+
+def _feeders(transformer: nn.Module, name: str) -> list[str]:
+    """Names of the modules whose outputs go into this branch and nowhere else."""
+    prefix, _, part = name.rpartition(".")
+    if part != "proj_out" or not _is_single_stream(transformer.get_submodule(prefix)):
+        return []
+    return [f"{prefix}.attn", f"{prefix}.proj_mlp"]
+
+
+def _map(f: Callable, *outputs: Output) -> Output:
+    """f over the tensors of outputs of one form."""
+    first = outputs[0]
+    if isinstance(first, (tuple, list)):
+        return tuple(_map(f, *parts) for parts in zip(*outputs, strict=True))
+    return None if first is None else f(*outputs)
+
+
+def _tensors(o: Output) -> list[Tensor]:
+    if isinstance(o, (tuple, list)):
+        return [t for part in o for t in _tensors(part)]
+    return [] if o is None else [o]
+
+
+def _is_output(o: Any) -> bool:
+    tensors = _tensors(o)
+    return bool(tensors) and all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
+
+
+def _signature(args: tuple, kwargs: dict) -> tuple:
+    """Shape, dtype and device of a forward's tensor arguments."""
+    named = [*enumerate(args), *sorted(kwargs.items())]
+    return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named
+                 for t in _tensors(value) if isinstance(t, Tensor))
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which by itself leaves out the attention kernel of the CPU."""
+
+    def attention(query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention})
