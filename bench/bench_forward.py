@@ -34,6 +34,8 @@ MODELS = {"fashion-dit": dict(images=32, steps=20), "DiT-B/2": dict(images=8, st
 class Plain(torch.nn.Module):
     """The plain model behind the denoisers' signature."""
 
+    guidance, guidance_channels, scheduler = DiT.guidance, DiT.guidance_channels, DiT.scheduler
+
     def __init__(self, net: DiT, **config):
         super().__init__()
         self.net, self.sample_shape, self.num_classes = PlainDiT(**config).eval(), net.sample_shape, net.num_classes

@@ -18,6 +18,7 @@ from harmonica_dit.evaluate.pictures import image_sheet, plot_router, plot_sched
 from harmonica_dit.evaluate.terminal import compare_with_bar, table
 from harmonica_dit.files import replacing, save_tensors
 from harmonica_dit.models.fashion_data import CLASSES
+from harmonica_dit.models.prompts import read_texts
 from harmonica_dit.reference_router import KINDS
 from harmonica_dit.router import Router
 from harmonica_dit.schedule import Schedule
@@ -45,16 +46,15 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Learned feature caching for diffusion transformers (HarmoniCa, ICML 2025).")
 
-Model = Annotated[str, typer.Option(help="The bundled fashion-dit, or a DiT configuration such as DiT-XL/2.")]
+Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, or the folder "
+                                         "or repository of a diffusers pipeline.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="The model's weights, .pt or .safetensors; fashion-dit has its "
                                                       "own.")]
 FILE = "A router's or a schedule's file, or the name of a bundled router, such as fashion-dit-2.0x"
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
-Scheduler = Annotated[str, typer.Option(help='"ddim", or the name of a diffusers scheduler.')]
 OwnGuidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the "
-                                                        "router's, or 1.5]")]
+                                                        "router's, or the model's own]")]
 OwnScheduler = Annotated[str | None, typer.Option(help='"ddim", or the name of a diffusers scheduler.  [default: the '
-                                                       'router\'s, or ddim]')]
+                                                       'router\'s, or the model\'s own]')]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")]
 Batch = Annotated[int, typer.Option(help="Images at a time.")]
 Threshold = Annotated[float | None, typer.Option(help="Compute where a router's score is above this, in place of the "
@@ -74,6 +74,11 @@ def train(
                                            "command goes on from there after Ctrl-C.")],
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts for a text pipeline, one a line. They are encoded once; "
+                                                      "the folder keeps the embeddings.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32 or bfloat16.")] = "float32",
+    image_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.  [default: the model's "
+                                                        "own]")] = None,
     steps: Annotated[int, typer.Option(help="Steps of a trajectory, T.")] = 20,
     target_speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach; 1.6 unless --target-cur or "
                                                               "--beta is given.")] = None,
@@ -88,8 +93,12 @@ def train(
                                                  '"reference" (the published code) or "gain".')] = "paper",
     extrapolate: Annotated[str, typer.Option(help='Reused outputs: "none" repeats them, a number forecasts them (1: '
                                                   'first-order Taylor), "learned" learns how far.')] = "none",
-    guidance: Guidance = 1.5,
-    scheduler: Scheduler = "ddim",
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the "
+                                                        "model's own]")] = None,
+    scheduler: Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.  '
+                                                       "[default: the model's own]")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in the backward: less "
+                                                "memory, more time.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Train a router: which branches to compute at which step. No images are needed."""
@@ -98,10 +107,13 @@ def train(
     if extrapolate != "learned":
         extrapolate = None if extrapolate == "none" else number("--extrapolate", extrapolate)
     check_folder(out)
-    net = harmonica_dit.load(model, checkpoint)
+    net = harmonica_dit.load(model, checkpoint, image_size=image_size, dtype=dtype,
+                             prompts=prompts and read_texts(prompts),
+                             embeddings=prompts and out / "prompts.safetensors")
     router = train_router(net, steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta,
                           trajectories=trajectories, batch=batch, lr=lr, threshold=threshold, importance=importance,
-                          extrapolate=extrapolate, guidance=guidance, scheduler=scheduler, seed=seed, out=out)
+                          extrapolate=extrapolate, guidance=guidance, scheduler=scheduler, checkpointing=checkpointing,
+                          seed=seed, out=out)
     describe(router.schedule(), out / "router.safetensors")
 
 
@@ -134,8 +146,8 @@ def sample(
     if steps is None:
         steps = 20 if used is None else used.steps
     images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=used,
-                                  guidance=own("guidance", guidance, [found], 1.5),
-                                  scheduler=own("scheduler", scheduler, [found], "ddim"), seed=seed, batch=batch)
+                                  guidance=own("guidance", guidance, [found], net.guidance),
+                                  scheduler=own("scheduler", scheduler, [found], net.scheduler), seed=seed, batch=batch)
     if out.suffix == ".png":
         image_sheet(images, out)
     else:
@@ -170,7 +182,8 @@ def evaluate(
     check_folder(out)
     net = harmonica_dit.load(model, checkpoint)
     found = [read(path, net) for path in schedule or ()]
-    guidance, scheduler = own("guidance", guidance, found, 1.5), own("scheduler", scheduler, found, "ddim")
+    guidance = own("guidance", guidance, found, net.guidance)
+    scheduler = own("scheduler", scheduler, found, net.scheduler)
     methods = [named_after(path, one) for path, one in zip(schedule or (), found)]
     methods += [method for n in every or (2, 3) for method in fora_methods(net, steps, n)]
     methods += [Method(f"{n} steps", "fewer steps", n) for n in fewer or ()]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from harmonica_dit.files import load_tensors
-from harmonica_dit.models.adapters import adapt
+from harmonica_dit.models.adapters import adapt, model_name
 from harmonica_dit.router import Router
 from harmonica_dit.schedule import Schedule, check_fits, shortened
 
@@ -81,7 +81,7 @@ def apply(pipe, router: str | os.PathLike | Router | Schedule, *, threshold: flo
         raise ValueError("on_mismatch: this schedule does not say what timesteps it was made for, so it cannot be "
                          "resampled")
     adapter = adapt(pipe.transformer)
-    adapter.name = pipe.config.get("_name_or_path") or adapter.name
+    adapter.name = model_name(pipe.config.get("_name_or_path") or adapter.name)
     _check_forward(pipe.transformer)
     where = f"{router}: " if isinstance(router, (str, os.PathLike)) else "router: "
     check_fits(where, schedule, adapter)

@@ -157,7 +157,7 @@ def refused(net, path):
 def test_a_scheduler_instance_of_another_class_is_another_setting(net):
     schedulers = [cls(num_train_timesteps=1000) for cls in (DDIMScheduler, DDIMParallelScheduler)]
     one, other = (module.Settings(2, None, None, 1.0, 1, 1, 0.1, 0.1, "paper", "soft", 1, None, "flops", "all", 1.5, 3,
-                                  scheduler, 0).record(net)["scheduler"] for scheduler in schedulers)
+                                  scheduler, None, 0).record(net)["scheduler"] for scheduler in schedulers)
     assert one["config"] == other["config"] and one != other
 
 

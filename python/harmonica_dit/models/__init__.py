@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,37 +21,66 @@ CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads
            for patch in (2, 4, 8)}
 
 
-def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: int = 256,
-         device: str | torch.device = "cpu") -> DiT:
-    """A denoiser, in evaluation mode.
+def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: int | None = None,
+         prompts: Sequence[str] | None = None, embeddings: str | os.PathLike | None = None,
+         dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+    """A denoiser, in evaluation mode and without gradients for its weights.
+
+    A denoiser is a module `net(x, t, y, gate=, extrapolate=, cache=, threshold=)` with `name`, `sample_shape`,
+    `num_classes` (which as a label stands for none), `branches` (a list) and `branch_names`, and what trajectories
+    use unless told otherwise: `guidance`, `guidance_channels` and `scheduler`. Labels are classes, or the numbers of a
+    text model's prompts.
 
     Args:
-        name: "fashion-dit", the bundled model, or a configuration of facebookresearch/DiT such as "DiT-XL/2".
-        checkpoint: a DiT's weights, facebookresearch's `.pt` or safetensors; required but for "fashion-dit".
-        image_size: of a DiT, in pixels; the latent's side is an eighth of it.
+        name: "fashion-dit", the bundled model; a configuration of facebookresearch/DiT such as "DiT-XL/2"; or the
+            folder or repository of a diffusers pipeline (DiT, PixArt-α, PixArt-Σ).
+        checkpoint: a DiT's weights, facebookresearch's `.pt` or safetensors; required for a configuration.
+        image_size: in pixels, by default 256 for a configuration and a pipeline's own; the latent's side is an eighth.
+        prompts: of a text pipeline. They are encoded once, then the text encoder is let go.
+        embeddings: file in which the encoded prompts are kept, and from which they are read the next time.
+        dtype: of the weights: float32, bfloat16 or float16.
 
     Raises:
-        ValueError: the name is not known, or the checkpoint does not fit the model.
+        ValueError: the name is not known, or the checkpoint, the prompts or the file of embeddings do not fit it.
         FileNotFoundError: there is no such checkpoint.
     """
+    dtype = check_dtype(dtype)
+    if name not in ("fashion-dit", *CONFIGS) and (os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        from .pipeline import load_pipeline
+
+        if checkpoint is not None:
+            raise ValueError(f"checkpoint: {name} is a pipeline, which has its own weights")
+        return load_pipeline(name, prompts=prompts, embeddings=embeddings, image_size=image_size, dtype=dtype,
+                             device=device)
+    if prompts is not None or embeddings is not None:
+        raise ValueError(f"prompts: {name} is conditioned on classes and takes none")
     if name == "fashion-dit":
         net, checkpoint = DiT(**FASHION, name=name), checkpoint or FASHION_WEIGHTS
     elif name in CONFIGS:
         if checkpoint is None:
             raise ValueError(f"checkpoint: {name} needs its weights, such as DiT-XL-2-256x256.pt from "
                              "facebookresearch/DiT")
+        image_size = 256 if image_size is None else image_size
         if image_size % (8 * CONFIGS[name]["patch_size"]):
             raise ValueError(f"image_size: got {image_size}, expected a multiple of {8 * CONFIGS[name]['patch_size']}")
         with torch.device("meta"):
             net = DiT(**CONFIGS[name], input_size=image_size // 8, name=name)
         net.to_empty(device="cpu")
     else:
-        raise ValueError(f'name: got {name!r}, expected "fashion-dit" or one of {", ".join(CONFIGS)}')
+        raise ValueError(f'name: got {name!r}, expected "fashion-dit", one of {", ".join(CONFIGS)}, or the folder or '
+                         "repository of a diffusers pipeline")
     try:
         net.load_state_dict(read_weights(checkpoint))
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit {name}: {error}") from None
-    return net.eval().requires_grad_(False).to(device)
+    return net.eval().requires_grad_(False).to(device, dtype)
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known and dtype not in known.values():
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(known)}")
+    return known.get(dtype, dtype)
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:

@@ -109,6 +109,8 @@ class DiT(nn.Module):
         name: what routers trained on this model call it.
     """
 
+    guidance, guidance_channels, scheduler = 1.5, 3, "ddim"  # the reference's, where a trajectory is not told others
+
     def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
                  depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000,
                  learn_sigma: bool = True, name: str = "DiT"):
@@ -118,6 +120,7 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patch, self.grid = patch_size, input_size // patch_size
+        self.tokens = self.grid**2
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)

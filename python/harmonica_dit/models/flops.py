@@ -1,6 +1,9 @@
 """What a forward costs in floating-point operations, branch by branch, counted by torch."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,13 +23,32 @@ class Flops:
 
 
 def count_flops(net) -> Flops:
-    """Counts one row's forward of a denoiser whose branch names are its submodules' (matrix products, convolutions)."""
+    """Counts one row's forward of a denoiser (matrix products and convolutions; a branch's are its body's)."""
     parameter = next(net.parameters())
     x = torch.zeros(1, *net.sample_shape, dtype=parameter.dtype, device=parameter.device)
     zero = torch.zeros(1, dtype=torch.long, device=parameter.device)
+    counts = [0.0] * len(net.branches)
+    counter = FlopCounterMode(display=False)
+
+    def counted(k, body, h, context):
+        before = counter.get_total_flops()
+        o = body(h, context)
+        counts[k] = float(counter.get_total_flops() - before)
+        return o
+
     # the math back end, because its matrix products are counted on every device
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter,
+          replaced_bodies(net, lambda k, body: partial(counted, k, body))):
         net(x, zero, zero)
-    counts = {name.split(".", 1)[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    branches = tuple(float(counts[name]) for name in net.branch_names)
-    return Flops(branches, float(counter.get_total_flops()) - sum(branches))
+    return Flops(tuple(counts), float(counter.get_total_flops()) - sum(counts))
+
+
+@contextmanager
+def replaced_bodies(net, new: Callable[[int, Callable], Callable]):
+    """Body k of the denoiser replaced by new(k, body), until the block ends."""
+    branches = list(net.branches)
+    net.branches[:] = [replace(b, body=new(k, b.body), body_out=None) for k, b in enumerate(branches)]
+    try:
+        yield
+    finally:
+        net.branches[:] = branches

@@ -12,19 +12,21 @@ from .trajectory import Trajectory, check_labels, image_noise
 
 
 @torch.no_grad()
-def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, guidance: float = 1.5,
-           guidance_channels: int | None = 3, seed: int = 0, first: int = 0, scheduler="ddim", batch: int = 64,
+def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, guidance: float | None = None,
+           guidance_channels: int | None = None, seed: int = 0, first: int = 0, scheduler=None, batch: int = 64,
            progress: Callable[[int], None] | None = None) -> Tensor:
     """Samples one image for each label.
 
     Args:
         net: a denoiser, see `harmonica_dit.load`.
-        labels: [n] whole numbers.
+        labels: [n] whole numbers: classes or, of a text model, the numbers of its prompts.
         steps: T, the scheduler's steps.
         schedule: for this model and T; None computes every branch at every step.
-        guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`.
+        guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`; None is the
+            model's own.
         seed, first: image i starts from noise number `first` + i of the seed, whatever the batch size.
-        scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one.
+        scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one; None is the
+            model's own.
         batch: images at a time.
         progress: called with the number of images done after each batch.
 

@@ -1,15 +1,17 @@
 """Schedulers: the reference's DDIM, and any of diffusers' by its class name."""
 
 import inspect
+from collections.abc import Mapping
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 NOISE = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+LEARNED_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)  # those that can use a learned variance
 
 
 class ReferenceDDIM(DDIMScheduler):
@@ -38,34 +40,67 @@ class ReferenceDDIM(DDIMScheduler):
         return DDIMSchedulerOutput(previous, x0) if return_dict else (previous, x0)
 
 
-def make_scheduler(scheduler: str | SchedulerMixin, steps: int) -> SchedulerMixin:
-    """A scheduler set to `steps` steps: "ddim" is the reference's, other names are diffusers' classes.
+def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None) -> SchedulerMixin:
+    """A scheduler set to `steps` steps.
 
-    Classes of diffusers get the noise schedule that DiT was trained with; an instance is copied and keeps its own.
+    Args:
+        scheduler: an instance, which is copied; None, the model's own; or a name: "ddim" and "iddpm" are the
+            reference's (linear betas, timesteps evenly spaced over 0..999), others diffusers' classes, configured as
+            the model's own scheduler is or, for a model of facebookresearch/DiT's kind, with the reference's betas.
+        steps: T, from 1 to 1000.
+        net: the denoiser, whose `scheduler` is its own; without one, the reference's.
 
     Raises:
-        ValueError: there is no such scheduler, or steps is not from 1 to 1000.
+        TypeError, ValueError: there is no such scheduler, it is for models that predict something else, or steps is
+            out of range.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
         raise ValueError(f"steps: got {steps!r}, expected a whole number from 1 to 1000")
+    own = getattr(net, "scheduler", "ddim")
+    scheduler = own if scheduler is None else scheduler
     if not isinstance(scheduler, (str, SchedulerMixin)):
         raise TypeError(f"scheduler: got {type(scheduler).__name__}, expected a name or a diffusers scheduler")
-    if isinstance(scheduler, str):
-        if scheduler == "ddim":
-            made = ReferenceDDIM()
-        else:
-            cls = getattr(diffusers, scheduler, None)
-            if not (inspect.isclass(cls) and issubclass(cls, SchedulerMixin)):
-                raise ValueError(f'scheduler: got {scheduler!r}, expected "ddim" or the name of a diffusers scheduler, '
-                                 'such as "DPMSolverMultistepScheduler"')
-            accepted = inspect.signature(cls.__init__).parameters
-            if "beta_schedule" not in accepted:
-                raise ValueError(f"scheduler: {scheduler} has no noise schedule of the kind that these models predict "
-                                 "the noise of")
-            wanted = NOISE | dict(clip_sample=False, prediction_type="epsilon")
-            made = cls(**{name: value for name, value in wanted.items() if name in accepted})
+    if isinstance(scheduler, SchedulerMixin):
+        made = ReferenceDDIM() if isinstance(scheduler, ReferenceDDIM) else _configured(type(scheduler),
+                                                                                        scheduler.config)
     else:
-        cls = type(scheduler)
-        made = ReferenceDDIM() if cls is ReferenceDDIM else cls.from_config(scheduler.config)
-    made.set_timesteps(steps)
+        made = _named(scheduler, None if isinstance(own, str) else own)
+    if made.config.get("use_dynamic_shifting"):
+        made.set_timesteps(steps, mu=_shift(made.config, net.tokens))
+    else:
+        made.set_timesteps(steps)
     return made
+
+
+def _named(name: str, own: SchedulerMixin | None) -> SchedulerMixin:
+    """The reference's or one of diffusers', for a model whose own scheduler is `own`, None for the reference's."""
+    cls = {"ddim": ReferenceDDIM, "iddpm": DDPMScheduler}.get(name) or getattr(diffusers, name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, SchedulerMixin)):
+        raise ValueError(f'scheduler: got {name!r}, expected "ddim", "iddpm" or the name of a diffusers scheduler, '
+                         'such as "DPMSolverMultistepScheduler"')
+    accepted = inspect.signature(cls.__init__).parameters
+    flow = own is not None and "beta_schedule" not in own.config
+    if flow == (cls is ReferenceDDIM or "beta_schedule" in accepted):
+        raise ValueError(f"scheduler: {name} is for models that predict the {'noise' if flow else 'velocity'} along "
+                         f"another kind of path than this one's own scheduler; pass an instance if it fits after all")
+    if name == "ddim":
+        return ReferenceDDIM()
+    if name == "iddpm":
+        return DDPMScheduler(**NOISE, variance_type="learned_range", timestep_spacing="linspace", clip_sample=False)
+    if own is not None:
+        return _configured(cls, {"clip_sample": False} | dict(own.config))
+    wanted = NOISE | dict(clip_sample=False, prediction_type="epsilon")
+    return cls(**{name: value for name, value in wanted.items() if name in accepted})
+
+
+def _configured(cls: type[SchedulerMixin], config: Mapping) -> SchedulerMixin:
+    """A scheduler of diffusers from another's configuration."""
+    if "learned" in (config.get("variance_type") or "") and not issubclass(cls, LEARNED_VARIANCE):
+        config = dict(config) | {"variance_type": None}  # they would cut the variance off at channel 3, whatever comes
+    return cls.from_config(config)
+
+
+def _shift(config: Mapping, tokens: int) -> float:
+    """μ of resolution-dependent shifting: linear in the number of tokens (Esser et al., 2024; as diffusers has it)."""
+    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+    return config["base_shift"] + (config["max_shift"] - config["base_shift"]) * (tokens - low) / (high - low)

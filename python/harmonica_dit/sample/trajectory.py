@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import nullcontext
 from numbers import Real
 
 import numpy as np
@@ -21,27 +22,35 @@ class Trajectory:
     """One batch's way from noise to images: model, labels, guidance and the scheduler's state.
 
     Args:
-        net: a denoiser, `net(x, t, y, gate=, extrapolate=, cache=, threshold=)`.
-        labels: [n] int64, one for each image.
-        steps: T. scheduler: a name or an instance, see `make_scheduler`.
-        guidance: classifier-free guidance scale; 1 runs no unconditional rows.
-        guidance_channels: how many leading output channels are guided (the reference: 3); None guides all.
+        net: a denoiser, `net(x, t, y, gate=, extrapolate=, cache=, threshold=)`, see `harmonica_dit.load`.
+        labels: [n] int64, one for each image: classes or, of a text model, the numbers of its prompts.
+        steps: T. scheduler: a name or an instance, see `make_scheduler`; None is the model's own.
+        guidance: classifier-free guidance scale; 1 runs no unconditional rows; None is the model's own.
+        guidance_channels: how many leading output channels are guided, or a number above all to guide all; None is the
+            model's own (facebookresearch/DiT: 3; diffusers' pipelines: all but the variance).
         seed, first: number the images, for schedulers that draw noise on the way.
+        autocast: "bfloat16" runs the model under autocast in it, None as it is; all else stays in x's dtype.
     """
 
-    def __init__(self, net, labels: Tensor, *, steps: int, scheduler="ddim", guidance: float = 1.5,
-                 guidance_channels: int | None = 3, seed: int = 0, first: int = 0):
+    def __init__(self, net, labels: Tensor, *, steps: int, scheduler=None, guidance: float | None = None,
+                 guidance_channels: int | None = None, seed: int = 0, first: int = 0,
+                 autocast: str | None = None):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
+        guidance = net.guidance if guidance is None else guidance
         if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
         if guidance_channels is not None and guidance_channels < 1:
-            raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1, or None for all")
-        self.guidance, self.guidance_channels = guidance, guidance_channels
-        self.scheduler = make_scheduler(scheduler, steps)
+            raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1")
+        self.guidance, self.guidance_channels = guidance, guidance_channels or net.guidance_channels
+        self.autocast = autocast
+        self.scheduler = make_scheduler(scheduler, steps, net)
         self.timesteps = [t.item() for t in self.scheduler.timesteps]
+        self._t = self.scheduler.timesteps.to(self.labels.device)
+        unconditional = [] if guidance == 1 else [torch.full_like(self.labels, net.num_classes)]
+        self._rows = torch.cat([self.labels, *unconditional])  # one tensor throughout: a text model keeps what it found
         self._generators = None
         if "generator" in inspect.signature(self.scheduler.step).parameters:
-            states = [np.random.SeedSequence((seed, i, 1)) for i in range(first, first + len(labels))]
+            states = [np.random.SeedSequence((seed, i, 1)) for i in range(first, first + len(self.labels))]
             self._generators = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in states]
 
     @property
@@ -51,28 +60,32 @@ class Trajectory:
 
     def start(self, noise: Tensor) -> Tensor:
         """x_0 from standard normal noise [n, C, H, W]."""
-        return noise * self.scheduler.init_noise_sigma
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching's schedulers have none
 
     def predict(self, x: Tensor, s: int, **forward) -> Tensor:
         """The guided model output [n, C_out, H, W] at step s for x [n, C, H, W]; `forward`: gate, cache and so on."""
-        t = self.scheduler.timesteps[s]
-        x = self.scheduler.scale_model_input(x, t)
-        y = self.labels
-        if self.guidance == 1:
-            return self.net(x, t.expand(len(y)), y, **forward)
-        unlabelled = torch.full_like(y, self.net.num_classes)
-        out = self.net(torch.cat([x, x]), t.expand(2 * len(y)), torch.cat([y, unlabelled]), **forward)
+        scaled = getattr(self.scheduler, "scale_model_input", lambda x, t: x)(x, self.scheduler.timesteps[s])
+        rows = len(self._rows)
+        scaled = scaled if rows == len(x) else torch.cat([scaled, scaled])
+        with torch.autocast(x.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
+            out = self.net(scaled, self._t[s].expand(rows), self._rows, **forward).to(x.dtype)
+        if rows == len(x):
+            return out
         conditional, unconditional = out.chunk(2)
         guided = unconditional.lerp(conditional, self.guidance)
-        if self.guidance_channels is None or self.guidance_channels >= out.shape[1]:
+        if self.guidance_channels >= out.shape[1]:
             return guided
         c = self.guidance_channels
         return torch.cat([guided[:, :c], conditional[:, c:]], 1)
 
     def advance(self, output: Tensor, s: int, x: Tensor) -> Tensor:
         """x_{s+1} from x_s and the guided output, without grad."""
+        C = x.shape[1]
         learned_variance = "learned" in (self.scheduler.config.get("variance_type") or "")
-        output = output.detach() if learned_variance else output.detach()[:, : x.shape[1]]
+        if learned_variance and output.shape[1] == C:
+            raise ValueError(f"scheduler: {type(self.scheduler).__name__} takes a learned variance, which "
+                             f"{self.net.name} does not predict")
+        output = output.detach() if learned_variance else output.detach()[:, :C]
         options = {} if self._generators is None else {"generator": self._generators}
         return self.scheduler.step(output, self.scheduler.timesteps[s], x.detach(), **options).prev_sample
 

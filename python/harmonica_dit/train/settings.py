@@ -35,6 +35,7 @@ class Settings:
     guidance: float
     guidance_channels: int | None
     scheduler: str | SchedulerMixin
+    autocast: str | None
     seed: int
 
     def __post_init__(self):
@@ -53,7 +54,8 @@ class Settings:
             raise ValueError(f"lr: got {self.lr!r}, expected a number above 0")
         check_threshold(self.threshold)
         for name, known in (("importance", ("paper", "reference", "gain")), ("importance_rows", ("soft", "hard")),
-                            ("costs", ("flops", "ones")), ("compare", ("all", "noise"))):
+                            ("costs", ("flops", "ones")), ("compare", ("all", "noise")),
+                            ("autocast", (None, "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
         if not (self.extrapolate is None or self.extrapolate == "learned" or is_number(self.extrapolate)):
@@ -69,8 +71,10 @@ class Settings:
         if not isinstance(scheduler, str):
             config = {name: str(value) for name, value in scheduler.config.items()}
             scheduler = {"class": self.scheduler_name, "config": config}
+        prompts = getattr(net, "prompts", None)
         return json.loads(json.dumps(asdict(self) | {
-            "scheduler": scheduler, "model": net.name, "branches": net.branch_names, "weights": fingerprint(net)}))
+            "scheduler": scheduler, "model": net.name, "branches": net.branch_names, "weights": fingerprint(net),
+            "prompts": prompts and prompts.checksum}))
 
 
 def fingerprint(net) -> str:

@@ -2,15 +2,17 @@
 
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from harmonica_dit.models.flops import count_flops
+from harmonica_dit.models.flops import count_flops, replaced_bodies
 from harmonica_dit.router import LIMIT, Router
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
 
@@ -30,13 +32,14 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
                  beta: float | None = None, trajectories: int = 500, batch: int = 32, lr: float = 1e-2,
                  threshold: float = 0.1, importance: str = "paper", importance_rows: str = "soft",
                  refresh: int = 500, extrapolate: float | str | None = None, costs: str = "flops",
-                 compare: str = "all", guidance: float = 1.5, guidance_channels: int | None = 3,
-                 scheduler: str | SchedulerMixin = "ddim", seed: int = 0, out: str | os.PathLike | None = None,
+                 compare: str = "all", guidance: float | None = None, guidance_channels: int | None = None,
+                 scheduler: str | SchedulerMixin | None = None, autocast: str | None = None,
+                 checkpointing: bool = False, seed: int = 0, out: str | os.PathLike | None = None,
                  progress: bool = True) -> Router:
     """Learns which branches of `net` to compute at which step. The model is frozen; no images are needed.
 
     Args:
-        net: a denoiser.
+        net: a denoiser, see `harmonica_dit.load`.
         steps: T, at least 2.
         target_speedup, target_cur, beta: exactly one. The FLOPs speedup or the cache utilization ratio that the frozen
             schedule shall have, for which β and τ are found; or β itself, the weight of the cost, in units of the mean
@@ -50,7 +53,9 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         extrapolate: None repeats cached outputs; a number is the forecasts' coefficient; "learned" learns one an entry.
         costs: c_k by "flops", where every branch has to have some, or "ones"; of mean 1 either way.
         compare: "all" output channels in the loss, the learned variance's too (published code), or the "noise" alone.
-        guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`.
+        guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own.
+        autocast: "bfloat16" runs the model under autocast in it; None runs it in its weights' dtype.
+        checkpointing: recompute each branch's inside in the backward, which saves memory for some time.
         seed: decides initial logits, noise and labels.
         out: folder for checkpoint, logs, the router and its picture. The same call with the same folder goes on after
             an interruption and ends with the same bits.
@@ -68,8 +73,13 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     Source: HarmoniCa (Huang et al., ICML 2025, arXiv 2410.01723), section 3; targets and forecasts are ours.
     """
     settings = Settings(steps, target_speedup, target_cur, beta, trajectories, batch, lr, threshold, importance,
-                        importance_rows, refresh, extrapolate, costs, compare, guidance, guidance_channels, scheduler,
-                        seed)
+                        importance_rows, refresh, extrapolate, costs, compare,
+                        net.guidance if guidance is None else guidance,
+                        net.guidance_channels if guidance_channels is None else guidance_channels,
+                        net.scheduler if scheduler is None else scheduler, autocast, seed)
+    if next(net.parameters()).dtype == torch.float16:
+        raise ValueError("net: its weights are float16, in which gradients as small as these vanish; load it with "
+                         'dtype="bfloat16"')
     out = None if out is None else Path(out)
     training, budget = _start(net, settings)
     if out is not None:
@@ -77,7 +87,8 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         if checkpoint.exists():
             training.restore(checkpoint, record)
         training.save(checkpoint, record)  # finds out now whether the folder can be written to
-    with frozen(net), Log(out, trajectories, training.trajectory, progress) as log:
+    recomputed = checkpointed(net) if checkpointing else nullcontext()
+    with frozen(net), recomputed, Log(out, trajectories, training.trajectory, progress) as log:
         try:
             while training.trajectory < trajectories:
                 log.line(**_one_trajectory(net, settings, training))
@@ -115,7 +126,8 @@ def _start(net, settings: Settings) -> tuple[Training, Budget | None]:
         extrapolation = torch.full((T, K), 0.0 if learned else float(settings.extrapolate))
     router = Router(logits, net.branch_names, flops, tuple(first.timesteps), extrapolation=extrapolation,
                     learn_extrapolation=learned, threshold=settings.threshold, model=net.name,
-                    scheduler=settings.scheduler_name, guidance=settings.guidance, seed=settings.seed).to(device)
+                    scheduler=settings.scheduler_name, guidance=settings.guidance, seed=settings.seed,
+                    resolution=net.sample_shape[1:], architecture=getattr(net, "architecture", None)).to(device)
     # the gradients are as small as β·c, so AdamW's usual eps of 1e-8 would hold the rows back
     optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-16,
                                   weight_decay=0)
@@ -157,7 +169,8 @@ def _trajectory(net, settings: Settings, n: int) -> Trajectory:
     labels = np.random.default_rng((settings.seed, n, 2)).integers(net.num_classes, size=settings.batch)
     return Trajectory(net, torch.from_numpy(labels).to(next(net.parameters()).device), steps=settings.steps,
                       scheduler=settings.scheduler, guidance=settings.guidance, seed=settings.seed,
-                      guidance_channels=settings.guidance_channels, first=FIRST_IMAGE + n * settings.batch)
+                      guidance_channels=settings.guidance_channels, first=FIRST_IMAGE + n * settings.batch,
+                      autocast=settings.autocast)
 
 
 def _finite(values: Tensor, what: str, n: int) -> Tensor:
@@ -180,3 +193,14 @@ def frozen(net):
             parameter.requires_grad_(requires_grad)
         for module, mode in modes:
             module.training = mode
+
+
+def checkpointed(net):
+    """The model's bodies recomputed in the backward, so that only what enters and leaves them is kept until then."""
+    return replaced_bodies(net, lambda k, body: partial(_recomputed, body))
+
+
+def _recomputed(body, h: Tensor, context) -> Tensor:
+    if not torch.is_grad_enabled():
+        return body(h, context)
+    return checkpoint(body, h, context, use_reentrant=False, preserve_rng_state=False)  # frozen: nothing is random

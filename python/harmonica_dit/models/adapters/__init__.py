@@ -1,5 +1,8 @@
 """Adapters: diffusers' own transformers, with their own weights, run branch by branch under a gate row."""
 
+import os
+from pathlib import Path
+
 from torch import nn
 
 
@@ -35,4 +38,9 @@ def adapt(transformer):
     return GenericAdapter(transformer)
 
 
-__all__ = ["adapt"]
+def model_name(source: str) -> str:
+    """What routers call the pipeline of a repository or folder: of a folder its name alone, wherever it lies."""
+    return Path(source).absolute().name if os.path.isdir(source) else source
+
+
+__all__ = ["adapt", "model_name"]
