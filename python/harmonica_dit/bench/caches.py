@@ -20,7 +20,7 @@ from harmonica_dit.models.flops import Flops, count_call
 from harmonica_dit.schedule import Schedule
 
 from .classes import MODELS
-from .measure import Bar, cell, forward_clocks, installed, interleaved, medians, relative_error, spread
+from .measure import Bar, cell, check_counts, forward_clocks, installed, interleaved, medians, relative_error, spread
 
 COLUMNS = {
     "method": lambda row: row["method"],
@@ -144,9 +144,10 @@ def bench_caches(*, steps: int, rounds: int, heads: int | None = None, layers: i
     Raises:
         ValueError: a number is out of range; the message names it.
     """
-    for name, value, least in (("steps", steps, 2), ("rounds", rounds, 1), ("heads", heads, 1), ("layers", layers, 2)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
+    check_counts(steps=steps, rounds=rounds, heads=heads, layers=layers)
+    for name, value in (("steps", steps), ("layers", layers)):
+        if value == 1:
+            raise ValueError(f"{name}: got 1, expected at least 2, for these caches to have something to skip")
     transformer, arguments = MODELS["dit-xl-2-256"].build(heads, layers)
     adapter = adapt(transformer)
     flops = count_call(adapter, lambda: adapter(**arguments, timestep=torch.zeros(2)))

@@ -76,15 +76,26 @@ def spread(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
 
 def random_schedule(branches: Sequence[str], flops: Flops, steps: int, cur: float, seed: int = 0) -> Schedule:
     """Reuses a share `cur` of the T·K entries, to the nearest entry, drawn at random from the rows after the first."""
+    check_cur(cur, steps)
     K = len(branches)
     reused = round(cur * steps * K)
-    if not 0 <= reused <= (steps - 1) * K:
-        raise ValueError(f"cur: got {cur}, expected 0 to {(steps - 1) / steps:.4g}, for the first of {steps} steps has "
-                         "nothing to reuse")
     order = torch.randperm((steps - 1) * K, generator=torch.Generator().manual_seed(seed))
     compute = torch.ones(steps, K, dtype=torch.bool)
     compute[1:].view(-1)[order[:reused]] = False
     return Schedule(compute, tuple(branches), flops, origin=f"random, CUR {cur:.0%}")
+
+
+def check_cur(cur: float, steps: int) -> None:
+    if not 0 <= cur <= (steps - 1) / steps:
+        raise ValueError(f"cur: got {cur}, expected 0 to {(steps - 1) / steps:.4g}, for the first of {steps} steps has "
+                         "nothing to reuse")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuses numbers below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
 def random_weights(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -12,11 +12,21 @@ from torch import Tensor
 
 from harmonica_dit.models.adapters import adapt
 from harmonica_dit.models.adapters.generic import GenericAdapter
-from harmonica_dit.models.flops import Flops, count_call
+from harmonica_dit.models.flops import count_call
 from harmonica_dit.schedule import Schedule
 
 from .classes import MODELS, Model
-from .measure import Bar, cell, forward_clocks, interleaved, medians, random_schedule, spread
+from .measure import (
+    Bar,
+    cell,
+    check_counts,
+    check_cur,
+    forward_clocks,
+    interleaved,
+    medians,
+    random_schedule,
+    spread,
+)
 
 COLUMNS = {
     "model": lambda row: row["model"],
@@ -49,10 +59,8 @@ def bench_models(*, names: Sequence[str], steps: int, cur: float, rounds: int, h
     for name in names:
         if name not in MODELS:
             raise ValueError(f"model: got {name!r}, expected one of {', '.join(MODELS)}")
-    for name, value in (("steps", steps), ("rounds", rounds), ("heads", heads), ("layers", layers)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    random_schedule(["branch"], Flops((1.0,), 0.0), steps, 0.0)  # before the first model's minutes
+    check_counts(steps=steps, rounds=rounds, heads=heads, layers=layers)
+    check_cur(cur, steps)
     rows = []
     with Bar(len(names) * (rounds + 1)) as bar:
         for name in names:

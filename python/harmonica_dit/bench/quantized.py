@@ -14,7 +14,18 @@ from harmonica_dit.pipelines import apply
 from harmonica_dit.schedule import Schedule
 
 from .classes import MODELS
-from .measure import Bar, cell, installed, interleaved, medians, random_schedule, relative_error, spread
+from .measure import (
+    Bar,
+    cell,
+    check_counts,
+    check_cur,
+    installed,
+    interleaved,
+    medians,
+    random_schedule,
+    relative_error,
+    spread,
+)
 
 GROUP = 32  # weights that share a scale of int4
 COLUMNS = {
@@ -78,9 +89,8 @@ def bench_quantized(*, steps: int, cur: float, rounds: int, heads: int | None = 
     Raises:
         ValueError: a number is out of range; the message names it.
     """
-    for name, value in (("steps", steps), ("rounds", rounds), ("heads", heads), ("layers", layers)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    check_counts(steps=steps, rounds=rounds, heads=heads, layers=layers)
+    check_cur(cur, steps)
     transformer, arguments = MODELS["pixart-alpha-256"].build(heads, layers)
     adapter = adapt(transformer)
     flops = count_call(adapter, lambda: adapter(**arguments, timestep=torch.zeros(2)))
