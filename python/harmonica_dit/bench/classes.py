@@ -113,15 +113,15 @@ def both_rows(t: float) -> Tensor:
 
 
 MODELS = {  # two rows, for guidance, where the pipeline runs both in one forward; else one
-    "dit-xl-2-256": Model("DiTTransformer2DModel", dit, 4, (28,), both_rows),
-    "pixart-alpha-256": Model("PixArtTransformer2DModel", pixart(32, 120), 4, (28,), both_rows),
-    "pixart-alpha-512": Model("PixArtTransformer2DModel", pixart(64, 120), 2, (28,), both_rows),
+    "dit-xl-2-256": Model("DiTTransformer2DModel", dit, 2, (28,), both_rows),
+    "pixart-alpha-256": Model("PixArtTransformer2DModel", pixart(32, 120), 2, (28,), both_rows),
+    "pixart-alpha-512": Model("PixArtTransformer2DModel", pixart(64, 120), 1, (28,), both_rows),
     "pixart-alpha-1024": Model("PixArtTransformer2DModel", pixart(128, 120, True), 1, (28,), both_rows),
-    "pixart-sigma-512": Model("PixArtTransformer2DModel", pixart(64, 300), 2, (28,), both_rows),
-    "sd3-512": Model("SD3Transformer2DModel", sd3, 4, (24,)),
+    "pixart-sigma-512": Model("PixArtTransformer2DModel", pixart(64, 300), 1, (28,), both_rows),
+    "sd3-512": Model("SD3Transformer2DModel", sd3, 2, (24,)),
     "flux-256": Model("FluxTransformer2DModel", flux, 1, (19, 38), lambda t: torch.tensor([t / 1000])),
-    "sana-1024": Model("SanaTransformer2DModel", sana, 8, (20,)),
-    "cogvideox-1-frame": Model("CogVideoXTransformer3DModel", cogvideox, 2, (30,)),
+    "sana-1024": Model("SanaTransformer2DModel", sana, 4, (20,)),
+    "cogvideox-1-frame": Model("CogVideoXTransformer3DModel", cogvideox, 1, (30,)),
     "wan-1-frame": Model("WanTransformer3DModel", wan, 1, (30,)),
-    "hunyuan-dit-512": Model("HunyuanDiT2DModel", hunyuan_dit, 2, (40,)),
+    "hunyuan-dit-512": Model("HunyuanDiT2DModel", hunyuan_dit, 1, (40,)),
 }

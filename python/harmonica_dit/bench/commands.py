@@ -25,7 +25,7 @@ Layers = Annotated[int | None, typer.Option(help="Blocks of each kind, in place 
 def models(
     names: Annotated[list[str] | None, typer.Argument(help="Models, such as dit-xl-2-256.  [default: all but "
                                                            "pixart-alpha-1024, which takes long]")] = None,
-    steps: Steps = 10,
+    steps: Steps = 5,
     cur: Cur = 0.56,
     rounds: Rounds = 5,
     heads: Heads = None,
