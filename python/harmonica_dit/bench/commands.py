@@ -1,6 +1,6 @@
 """The commands `harmonica bench models`, `caches` and `quantized`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -58,15 +58,17 @@ def quantized(steps: Steps = 10, cur: Cur = 0.56, rounds: Rounds = 5, heads: Hea
     report(bench_quantized, COLUMNS, CAPTION, json, steps=steps, cur=cur, rounds=rounds, heads=heads, layers=layers)
 
 
-def report(bench: Callable[..., list[dict]], columns: dict, caption: str, path: Path | None, **options) -> None:
-    """Measures with these options, prints the table and, where there is a path, writes the JSON file."""
+def report(bench: Callable[..., Iterable[dict]], columns: dict, caption: str, path: Path | None, **options) -> None:
+    """Measures with these options, prints the table and, where there is a path, writes each row there as it comes."""
     from .measure import settings, table, write_report
 
     if path is not None:
         check_file(path)
     about = settings(**options)
-    rows = bench(**options)
-    if path is not None:
-        write_report(path, bench.__name__, about, rows)
+    rows = []
+    for row in bench(**options):
+        rows.append(row)
+        if path is not None:
+            write_report(path, bench.__name__, about, rows)
     threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
     console.print(table(f"{about['processor']}, {threads}, load {about['load'][0]:.1f}", caption, columns, rows))

@@ -121,6 +121,7 @@ def settings(**options) -> dict:
 
 
 def write_report(path: Path, name: str, settings: dict, rows: Sequence[dict]) -> None:
+    settings = settings | dict(load_at_end=list(os.getloadavg()))
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(dict(benchmark=name, settings=settings, rows=list(rows)), indent=1) + "\n")
 

@@ -1,7 +1,7 @@
 """Cached against plain trajectories of diffusers' transformers, and what becomes of the FLOPs that are saved."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
@@ -47,8 +47,8 @@ error at CUR 0: largest difference from the plain forward over its largest value
 
 
 def bench_models(*, names: Sequence[str], steps: int, cur: float, rounds: int, heads: int | None = None,
-                 layers: int | None = None) -> list[dict]:
-    """A row for each of the named models, see `MODELS`.
+                 layers: int | None = None) -> Iterator[dict]:
+    """Yields a row for each of the named models, see `MODELS`.
 
     Each runs trajectories of `steps` forwards, its inputs fixed: plain, with everything computed and stored, and with
     a share `cur` of the branches reused at random. heads, layers: instead of a model's own.
@@ -61,12 +61,10 @@ def bench_models(*, names: Sequence[str], steps: int, cur: float, rounds: int, h
             raise ValueError(f"model: got {name!r}, expected one of {', '.join(MODELS)}")
     check_counts(steps=steps, rounds=rounds, heads=heads, layers=layers)
     check_cur(cur, steps)
-    rows = []
     with Bar(len(names) * (rounds + 1)) as bar:
         for name in names:
             bar.say(name)
-            rows.append(measured(name, MODELS[name], bar, steps, cur, rounds, heads, layers))
-    return rows
+            yield measured(name, MODELS[name], bar, steps, cur, rounds, heads, layers)
 
 
 @torch.inference_mode()
