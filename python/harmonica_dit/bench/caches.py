@@ -6,6 +6,7 @@ pipeline's place. What it skips is observed, and ours is given a schedule that s
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from statistics import median
@@ -152,7 +153,7 @@ def bench_caches(*, steps: int, rounds: int, heads: int | None = None, layers: i
     adapter = adapt(transformer)
     flops = count_call(adapter, lambda: adapter(**arguments, timestep=torch.zeros(2)))
     pairs, rows = {}, []
-    with Bar(len(METHODS) + rounds + 1) as bar:
+    with quiet(), Bar(len(METHODS) + rounds + 1) as bar:
         plain = Candidate(transformer, steps, uncached)
         plain.run()
         for name, (method, note) in METHODS.items():
@@ -282,6 +283,17 @@ def observed(transformer: nn.Module, branches: tuple[str, ...]):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def quiet():
+    """Keeps what the libraries log out of the table; errors are told."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def lines(method: Callable) -> int:
