@@ -33,7 +33,6 @@ COLUMNS = {
     "ours ": cell("our_overhead_ms", "{:+.2f}"),
     "error": cell("error", "{:.3g}"),
     "ours  ": cell("our_error", "{:.3g}"),
-    "": lambda row: row.get("note", ""),
 }
 CAPTION = """ours: harmonica_dit.apply with a schedule that skips the same branches at the same steps (2 lines).
 speedup: over the plain pipeline. overhead: what a step takes beside the branches computed, less what it takes uncached.

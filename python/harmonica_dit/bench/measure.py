@@ -127,8 +127,11 @@ def write_report(path: Path, name: str, settings: dict, rows: Sequence[dict]) ->
 
 
 def table(title: str, caption: str, columns: Mapping[str, Callable[[dict], str]], rows: Sequence[dict]) -> Table:
-    """The rows as a rich table, a column for each heading and how its cell is made."""
-    made = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    """The rows as a rich table, a column for each heading and how its cell is made, and the rows' notes below."""
+    first = next(iter(columns.values()))
+    notes = [f"{first(row)}: {row['note']}" for row in rows if row.get("note")]
+    made = Table(title=title, title_justify="left", title_style="bold", caption="\n".join([caption, *notes]),
+                 caption_justify="left")
     for number, heading in enumerate(columns):
         made.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
