@@ -182,6 +182,13 @@ def test_quantization_is_of_the_blocks_linears_alone():
     assert type(transformer.transformer_blocks[0].attn1.to_q.weight) is torch.nn.Parameter
 
 
+def test_weights_that_were_left_as_they_were_are_no_row():
+    torchao = pytest.importorskip("torchao.quantization")
+    transformer, _ = MODELS["pixart-alpha-256"].build(1, 1)  # 72 and 288 wide: int4's groups of 128 fit neither
+    with pytest.raises(ValueError, match="left transformer_blocks.0"):
+        quantized.quantized(transformer, lambda: torchao.Int4WeightOnlyConfig(group_size=128))
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["models", "resnet-50"], "model: got 'resnet-50'"),
     (["models", "dit-xl-2-256", "--rounds", 0], "rounds: got 0"),

@@ -64,7 +64,7 @@ def int4_unpacked():
 def int4_packed():
     from torchao.quantization import Int4WeightOnlyConfig
 
-    return Int4WeightOnlyConfig()
+    return Int4WeightOnlyConfig(group_size=32)
 
 
 def fp8_dynamic():
@@ -134,7 +134,7 @@ def quantized(transformer: nn.Module, config: Callable) -> nn.Module:
     """A copy with the linears of its blocks quantized.
 
     Raises:
-        ImportError: torchao is not installed. Whatever torchao raises where it cannot.
+        ImportError: torchao is not installed. ValueError: it left a linear as it was. Whatever else torchao raises.
     """
     if installed("torchao") is None:
         raise ImportError("torchao is not installed (pip install torchao)")
@@ -142,6 +142,9 @@ def quantized(transformer: nn.Module, config: Callable) -> nn.Module:
 
     model = copy.deepcopy(transformer)
     quantize_(model.transformer_blocks, config())
+    for name, module in model.transformer_blocks.named_modules():
+        if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter:
+            raise ValueError(f"torchao left transformer_blocks.{name}, {module.in_features} wide, as it was")
     return model
 
 
