@@ -1,7 +1,6 @@
 """The command `harmonica`."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +11,12 @@ from typer.core import TyperGroup
 
 import harmonica_dit
 from harmonica_dit import demo as demonstration
+from harmonica_dit.bench import commands as bench
 from harmonica_dit.evaluate import Judge, Method, fora_methods
 from harmonica_dit.evaluate.methods import frozen, named_after, read
 from harmonica_dit.evaluate.pictures import image_sheet, plot_router, plot_schedule, plot_tradeoff
 from harmonica_dit.evaluate.terminal import compare_with_bar, table
-from harmonica_dit.files import replacing, save_tensors
+from harmonica_dit.files import check_file, check_folder, replacing, save_tensors
 from harmonica_dit.models.fashion_data import CLASSES
 from harmonica_dit.models.prompts import read_texts
 from harmonica_dit.reference_router import KINDS
@@ -45,6 +45,7 @@ class Commands(TyperGroup):
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Learned feature caching for diffusion transformers (HarmoniCa, ICML 2025).")
+app.add_typer(bench.app, name="bench")
 
 Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, or the folder "
                                          "or repository of a diffusers pipeline.")]
@@ -253,18 +254,3 @@ def number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{name}: got {text!r}, expected none, learned or a number") from None
-
-
-def check_folder(folder: Path) -> None:
-    """Makes the folder and a file in it, so that what cannot be written is known before the work begins."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise type(error)(f"cannot write into {folder}: {error.strerror}") from None
-
-
-def check_file(path: Path) -> None:
-    check_folder(path.parent)
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder")

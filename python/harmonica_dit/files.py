@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,3 +83,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
             _, index, name = key.split(".")
             state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def check_folder(folder: Path) -> None:
+    """Makes the folder and a file in it, so that what cannot be written is known before the work begins."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(f"cannot write into {folder}: {error.strerror}") from None
+
+
+def check_file(path: Path) -> None:
+    check_folder(path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")

@@ -27,6 +27,11 @@ def count_flops(net) -> Flops:
     parameter = next(net.parameters())
     x = torch.zeros(1, *net.sample_shape, dtype=parameter.dtype, device=parameter.device)
     zero = torch.zeros(1, dtype=torch.long, device=parameter.device)
+    return count_call(net, lambda: net(x, zero, zero))
+
+
+def count_call(net, call: Callable[[], object]) -> Flops:
+    """Counts a call that runs a forward of `net`, a denoiser or a fused adapter."""
     counts = [0.0] * len(net.branches)
     counter = FlopCounterMode(display=False)
 
@@ -39,7 +44,7 @@ def count_flops(net) -> Flops:
     # the math back end, because its matrix products are counted on every device
     with (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter,
           replaced_bodies(net, lambda k, body: partial(counted, k, body))):
-        net(x, zero, zero)
+        call()
     return Flops(tuple(counts), float(counter.get_total_flops()) - sum(counts))
 
 

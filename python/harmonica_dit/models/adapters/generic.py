@@ -66,6 +66,11 @@ class GenericAdapter:
         return {"class": type(self.transformer).__name__, "K": len(self.branch_names),
                 "D": linears[-1].out_features if linears else 0}
 
+    @property
+    def modules(self) -> list[list[nn.Module]]:
+        """For each branch, the modules that do not run where it is reused."""
+        return [[module, *feeders] for module, feeders in zip(self._modules, self._feeding)]
+
     def new_cache(self, history: int = 1) -> GenericCache:
         """A cache for one trajectory."""
         return GenericCache(history)
