@@ -111,7 +111,7 @@ class Problem:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype != "float32"):
             out = self.forward(torch.cat([x, x]), t, y, r, cache).float()
         conditional, unconditional = out.chunk(2)
-        guided = unconditional[:, :3] + trajectory.guidance * (conditional[:, :3] - unconditional[:, :3])
+        guided = unconditional[:, :3] + trajectory.model.scale * (conditional[:, :3] - unconditional[:, :3])
         return torch.cat([guided, conditional[:, 3:]], 1)
 
     def forward(self, x, t, y, r, cache):

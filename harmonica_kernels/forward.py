@@ -16,6 +16,7 @@ from .cache import FeatureCache
 from .ops import Term, blend_residual_norm, residual_norm
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+HOST = ("cpu",)  # devices whose scores Python reads without waiting; elsewhere the device decides what is renewed
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         _check_output(o, h, x, k)
         if soft:
             stream.blend(o, gate[k], cache, k, mod.gate[k], extrapolate)
-            if x.device.type != "cpu":
+            if device not in HOST:
                 stream.renew = partial(cache._renew, k, gate[k].detach(), threshold)  # decided there: no wait
             elif gate[k].item() > threshold:
                 stream.renew = partial(cache._renew, k, None, threshold)
