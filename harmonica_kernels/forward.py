@@ -191,7 +191,7 @@ class _Stream:
 
     def _e_is_elsewhere(self) -> bool:
         """Whether reading a forecast weight as a number would wait for the device."""
-        return any(isinstance(weight, Tensor) and not weight.is_cpu for weight in self.e)
+        return any(isinstance(weight, Tensor) and weight.device.type not in HOST for weight in self.e)
 
     def _wants_grad(self, shift: Tensor | None, scale: Tensor | None) -> bool:
         if not torch.is_grad_enabled():
@@ -251,7 +251,7 @@ def _check_gate(K, gate, cache) -> Sequence[bool]:
         got = f"shape {tuple(gate.shape)}" if isinstance(gate, Tensor) else f"{len(gate)} entries"
         raise ValueError(f"gate: got {got}, expected {K}, one for each branch")
     if isinstance(gate, Tensor):
-        if gate.device.type == "cpu" and not torch.compiler.is_compiling() and not gate.isfinite().all():
+        if gate.device.type in HOST and not torch.compiler.is_compiling() and not gate.isfinite().all():
             raise ValueError(f"gate: scores must be finite, got {gate.tolist()}")
         if cache is None:
             raise ValueError("gate: a soft row blends with cached outputs; pass cache=FeatureCache()")
@@ -275,7 +275,7 @@ def _check_extrapolation(K, extrapolate, cache, compute, soft) -> None:
     if len(extrapolate) != K:
         raise ValueError(f"extrapolate: got {len(extrapolate)} weights, expected {K}, one for each branch")
     if isinstance(extrapolate, Tensor):
-        if extrapolate.device.type == "cpu" and not torch.compiler.is_compiling() and not extrapolate.isfinite().all():
+        if extrapolate.device.type in HOST and not torch.compiler.is_compiling() and not extrapolate.isfinite().all():
             raise ValueError(f"extrapolate: weights must be finite, got {extrapolate.tolist()}")
         return
     for k, e in enumerate(extrapolate):

@@ -52,7 +52,8 @@ class Guided(NamedTuple):
         return torch.cat([guided[:, : self.channels], conditional[:, self.channels :]], 1)
 
     def outputs(self, x: Tensor, t: Tensor, rows: Tensor, **forward) -> tuple[Tensor, Tensor | None]:
-        """The conditional and the unconditional output [n, C_out, H, W], None without guidance, in the model's dtype."""
+        """The conditional and the unconditional output [n, C_out, H, W], None without guidance, in the model's dtype.
+        """
         doubled = x if len(rows) == len(x) else torch.cat([x, x])
         with torch.autocast(x.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
             out = self.net(doubled, t.expand(len(rows)), rows, **forward)

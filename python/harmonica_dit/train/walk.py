@@ -1,7 +1,6 @@
 """One trajectory under a router's rows: what SDT trains on and what the importance of a step is measured with."""
 
 import copy
-
 from collections.abc import Callable
 
 import torch
