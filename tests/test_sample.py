@@ -127,6 +127,19 @@ def test_guidance_and_update_are_one_pass_where_there_is_a_kernel(monkeypatch, g
                                    atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("executor", ["eager", "captured"])
+def test_fused_on_a_gpu(monkeypatch, executor):
+    """Bias and GELU, guidance and update: the same images as without these kernels, but for rounding."""
+    net, labels = small(True, channels=4).cuda(), torch.arange(12) % 4
+    fused = sample(net, labels, steps=6, batch=4, schedule=table(net, 6), executor=executor)
+    monkeypatch.setattr(ops, "FUSED", ())
+    plain = sample(net, labels, steps=6, batch=4, schedule=table(net, 6))
+    assert not torch.equal(fused, plain)
+    torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+
+
 def test_a_fork_goes_its_own_way():
     """Multistep history and random state are the fork's own."""
     net, labels = small(), torch.tensor([0, 1])
