@@ -70,7 +70,8 @@ def apply(pipe, router: str | os.PathLike | Router | Schedule, *, threshold: flo
         FileNotFoundError: there is no such file.
     """
     if not any(cls.__name__ in SUPPORTED for cls in type(pipe).__mro__):
-        raise TypeError(f"pipe: got {type(pipe).__name__}, expected one of {', '.join(SUPPORTED)}")
+        raise TypeError(f"pipe: got {type(pipe).__name__}, expected one of {', '.join(SUPPORTED)}; for any other, "
+                        "harmonica_dit.scheduled(pipe.transformer, schedule)")
     if "_harmonica" in vars(pipe):
         raise ValueError(f"pipe: a schedule is applied already ({pipe._harmonica.schedule.origin}); call "
                          "harmonica_dit.remove(pipe) first")

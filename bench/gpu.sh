@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in one command: builds, tests and times everything, in 8 minutes on an H100.
+#
+#   bench/gpu.sh [--tiny] [PART ...]        all parts, or those named, in the order below
+#
+# A part is a process of its own with its own time-out, and writes its results as it goes: one that fails or hangs
+# leaves what it had, and the others theirs. After each part all results are merged into bench/results/<gpu>.json (with
+# plots where matplotlib is); a part that was not asked for keeps its last run's. --tiny is a dry run on the CPU, with
+# tiny sizes and a CPU's clock: it shows that the benchmarks run, measures nothing, and writes to build/gpu-tiny alone.
+#
+# Runs from the source tree; nothing is resolved or downloaded. Needed: Python ≥ 3.10, torch ≥ 2.11 with CUDA, triton,
+# diffusers, safetensors, rich, pybind11, cmake, ninja, a C++ compiler, pytest, hypothesis; of use where they are: nvcc,
+# compute-sanitizer, xformers, pytest-xdist, matplotlib. Environment:
+#   PYTHON               the interpreter (python3)
+#   HARMONICA_WHEELS     a folder of wheels that are missing there, installed into build/ first (.whl, if it exists)
+#   HARMONICA_COMMIT     the commit, where the tree came without .git
+#   OUT                  a folder that receives copies: <gpu>.json, plots, gpu.log
+#   HARMONICA_BENCH_SECONDS   all parts together end by then (480)
+#
+#   part         limit, s   expected on an H100, s: estimates, until it has run on one
+parts="
+    build             75   # 60: C++ for three instruction sets, nvcc for three architectures
+    tests             75   # 50: pytest -m gpu, most of it Triton compiling
+    kernels           45   # 30
+    trajectory        90   # 60: a round of all candidates takes about 1.4 s at 2 rows, 2.6 s at 16
+    attention         25   # 12
+    compiled         150   # 110: max-autotune, twice; the one that may take far longer
+    sdt               75   # 45: at 64 rows, and at 32 where the published loop does not fit
+    gated             70   # 50
+    sanitizer         60   # 40: memcheck and racecheck side by side
+"
+# Expected together: 457 s. The limits' sum is more; what keeps the 8 minutes is that no part outlasts
+# HARMONICA_BENCH_SECONDS, counted from the start: the last ones get what is left, and can be run by themselves.
+
+set -u
+cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
+python="${PYTHON:-python3}"
+tiny=""
+if [ "${1:-}" = --tiny ]; then tiny=--tiny; shift; fi
+known=$(echo "$parts" | sed 's/#.*//' | awk 'NF { print $1 }')
+for part in "$@"; do
+    echo "$known" | grep -qx -- "$part" || { echo "gpu.sh: no part $part; there are:" $known >&2; exit 2; }
+done
+
+work="build/gpu${tiny:+-tiny}"
+mkdir -p "$work" ${OUT:+"$OUT"}
+log="${OUT:-$work}/gpu.log"
+: > "$log"
+export HARMONICA_TEST_SEED="${HARMONICA_TEST_SEED:-$RANDOM}"
+deadline=$((SECONDS + ${HARMONICA_BENCH_SECONDS:-480} - 10))  # 10 s for the last merge
+
+wheels="${HARMONICA_WHEELS:-.whl}"
+if [ -z "$tiny" ] && [ -d "$wheels" ]; then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+        --target build/gpu-site "$wheels"/*.whl 2>&1 | tee -a "$log"
+fi
+if [ -d build/gpu-site ]; then export PYTHONPATH="$PYTHONPATH:$PWD/build/gpu-site"; fi
+
+failed=""
+echo "$parts" | sed 's/#.*//' | awk 'NF' > "$work/parts"
+while read -r part limit <&3; do
+    [ $# -eq 0 ] || [[ " $* " == *" $part "* ]] || continue
+    left=$((deadline - SECONDS))
+    seconds=$((limit < left ? limit : left))
+    if [ "$seconds" -lt 5 ]; then
+        echo "== $part: no time is left for it" | tee -a "$log"
+        failed="$failed $part"
+        continue
+    fi
+    echo "== $part (at most $seconds s)" | tee -a "$log"
+    before=$(wc -c < "$log")
+    timeout -k 5 "$seconds" "$python" -m bench.gpu $tiny "$part" "$work" >> "$log" 2>&1  # no pipe, which a child that
+    status=$?                                                                            # outlives it would keep open
+    tail -c +$((before + 1)) "$log"
+    if [ "$status" -ne 0 ]; then
+        case "$status" in 124|137) why="stopped after $seconds s" ;; *) why="exit status $status" ;; esac
+        echo "== $part: $why" | tee -a "$log"
+        failed="$failed $part"
+    fi
+    "$python" -m bench.gpu.merge $tiny "$work" > "$work/merged" 2>&1 || { cat "$work/merged"; failed="$failed merge"; }
+done 3< "$work/parts"
+
+"$python" -m bench.gpu.merge $tiny --plots "$work" 2>&1 | tee -a "$log"
+if [ -n "$failed" ]; then echo "== not whole:$failed" | tee -a "$log"; exit 1; fi

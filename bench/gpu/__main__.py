@@ -1,0 +1,38 @@
+"""One part of bench/gpu.sh: `python -m bench.gpu [--tiny] PART FOLDER` writes FOLDER/PART.json."""
+
+import argparse
+import importlib
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from .record import Record
+
+PARTS = {"build": "commands", "tests": "commands", "sanitizer": "commands", "gated": "commands", "kernels": "kernels",
+         "trajectory": "trajectory", "attention": "attention", "sdt": "sdt", "compiled": "compiled"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="a dry run on the CPU, which measures nothing")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    if not args.tiny and not torch.cuda.is_available():
+        print(f"{args.part}: torch {torch.__version__} sees no GPU; --tiny is a dry run without one", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: its time is over"))  # so that the record is closed
+    return int(not run(args.part, args.folder, args.tiny))
+
+
+def run(part: str, folder: Path, tiny: bool) -> bool:
+    """Runs one part; whether all of it went well."""
+    with Record(part, folder, tiny) as record:
+        importlib.import_module(f".{PARTS[part]}", __package__).run(record)
+    return not record.failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Whole trajectories of a DiT-XL/2 at 256 pixels, random weights, bfloat16, T = 20, with guidance.
+
+plain: the plain model in eager PyTorch, with SDPA. ours, eager and captured: `denoise` and its executor, the whole
+trajectory in one graph. The reference's way: see reference_way. For a schedule, should / does is the time that it
+should take over the time that it takes, captured: should = fixed part + the computed branches' own measured times. A
+branch's own time is that of its kind's bodies, one after the other in a CUDA graph, each with its own weights as in the
+model, over their number; the fixed part is the rest of the uncached captured trajectory. Reused branches are promised
+to cost nothing.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import harmonica_kernels as hk
+from harmonica_dit.sample import denoise
+
+from . import models
+from .record import Record
+from .reference_way import ReferenceWay, tf32
+from .timing import captured, error, interleaved, side_stream
+
+REACH = {1: dict(plain=3.0, reference=2.5), 8: dict(plain=1.2, reference=1.2)}  # by images: half as many as rows
+
+
+def run(record: Record) -> None:
+    net = models.model(record.tiny, record.device)
+    config = models.config(record.tiny)
+    plain = models.Plain(net, torch.bfloat16, config)
+    exact = models.Plain(net, torch.float32, config)
+    for images, rounds in ((1, 9), (8, 7)):
+        with torch.inference_mode(), record.attempt(f"{2 * images} rows"):
+            measure(record, net, plain, exact, images, rounds)
+
+
+def measure(record: Record, net, plain: models.Plain, exact: models.Plain, images: int, rounds: int) -> None:
+    device, steps = record.device, models.steps(record.tiny)
+    schedules = models.schedules(net, steps)
+    noise, executor = models.noise(net, images, device), hk.compile(denoise)
+    ours, theirs, exactly = (models.trajectory(m, images, device, steps) for m in (net, plain, exact))
+    limit = check(record, f"{2 * images} rows", ours, theirs, exactly, noise)
+
+    candidates: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: denoise(theirs, noise), "ours, eager": lambda: denoise(ours, noise),
+        "ours": lambda: executor(ours, noise)}
+    for name, schedule in schedules.items():
+        ways = [models.trajectory(ReferenceWay(m, schedule, ours.timesteps), images, device, steps)
+                for m in (plain, exact)]
+        check_reuse(record, f"{2 * images} rows, {name}", ours, ways[1], schedule, noise, limit)
+        candidates |= {
+            f"{name}, eager": lambda s=schedule: denoise(ours, noise, s),
+            name: lambda s=schedule: executor(ours, noise, s),
+            f"{name}, reference's way, bfloat16": lambda way=ways[0]: denoise(way, noise),
+            f"{name}, reference's way, float32": tf32(lambda way=ways[1]: denoise(way, noise))}
+    with side_stream(device):
+        kinds = bodies(net, 2 * images)
+    for name in ("ours", *schedules):
+        eager = candidates[f"{name}, eager"]()
+        for _ in range(3):  # runs, records, replays
+            replayed = candidates[name]()
+        record.check(f"{2 * images} rows, {name}: captured beside eager", error(replayed, eager), 0.02)
+
+    seconds = record.samples(f"{2 * images} rows", interleaved(candidates | kinds, rounds, device))
+    report(record, net, schedules, seconds, images)
+    with record.attempt(f"{2 * images} rows, profile"):
+        for name in ("ours", "LTC"):
+            record.note(f"profile, {2 * images} rows, {name}", profile(candidates[name]))
+
+
+def check(record: Record, where: str, ours, plain, exact, noise: Tensor) -> float:
+    """One forward beside float32's; ours may err as plain PyTorch does in the same dtype, and half as much again.
+
+    Returns that limit.
+    """
+    truth = exact.predict(noise, 0)
+    limit = 1.5 * error(plain.predict(noise, 0), truth) + 1e-3
+    record.check(f"{where}: a forward of ours beside float32 (limit: plain bfloat16's, and half)",
+                 error(ours.predict(noise, 0), truth), limit)
+    return limit
+
+
+def check_reuse(record: Record, where: str, ours, way, schedule, noise: Tensor, limit: float) -> None:
+    """A step that reuses what another x left in the cache, so that much depends on it, beside the reference's way."""
+    other, cache = noise.flip(-1), hk.FeatureCache()
+    for s, x in enumerate((noise, other)):
+        found, truth = ours.predict(x, s, gate=schedule.rows[s], cache=cache), way.predict(x, s)
+    record.check(f"{where}: a step with reuse beside the reference's way in float32", error(found, truth), limit)
+    record.note(f"{where}: what reuse changed there", error(ours.predict(other, 1), truth))
+
+
+def bodies(net, rows: int) -> dict[str, Callable[[], object]]:
+    """For each kind of branch, a graph of all its bodies. To be made inside `side_stream`."""
+    N, D = net.grid**2, net.pos_embed.shape[-1]
+    h = torch.randn(rows, N, D, device=net.pos_embed.device).to(net.pos_embed.dtype)
+    outs = torch.empty(len(net.branches), *h.shape, dtype=h.dtype, device=h.device)
+
+    def all_of(kind: int) -> Callable[[], None]:
+        def call() -> None:
+            for k in range(kind, len(net.branches), 2):
+                net.branches[k].body_out(h, None, outs[k])
+        return call
+
+    return {kind: captured(all_of(i), h.device) for i, kind in enumerate(("attention bodies", "feed-forward bodies"))}
+
+
+def report(record: Record, net, schedules: dict, seconds: dict[str, float], images: int) -> None:
+    rows, reach = 2 * images, REACH[images]
+    record.row(rows=rows, **{f"{name}, ms": seconds[name] * 1e3 for name in ("plain", "ours, eager", "ours")})
+    record.ratio(f"{rows} rows, uncached: eager PyTorch / ours", seconds["plain"] / seconds["ours"], reach["plain"])
+    each = len(net.branches) // 2
+    body = [seconds[f"{kind} bodies"] / each for kind in ("attention", "feed-forward")]
+    fixed = seconds["ours"] - len(schedules["LTC"].rows) * each * sum(body)
+    record.row(rows=rows, **{"attention body, µs": body[0] * 1e6, "feed-forward body, µs": body[1] * 1e6,
+                             "fixed part, ms": fixed * 1e3})
+    for name, schedule in schedules.items():
+        should = fixed + sum(body[k % 2] for row in schedule.rows for k, computed in enumerate(row) if computed)
+        wall = seconds["ours"] / seconds[name]
+        published = seconds[f"{name}, reference's way, float32"] / seconds[name]
+        in_bf16 = seconds[f"{name}, reference's way, bfloat16"] / seconds[name]
+        record.row(rows=rows, schedule=name, **{
+            "CUR, %": 100 * schedule.cur, "ours, ms": seconds[name] * 1e3,
+            "ours eager, ms": seconds[f"{name}, eager"] * 1e3, "should / does": should / seconds[name], "wall": wall,
+            "FLOPs": schedule.speedup, "wall / FLOPs": wall / schedule.speedup, "reference bf16 / ours": in_bf16,
+            "reference TF32 / ours": published})
+        record.ratio(f"{rows} rows, {name}: should take / takes", should / seconds[name], 0.97)
+        record.ratio(f"{rows} rows, {name}: the reference's way in bf16 / ours", in_bf16, reach["reference"])
+
+
+def profile(call: Callable[[], object]) -> str:
+    """Where the GPU's time goes in one call: kernels by their total."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    if not torch.cuda.is_available():
+        activities.pop()
+    with torch.profiler.profile(activities=activities) as found:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return found.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=80)

@@ -1,0 +1,127 @@
+"""bench/gpu.sh runs through on a machine without a GPU, at tiny sizes: no Python error is left for the GPU to find."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from bench.gpu import models  # noqa: E402
+from bench.gpu.__main__ import PARTS, run  # noqa: E402
+from bench.gpu.commands import call, findings  # noqa: E402
+from bench.gpu.merge import merge  # noqa: E402
+from bench.gpu.record import Record  # noqa: E402
+from bench.gpu.reference_way import ReferenceWay  # noqa: E402
+from harmonica_dit.sample import denoise  # noqa: E402
+
+MEASURED = ("kernels", "trajectory", "compiled", "attention", "sdt")
+
+
+@pytest.mark.parametrize("part", MEASURED)
+def test_dry_run(part, tmp_path):
+    assert run(part, tmp_path, tiny=True), json.loads((tmp_path / f"{part}.json").read_text())["failed"]
+    found = json.loads((tmp_path / f"{part}.json").read_text())
+    assert found["finished"] and found["machine"]["dry_run"]
+    assert found["rows"] and found["samples"]
+    assert all(sample["median"] > 0 and sample["count"] > 0 for sample in found["samples"].values())
+    assert found["checks"], "results are compared before they are timed"
+
+
+def test_the_reference_way_gives_the_same_images():
+    cpu = torch.device("cpu")
+    net = models.model(True, cpu).float()
+    noise, steps = models.noise(net, 2, cpu), 4
+    for schedule in models.schedules(net, steps).values():
+        ours = models.trajectory(net, 2, cpu, steps)
+        way = ReferenceWay(models.Plain(net, torch.float32, models.TINY), schedule, ours.timesteps)
+        with torch.inference_mode():
+            theirs = denoise(models.trajectory(way, 2, cpu, steps), noise)
+            torch.testing.assert_close(theirs, denoise(ours, noise, schedule), rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(theirs, denoise(ours, noise), rtol=1e-3, atol=1e-3), "nothing was reused"
+
+
+def test_the_schedules_at_full_size():
+    """Learning-to-Cache's, by its own rule, and the other one's."""
+    net = models.DiT(**models.TINY | dict(depth=28))
+    ltc, random = models.schedules(net, 20).values()
+    assert ltc.compute.shape == (20, 56) and round(100 * ltc.cur, 1) == 22.1 and random.cur == 0.375
+
+
+@pytest.mark.parametrize("part", ["build", "tests", "sanitizer", "gated"])
+def test_commands_can_be_called(part, tmp_path):
+    assert run(part, tmp_path, tiny=True), json.loads((tmp_path / f"{part}.json").read_text())["failed"]
+    notes = json.loads((tmp_path / f"{part}.json").read_text())["notes"]
+    assert notes and all(note["output"] for note in notes.values())
+
+
+def test_a_command_that_fails_is_a_failure(tmp_path):
+    with Record("tests", tmp_path, tiny=True) as record:
+        call(record, {"bad": [sys.executable, "-c", "raise SystemExit('what went wrong')"]})
+    assert "what went wrong" in record.failed["bad"]
+
+
+def test_findings_are_lines_of_json():
+    assert findings(['{"step": "dit", "rows": 2}', "warning: x", "12", "{"]) == [{"step": "dit", "rows": 2}]
+
+
+def test_the_command(tmp_path):
+    results = set((ROOT / "bench/results").iterdir())
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "attention"], capture_output=True,
+                          text=True, env=os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== attention (at most 25 s)" in done.stdout and "no measurement" in done.stdout
+    merged = json.loads((tmp_path / "dry-run.json").read_text())
+    assert merged["dry_run"] and merged["parts"]["attention"]["finished"]
+    assert "attention" in (tmp_path / "gpu.log").read_text()
+    assert set((ROOT / "bench/results").iterdir()) == results
+
+
+def test_an_unknown_part_is_refused():
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "kernel"], capture_output=True, text=True)
+    assert done.returncode == 2 and "there are: build tests" in done.stderr
+
+
+def test_the_limits_name_the_parts():
+    table = (ROOT / "bench/gpu.sh").read_text().split('parts="')[1].split('"')[0]
+    assert {line.split()[0] for line in table.strip().splitlines()} == set(PARTS)
+
+
+def test_a_stopped_part_leaves_what_it_had(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Record("kernels", tmp_path, tiny=True) as record:
+        record.row(case="first")
+        with record.attempt("second"):
+            raise ValueError("wrong")
+        record.stage("third")
+        assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == [{"case": "first"}]
+        raise KeyboardInterrupt
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert not found["finished"] and found["stage"] == "third" and "wrong" in found["failed"]["second"]
+
+
+def test_what_is_wrong_is_not_timed(tmp_path):
+    with Record("kernels", tmp_path, tiny=True) as record:
+        for error in (0.2, float("nan")):
+            with pytest.raises(ValueError, match="relative error"):
+                record.check("h", error, 0.1)
+
+
+def test_merging_keeps_the_parts_that_were_not_run_again(tmp_path, capsys):
+    for part in ("kernels", "attention"):
+        with Record(part, tmp_path, tiny=True) as record:
+            record.ratio("speed", 0.9, 1.0)
+        merge(tmp_path, tmp_path / "results", tiny=True)
+        (tmp_path / f"{part}.json").unlink()
+    [path] = (tmp_path / "results").glob("*.json")
+    assert json.loads(path.read_text())["parts"].keys() == {"kernels", "attention"}
+    assert "SHORT" in capsys.readouterr().out
+
+
+def test_a_dry_run_is_never_merged_into_results(tmp_path):
+    with Record("kernels", tmp_path, tiny=True):
+        pass
+    assert merge(tmp_path, tmp_path / "results", tiny=False) == [] and not (tmp_path / "results").exists()
