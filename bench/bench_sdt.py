@@ -7,7 +7,8 @@ Candidates:
 
 plain: an eager loop as one would write it: frozen model, teacher without grad, blending and cache by tensor operations.
 published: the same as HarmoniCa's code has it: model not frozen, teacher with grad.
-ours: `train_trajectory`. ours, checkpointing: with each body recomputed in the backward.
+ours: `train_trajectory`, on CUDA replayed from graphs that the rounds share, as in a training. ours, eager: without
+graphs. ours, checkpointing: with each body recomputed in the backward.
 
 Each round runs every candidate once, in turn; the table has medians of each round's ratio to ours. Seconds are the
 processor's where one thread runs on a CPU, which a busy machine disturbs less, else those of a clock on the wall. Peak
@@ -28,17 +29,19 @@ from statistics import median
 
 import torch
 
+import harmonica_kernels as hk
 from harmonica_dit.models import CONFIGS, DiT, count_flops
 from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, image_noise
+from harmonica_dit.sample.trajectory import call
 from harmonica_dit.train.sdt import train_trajectory
 from harmonica_dit.train.train import checkpointed
-from harmonica_dit.train.walk import Walk
+from harmonica_dit.train.walk import Walk, new_executor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from plain_dit import PlainDiT, modulate  # noqa: E402  (the tests' reference model is this benchmark's too)
 
-CANDIDATES = ("plain", "published", "ours", "ours, checkpointing")
+CANDIDATES = ("plain", "published", "ours", "ours, eager", "ours, checkpointing")
 THRESHOLD, BETA = 0.5, 1e-9  # so small that the losses compared are the errors
 
 
@@ -61,6 +64,9 @@ class Problem:
         self.noise = image_noise(0, 0, args.images, self.net.sample_shape).to(self.device)
         generator = torch.Generator().manual_seed(0)
         self.logits = torch.randn(args.steps, len(self.net.branches), generator=generator)
+        # of each candidate, for graphs know the bodies that they were recorded with, and the cache
+        self.executors = {name: call if "eager" in name else new_executor(self.net, args.steps) for name in CANDIDATES}
+        self.cache = hk.FeatureCache()
 
     def run(self, candidate: str) -> list[float]:
         """One trajectory; the losses of its iterations."""
@@ -72,8 +78,9 @@ class Problem:
                         threshold=THRESHOLD).to(self.device)
         optimizer = torch.optim.AdamW(router.parameters(), 1e-2, weight_decay=0)
         ones = torch.ones(max(self.logits.shape), device=self.device)
+        trajectory.run = self.executors[candidate]
         with checkpointed(self.net) if "checkpointing" in candidate else nullcontext():
-            seen = train_trajectory(router, Walk(router, trajectory, self.noise), optimizer,
+            seen = train_trajectory(router, Walk(router, trajectory, self.noise, cache=self.cache), optimizer,
                                     ones[: len(self.logits)], ones[: self.logits.shape[1]], BETA)
         return seen.losses.tolist()
 
@@ -111,7 +118,7 @@ class Problem:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype != "float32"):
             out = self.forward(torch.cat([x, x]), t, y, r, cache).float()
         conditional, unconditional = out.chunk(2)
-        guided = unconditional[:, :3] + trajectory.guidance * (conditional[:, :3] - unconditional[:, :3])
+        guided = unconditional[:, :3] + trajectory.model.scale * (conditional[:, :3] - unconditional[:, :3])
         return torch.cat([guided, conditional[:, 3:]], 1)
 
     def forward(self, x, t, y, r, cache):

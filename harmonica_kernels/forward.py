@@ -16,6 +16,7 @@ from .cache import FeatureCache
 from .ops import Term, blend_residual_norm, residual_norm
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+HOST = ("cpu",)  # devices whose scores Python reads without waiting; elsewhere the device decides what is renewed
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         _check_output(o, h, x, k)
         if soft:
             stream.blend(o, gate[k], cache, k, mod.gate[k], extrapolate)
-            if x.device.type != "cpu":
+            if device not in HOST:
                 stream.renew = partial(cache._renew, k, gate[k].detach(), threshold)  # decided there: no wait
             elif gate[k].item() > threshold:
                 stream.renew = partial(cache._renew, k, None, threshold)
@@ -190,7 +191,7 @@ class _Stream:
 
     def _e_is_elsewhere(self) -> bool:
         """Whether reading a forecast weight as a number would wait for the device."""
-        return any(isinstance(weight, Tensor) and not weight.is_cpu for weight in self.e)
+        return any(isinstance(weight, Tensor) and weight.device.type not in HOST for weight in self.e)
 
     def _wants_grad(self, shift: Tensor | None, scale: Tensor | None) -> bool:
         if not torch.is_grad_enabled():
@@ -250,7 +251,7 @@ def _check_gate(K, gate, cache) -> Sequence[bool]:
         got = f"shape {tuple(gate.shape)}" if isinstance(gate, Tensor) else f"{len(gate)} entries"
         raise ValueError(f"gate: got {got}, expected {K}, one for each branch")
     if isinstance(gate, Tensor):
-        if gate.device.type == "cpu" and not torch.compiler.is_compiling() and not gate.isfinite().all():
+        if gate.device.type in HOST and not torch.compiler.is_compiling() and not gate.isfinite().all():
             raise ValueError(f"gate: scores must be finite, got {gate.tolist()}")
         if cache is None:
             raise ValueError("gate: a soft row blends with cached outputs; pass cache=FeatureCache()")
@@ -274,7 +275,7 @@ def _check_extrapolation(K, extrapolate, cache, compute, soft) -> None:
     if len(extrapolate) != K:
         raise ValueError(f"extrapolate: got {len(extrapolate)} weights, expected {K}, one for each branch")
     if isinstance(extrapolate, Tensor):
-        if extrapolate.device.type == "cpu" and not torch.compiler.is_compiling() and not extrapolate.isfinite().all():
+        if extrapolate.device.type in HOST and not torch.compiler.is_compiling() and not extrapolate.isfinite().all():
             raise ValueError(f"extrapolate: weights must be finite, got {extrapolate.tolist()}")
         return
     for k, e in enumerate(extrapolate):

@@ -138,7 +138,7 @@ class Captured:
         output = self._run(call, call.tensors)
         if not torch.equal(before, recorder.random_state()):
             raise RuntimeError(f"{_name(self.function)} draws random numbers, which a graph would repeat: pass them as "
-                               'tensors, or call it without an executor (sample with executor="eager")')
+                               'tensors, or call it without an executor (executor="eager" of sample, train_router)')
         return output
 
     def _record(self, call: "_Call", recorder: "_Cuda") -> "_Recording":
@@ -153,7 +153,8 @@ class Captured:
             raise RuntimeError(
                 f"{_name(self.function)} cannot be captured: {error}\nWhat is captured must not wait for the GPU "
                 "(.item(), .tolist(), .cpu(), a tensor in an `if`), copy from ordinary host memory, or draw random "
-                'numbers. Call it without an executor (sample with executor="eager"), or take that out of it.'
+                'numbers. Call it without an executor (executor="eager" of sample, train_router), or take that out of '
+                "it."
             ) from error
         finally:
             after = [cache._state() for cache in call.caches]

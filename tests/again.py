@@ -50,7 +50,7 @@ class Again:
         outputs = output if isinstance(output, tuple) else (output,)
         for o in outputs:
             o.fill_(float("nan"))
-        return Replay(call, outputs), output
+        return Replay(call, outputs, torch.is_inference_mode_enabled()), output
 
     def free(self, replay):
         Again.log.append(("free", replay))
@@ -58,16 +58,17 @@ class Again:
 
 
 class Replay:
-    def __init__(self, call, outputs):
-        self.call, self.outputs, self.replays = call, outputs, 0
+    def __init__(self, call, outputs, inference):
+        self.call, self.outputs, self.inference, self.replays = call, outputs, inference, 0
 
     def replay(self):
         """Writes into outputs and caches; what Python keeps about the caches stays as it was."""
         self.replays += 1
         states = [(cache, cache._state()) for cache in Again.caches if cache._arena is not None]
-        with torch.inference_mode():
+        with torch.inference_mode(self.inference), torch.no_grad():  # the mode that it was recorded in
             found = self.call()
-            for cache, state in states:
-                cache._restore(state)
+        for cache, state in states:
+            cache._restore(state)
+        with torch.inference_mode():
             for mine, o in zip(self.outputs, found if isinstance(found, tuple) else (found,), strict=True):
                 mine.copy_(o)

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 
 import harmonica_dit
 import harmonica_kernels as hk
+import harmonica_kernels.ops as ops
 from harmonica_dit.files import save_tensors
 from harmonica_dit.models import DiT, count_flops, dit, read_weights
+from harmonica_dit.sample import Trajectory, denoise
 from plain_dit import PlainDiT
 
 SMALL = dict(input_size=8, patch_size=2, in_channels=2, hidden_size=24, depth=3, num_heads=3, num_classes=5)
@@ -214,3 +216,53 @@ def test_hostile_checkpoints(tmp_path):
     save_tensors(tmp_path / "other.safetensors", {"w": torch.zeros(3)}, {})
     with pytest.raises(ValueError, match="does not fit DiT-S/8"):
         harmonica_dit.load("DiT-S/8", tmp_path / "other.safetensors")
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """bias_gelu as where there is a kernel for it; the number of calls of each."""
+    calls, op = [], ops.bias_gelu
+    monkeypatch.setattr(ops, "FUSED", ("cpu",))
+    monkeypatch.setattr(ops, "bias_gelu", lambda *args: calls.append(1) or op(*args))
+    return calls
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(fused, autocast):
+    """In bodies that return and in those that write into the cache; not where a gradient is wanted."""
+    plain, net = pair()
+    x, t, y = inputs()
+    tolerance = 2e-1 if autocast else 1e-4
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            expected, cache = plain(x, t, y), hk.FeatureCache()
+            row = (True,) * 5 + (False,)
+            for calls, options in ((3, {}), (6, dict(cache=cache)), (8, dict(cache=cache, gate=row))):
+                torch.testing.assert_close(net(x, t, y, **options).float(), expected.float(), rtol=tolerance,
+                                           atol=tolerance)
+                assert len(fused) == calls
+        net(x, t, y)
+        assert len(fused) == 8
+
+
+def test_the_fused_feed_forward_compiles(fused):
+    _, net = pair()
+    x, t, y = inputs()
+    with torch.no_grad():
+        expected = net(x, t, y)
+        got = torch.compile(net, fullgraph=True, backend="aot_eager")(x, t, y)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_fused_feed_forward_in_a_gated_trajectory(fused):
+    _, net = pair(learn_sigma=False)
+    net.guidance_channels = 2
+    noise = torch.randn(2, 2, 8, 8)
+
+    def trajectory():
+        return Trajectory(net, torch.tensor([0, 3]), steps=4)
+
+    images = hk.compile(denoise, mode="gated")(trajectory(), noise)
+    assert len(fused) >= 4 * 3
+    torch.testing.assert_close(images, denoise(trajectory(), noise), rtol=1e-3, atol=1e-3)

@@ -10,10 +10,6 @@ import torch.nn.functional as F
 
 import harmonica_kernels as hk
 from again import Again
-from harmonica_dit.models import DiT, count_flops
-from harmonica_dit.router import Router
-from harmonica_dit.sample import Trajectory, image_noise
-from harmonica_dit.train.importance import importance
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -280,31 +276,6 @@ def test_any_mode_without_grad(recorder):
     assert torch.equal(executor(x + 1), double(x + 1))
     with torch.inference_mode():
         assert torch.equal(executor(x), double(x))
-
-
-@pytest.mark.parametrize("coefficients", [False, True])
-@pytest.mark.parametrize("kind", ["paper", "reference"])
-def test_importance(recorder, monkeypatch, kind, coefficients):
-    """λ from replayed graphs where rows are hard, to the last bit; soft rows, whose values decide, are not recorded.
-
-    Where the paper's λ forecasts, no call comes twice: a row left out changes the weights of all later forecasts.
-    """
-    T, net = 6, DiT(8, 4, 1, 16, 2, 2, num_classes=4).eval().requires_grad_(False)
-    for p in net.parameters():
-        p.normal_(std=0.3)
-    router = Router(3 * torch.randn(T, 4), net.branch_names, count_flops(net), tuple(range(T)), threshold=0.5,
-                    extrapolation=torch.rand(T, 4) if coefficients else None)
-    noise = image_noise(0, 0, 2, net.sample_shape)
-
-    def measured(rows):
-        return importance(router, Trajectory(net, torch.tensor([0, 3]), steps=T), noise, kind=kind, rows=rows)
-
-    measured("soft")
-    assert not recorder.log
-    found = measured("hard")
-    assert recorder.log or (coefficients and kind == "paper")
-    monkeypatch.undo()
-    assert torch.equal(found, measured("hard"))
 
 
 # On a GPU.

@@ -6,6 +6,7 @@ import torch
 
 import harmonica_dit
 import harmonica_kernels as hk
+import harmonica_kernels.ops as ops
 from again import Again
 from harmonica_dit.models import DiT, count_flops
 from harmonica_dit.sample import ReferenceDDIM, Trajectory, denoise, image_noise, make_scheduler, sample
@@ -95,6 +96,48 @@ def test_guidance_channels():
         torch.testing.assert_close(t.predict(x, 1), expected, rtol=1e-4, atol=1e-4)
     plain = Trajectory(net, labels, steps=4, guidance=1.0)
     torch.testing.assert_close(plain.predict(x, 1), net(x, when, labels))
+
+
+@pytest.mark.parametrize("guidance, channels, variance", [(1.5, 3, True), (4.0, 9, False), (1.0, None, True)])
+def test_guidance_and_update_are_one_pass_where_there_is_a_kernel(monkeypatch, guidance, channels, variance):
+    """The same images but for rounding; a schedule's rows pass through. From outputs in half precision too."""
+    net, labels, calls = small(variance, channels=4), torch.tensor([0, 1, 2]), []
+    schedule, noise = table(net, 6), image_noise(0, 0, 3, net.sample_shape)
+
+    def trajectory(**options):
+        return Trajectory(net, labels, steps=6, guidance=guidance, guidance_channels=channels, **options)
+
+    def image(scheduler):
+        with torch.no_grad():
+            return denoise(trajectory(scheduler=scheduler), noise, schedule)
+
+    schedulers = (None, "DPMSolverMultistepScheduler", "DDIMScheduler")
+    expected = {scheduler: image(scheduler) for scheduler in schedulers}
+    step = ops.guided_step
+    monkeypatch.setattr(ops, "guided_step", lambda *args, **kwargs: calls.append(1) or step(*args, **kwargs))
+    for scheduler in schedulers:
+        assert torch.equal(image(scheduler), expected[scheduler]) and not calls  # no kernel: as it was
+    monkeypatch.setattr(ops, "FUSED", ("cpu",))
+    for scheduler in schedulers:
+        torch.testing.assert_close(image(scheduler), expected[scheduler], rtol=1e-4, atol=1e-4)
+        assert len(calls) == 6  # only the reference's step is a·x + b·ε
+    half = trajectory(autocast="bfloat16")
+    with torch.no_grad():
+        torch.testing.assert_close(half.step(noise, 2), half.advance(half.predict(noise, 2), 2, noise), rtol=1e-4,
+                                   atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("executor", ["eager", "captured"])
+def test_fused_on_a_gpu(monkeypatch, executor):
+    """Bias and GELU, guidance and update: the same images as without these kernels, but for rounding."""
+    net, labels = small(True, channels=4).cuda(), torch.arange(12) % 4
+    fused = sample(net, labels, steps=6, batch=4, schedule=table(net, 6), executor=executor)
+    monkeypatch.setattr(ops, "FUSED", ())
+    plain = sample(net, labels, steps=6, batch=4, schedule=table(net, 6))
+    assert not torch.equal(fused, plain)
+    torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
 
 
 def test_a_fork_goes_its_own_way():

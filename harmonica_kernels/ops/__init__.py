@@ -7,4 +7,6 @@ from .guided_step import guided_step
 from .residual_norm import residual_norm
 from .run import Term
 
-__all__ = ["Term", "bias_gelu", "blend_residual_norm", "cache_commit", "guided_step", "residual_norm"]
+FUSED = ("cuda",)  # where bias_gelu and guided_step are one kernel; elsewhere they are plain torch
+
+__all__ = ["FUSED", "Term", "bias_gelu", "blend_residual_norm", "cache_commit", "guided_step", "residual_norm"]

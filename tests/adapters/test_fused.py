@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 import harmonica_kernels as hk
+import harmonica_kernels.ops as ops
 from harmonica_dit.models.adapters import adapt, fused
 
 XL = dict(num_attention_heads=16, attention_head_dim=72, num_layers=2)  # the published models' shapes, few layers
@@ -286,6 +287,29 @@ def test_what_changes_a_branch_is_honoured(small, monkeypatch):
     assert written(model, inputs, monkeypatch) == K - 3
     block.ff.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
     assert written(model, inputs, monkeypatch) == K - 4
+
+
+def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(monkeypatch):
+    """Only in feed-forwards that are exactly a linear layer with bias and the tanh form, with nothing put on them."""
+    calls, op = [], ops.bias_gelu
+    monkeypatch.setattr(ops, "FUSED", ("cpu",))
+    monkeypatch.setattr(ops, "bias_gelu", lambda *args: calls.append(1) or op(*args))
+
+    def fused_in(model, inputs):
+        calls.clear()
+        written(model, inputs, monkeypatch)
+        return len(calls)
+
+    model = small_dit()
+    inputs, (first, second, *_) = dit_inputs(model), model.transformer_blocks
+    N = len(model.transformer_blocks)
+    assert fused_in(model, inputs) == N
+    first.ff.net[0].register_forward_hook(lambda module, args, output: output + 1)
+    assert fused_in(model, inputs) == N - 1
+    second.ff.net[0].proj.__class__ = Doubled
+    assert fused_in(model, inputs) == N - 2
+    model = small_dit(activation_fn="gelu")
+    assert fused_in(model, dit_inputs(model)) == 0
 
 
 def test_gradients(small):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import harmonica_kernels as hk
 
+from .feed_forward import linear_gelu
+
 HOISTED = 256 << 20  # bytes of modulation rows that are found before the loop, at most
 
 
@@ -67,10 +69,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, h: Tensor, context=None) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+        return self.fc2(linear_gelu(self.fc1, h))
 
     def forward_out(self, h: Tensor, context, out: Tensor) -> None:
-        _linear_out(self.fc2, F.gelu(self.fc1(h), approximate="tanh"), out)
+        _linear_out(self.fc2, linear_gelu(self.fc1, h), out)
 
 
 def _linear_out(linear: nn.Linear, h: Tensor, out: Tensor) -> None:

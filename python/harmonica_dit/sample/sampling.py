@@ -73,7 +73,7 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = N
     x = trajectory.start(noise)
     for s, known in enumerate(trajectory.hoist(rows)):
         row = {} if schedule is None else dict(gate=rows[s], extrapolate=schedule.forecasts[s], cache=cache)
-        x = trajectory.advance(trajectory.predict(x, s, **row, **known), s, x)
+        x = trajectory.step(x, s, **row, **known)
     return x
 
 

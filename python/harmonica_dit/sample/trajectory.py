@@ -5,11 +5,13 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from harmonica_kernels import ops
 from harmonica_kernels.gated import Loop
 
 from .schedulers import ReferenceDDIM, make_scheduler
@@ -19,6 +21,52 @@ def image_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Te
     """Starting noise [count, *shape] of the images number first, first+1, … of a seed, whatever the batch split."""
     draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in range(first, first + count)]
     return torch.from_numpy(np.stack(draws))
+
+
+class Guided(NamedTuple):
+    """A model under classifier-free guidance (Ho & Salimans, 2022), as every step of a trajectory calls it.
+
+    Args:
+        net: a denoiser. scale: of the guidance; 1 runs no unconditional rows. channels: how many leading output
+            channels are guided. autocast: "bfloat16" runs the model under autocast in it.
+    """
+
+    net: Any
+    scale: float
+    channels: int
+    autocast: str | None = None
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor, **forward) -> Tensor:
+        """The guided output [n, C_out, H, W], in x's dtype, for x [n, C, H, W] at the timestep t [].
+
+        rows: the labels [n] or, with guidance, [2n], where the second half is those that stand for none. forward:
+        gate, cache and so on.
+        """
+        conditional, unconditional = (None if o is None else o.to(x.dtype)
+                                      for o in self.outputs(x, t, rows, **forward))
+        if unconditional is None:
+            return conditional
+        guided = unconditional.lerp(conditional, self.scale)
+        if self.channels >= conditional.shape[1]:
+            return guided
+        return torch.cat([guided[:, : self.channels], conditional[:, self.channels :]], 1)
+
+    def outputs(self, x: Tensor, t: Tensor, rows: Tensor, **forward) -> tuple[Tensor, Tensor | None]:
+        """The conditional and the unconditional output [n, C_out, H, W], None without guidance, in the model's dtype.
+        """
+        doubled = x if len(rows) == len(x) else torch.cat([x, x])
+        with torch.autocast(x.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
+            out = self.net(doubled, t.expand(len(rows)), rows, **forward)
+        return (out, None) if doubled is x else out.chunk(2)
+
+
+def call(function: Callable[..., Any], *args, **kwargs) -> Any:
+    """function(*args, **kwargs).
+
+    `harmonica_kernels.compile(call)` is an executor for all the functions that it is called with: their graphs share
+    one pool of memory.
+    """
+    return function(*args, **kwargs)
 
 
 class Trajectory:
@@ -39,17 +87,18 @@ class Trajectory:
                  guidance_channels: int | None = None, seed: int = 0, first: int = 0,
                  autocast: str | None = None):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
-        self.run = net  # what `predict` calls: the model, or an executor of it (`harmonica_kernels.compile`)
+        self.run = call  # how `predict` runs the model: as it is, or by an executor, `harmonica_kernels.compile(call)`
         guidance = net.guidance if guidance is None else guidance
         if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
         if guidance_channels is not None and guidance_channels < 1:
             raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1")
-        self.guidance, self.guidance_channels = guidance, guidance_channels or net.guidance_channels
-        self.autocast = autocast
+        self.model = Guided(net, guidance, guidance_channels or net.guidance_channels, autocast)
         self.scheduler = make_scheduler(scheduler, steps, net)
         self.timesteps = [t.item() for t in self.scheduler.timesteps]
         self._t = self.scheduler.timesteps.to(self.labels.device)
+        self._linear = isinstance(self.scheduler, ReferenceDDIM)  # its step is a·x + b·ε, whatever has gone before
+        self._updates = self.scheduler.updates().tolist() if self._linear else []
         unconditional = [] if guidance == 1 else [torch.full_like(self.labels, net.num_classes)]
         self._rows = torch.cat([self.labels, *unconditional])  # one tensor throughout: a text model keeps what it found
         self._generators = None
@@ -68,19 +117,24 @@ class Trajectory:
 
     def predict(self, x: Tensor, s: int, **forward) -> Tensor:
         """The guided model output [n, C_out, H, W] at step s for x [n, C, H, W]; `forward`: gate, cache and so on."""
+        return self.run(self.model, *self.inputs(x, s), **forward)
+
+    def inputs(self, x: Tensor, s: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Guided` is called with at step s: x as the model is to see it, the timestep and the labels."""
         scaled = getattr(self.scheduler, "scale_model_input", lambda x, t: x)(x, self.scheduler.timesteps[s])
-        rows = len(self._rows)
-        scaled = scaled if rows == len(x) else torch.cat([scaled, scaled])
-        with torch.autocast(x.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
-            out = self.run(scaled, self._t[s].expand(rows), self._rows, **forward).to(x.dtype)
-        if rows == len(x):
-            return out
-        conditional, unconditional = out.chunk(2)
-        guided = unconditional.lerp(conditional, self.guidance)
-        if self.guidance_channels >= out.shape[1]:
-            return guided
-        c = self.guidance_channels
-        return torch.cat([guided[:, :c], conditional[:, c:]], 1)
+        return scaled, self._t[s], self._rows
+
+    def step(self, x: Tensor, s: int, **forward) -> Tensor:
+        """x_{s+1} from x_s [n, C, H, W]: `predict` and `advance`, without grad.
+
+        Where there is a kernel for it, guidance and a linear update are one pass over the latents.
+        """
+        if not self._linear or x.device.type not in ops.FUSED:
+            return self.advance(self.predict(x, s, **forward), s, x)
+        conditional, unconditional = self.model.outputs(*self.inputs(x, s), **forward)
+        a, b = self._updates[s]
+        return ops.guided_step(x, conditional, unconditional, guidance=self.model.scale,
+                               channels=self.model.channels, a=a, b=b)
 
     def hoist(self, rows: Sequence[Sequence[bool] | None]) -> Iterable[dict]:
         """For each step, what the model can know before the loop, as arguments for `predict`.
@@ -116,16 +170,16 @@ class Trajectory:
         Raises:
             TypeError: the scheduler's step is not linear in x and the output alone, or the model is not taken apart.
         """
-        if not isinstance(self.scheduler, ReferenceDDIM):
+        if not self._linear:
             raise TypeError(f'scheduler: got {type(self.scheduler).__name__}; a device-gated trajectory needs "ddim", '
                             "whose step is a·x + b·ε")
         if not hasattr(self.net, "modulation_table"):
             raise TypeError(f"net: {type(self.net).__name__} has no modulation_table, which a device-gated trajectory "
                             'indexes; use mode="captured"')
-        net, guided = self.net, self.guidance != 1
+        net, guided = self.net, self.model.scale != 1
         return Loop(net.branches, lambda: net.modulation_table(self._t, self._rows),
                     lambda x: net.embed(torch.cat([x, x]) if guided else x), net.head, self.scheduler.updates(),
-                    self.guidance, self.guidance_channels)
+                    self.model.scale, self.model.channels)
 
     def graph_parts(self) -> tuple[tuple, tuple[Tensor, ...], Callable[[Tensor], "Trajectory"]]:
         """What an executor needs to know, see `harmonica_kernels.compile`.
@@ -135,8 +189,7 @@ class Trajectory:
         """
         if getattr(self.net, "prompts", None) is not None:
             raise RuntimeError(f'executor: {self.net.name} looks its prompts up on the host; use "eager"')
-        key = (self.net, self.autocast, self.guidance, self.guidance_channels, tuple(self.timesteps),
-               type(self.scheduler), self.scheduler.to_json_string())
+        key = (*self.model, tuple(self.timesteps), type(self.scheduler), self.scheduler.to_json_string())
         return key, (self._rows,), self._relabelled
 
     def _relabelled(self, rows: Tensor) -> "Trajectory":

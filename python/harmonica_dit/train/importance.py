@@ -12,7 +12,7 @@ from .walk import Walk
 
 @torch.no_grad()
 def importance(router: Router, trajectory: Trajectory, noise: Tensor, *, kind: str = "paper",
-               rows: str = "soft") -> Tensor:
+               rows: str = "soft", cache: hk.FeatureCache | None = None) -> Tensor:
     """λ [T]; λ_0 is 0, for row 0 computes everything anyway.
 
     "paper": λ_s = mean((x_final - x_final^(s))²), x_final from the router at every step and x_final^(s) with row s
@@ -29,25 +29,30 @@ def importance(router: Router, trajectory: Trajectory, noise: Tensor, *, kind: s
     T(T-1)/2 guided forwards are run instead of T²; on a CPU the result is the same to the last bit.
 
     Args:
-        router: its rows, threshold and extrapolation. trajectory: a fresh one. noise: [n, C, H, W], standard normal.
+        router: its rows, threshold and extrapolation. trajectory: a fresh one; where its `run` is an executor, one
+            graph serves every soft row and every refresh, and each hard row has one. noise: [n, C, H, W], standard
+            normal.
         kind: "paper", "reference" or "gain". rows: "soft" blends, as published; "hard" thresholds, as inference does.
+        cache: to work in, see `Walk`.
     """
     T, one_by_one = router.steps, kind == "reference"
-    # soft rows are decided from their values, and prompts are looked up on the host: nothing that could be recorded
-    if rows == "hard" and getattr(trajectory.net, "prompts", None) is None:
-        trajectory.run = hk.compile(trajectory.net)
-    walk = Walk(router, trajectory, noise, hard=rows == "hard")
-    spare = None if one_by_one else hk.FeatureCache(router.history)  # what only computes everything needs no cache
+    walk = Walk(router, trajectory, noise, hard=rows == "hard", cache=cache)
+    kept = hk.FeatureCache(router.history)  # what the cache holds while another walk is in it
     images, errors = [], []  # for s = 1, 2, …: of the trajectory that leaves the router's at step s
     walk.advance(walk.predict())
     for s in range(1, T):
-        other = walk.fork(spare)
-        all_computed, output = other.predict(), walk.predict(router.score(s))
-        errors.append(_mean_square((output - all_computed)[:, : noise.shape[1]]))  # the channels that reach the image
+        other = walk.fork(cached=not one_by_one)  # what only computes everything needs no cache
+        if not one_by_one:
+            kept.copy_(walk.cache)
+        all_computed = other.predict()
         other.advance(all_computed)
         while other.s < T:
             other.advance(other.predict(None if one_by_one else router.score(other.s)))
         images.append(other.x)
+        if not one_by_one:
+            walk.cache.copy_(kept)
+        output = walk.predict(router.score(s))
+        errors.append(_mean_square((output - all_computed)[:, : noise.shape[1]]))  # the channels that reach the image
         walk.advance(output)
     with_row = [*images[1:], walk.x] if one_by_one else [walk.x] * len(images)
     changes = [_mean_square(a - b) for a, b in zip(with_row, images, strict=True)]

@@ -18,6 +18,7 @@ class Seen(NamedTuple):
     values: Tensor  # [T-1, K], what computing an entry is worth at r = τ, see `Steering`
 
 
+@torch.no_grad()
 def train_trajectory(router: Router, walk: Walk, optimizer: torch.optim.Optimizer, importance: Tensor, costs: Tensor,
                      beta: float | None, *, channels: int | None = None, threshold: float = 0.1) -> Seen:
     """Walks from noise to image, updating row s at step s ≥ 1 by L_s = λ_s·mean((ε - ε*)²) + β·Σ_k c_k·r[s,k].
@@ -34,25 +35,21 @@ def train_trajectory(router: Router, walk: Walk, optimizer: torch.optim.Optimize
 
     Source: HarmoniCa (Huang et al., ICML 2025), section 3.2 (SDT) and 3.3 (IEPO).
     """
-    with torch.no_grad():
-        walk.advance(walk.predict())
+    walk.advance(walk.predict())
     losses, errors, values = [], [], []
     for s in range(1, router.steps):
         target = walk.teacher()
         with torch.enable_grad():
             r = router.score(s)
-            r.retain_grad()
-            output = walk.predict(r)
-            error = (output[:, :channels].float() - target[:, :channels].float()).square().mean()
-            (importance[s] * error).backward()
-            values.append(-r.grad / costs * (1 - threshold) / (1 - r.detach()))
             cost = (costs * router.score(s)).sum() * (beta or 0.0)
-            cost.backward()
+        output, error, gradient = walk.learn(r, target, importance[s], channels)
+        values.append(-gradient / costs * (1 - threshold) / (1 - r))
+        cost.backward()
         if beta is not None:
             optimizer.step()
             router.clamp_(s)
         optimizer.zero_grad(set_to_none=True)
         walk.advance(output)
-        losses.append((importance[s] * error + cost).detach())
-        errors.append(error.detach())
+        losses.append(importance[s] * error + cost)
+        errors.append(error)
     return Seen(torch.stack(losses), torch.stack(errors), torch.stack(values))

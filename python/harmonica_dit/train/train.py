@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,10 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import harmonica_kernels as hk
 from harmonica_dit.models.flops import count_flops, replaced_bodies
 from harmonica_dit.router import LIMIT, Router
-from harmonica_dit.sample.trajectory import Trajectory, image_noise
+from harmonica_dit.sample.trajectory import Trajectory, call, image_noise
 
 from .budget import Budget, Steering
 from .checkpoint import Training
@@ -23,7 +25,7 @@ from .importance import normalised
 from .log import Log
 from .sdt import train_trajectory
 from .settings import Settings
-from .walk import Walk
+from .walk import Walk, new_executor
 
 FIRST_IMAGE = 1 << 32  # images are numbered from here, so that no sampled image starts from noise trained on
 
@@ -34,8 +36,8 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
                  refresh: int = 500, extrapolate: float | str | None = None, costs: str = "flops",
                  compare: str = "all", guidance: float | None = None, guidance_channels: int | None = None,
                  scheduler: str | SchedulerMixin | None = None, autocast: str | None = None,
-                 checkpointing: bool = False, seed: int = 0, out: str | os.PathLike | None = None,
-                 progress: bool = True) -> Router:
+                 checkpointing: bool = False, executor: str = "captured", seed: int = 0,
+                 out: str | os.PathLike | None = None, progress: bool = True) -> Router:
     """Learns which branches of `net` to compute at which step. The model is frozen; no images are needed.
 
     Args:
@@ -56,6 +58,8 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own.
         autocast: "bfloat16" runs the model under autocast in it; None runs it in its weights' dtype.
         checkpointing: recompute each branch's inside in the backward, which saves memory for some time.
+        executor: "captured" records teacher, student with its backward, and λ's forwards as CUDA graphs that serve the
+            whole training; "eager" runs them as they are. On the CPU both run alike.
         seed: decides initial logits, noise and labels.
         out: folder for checkpoint, logs, the router and its picture. The same call with the same folder goes on after
             an interruption and ends with the same bits.
@@ -80,8 +84,12 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     if next(net.parameters()).dtype == torch.float16:
         raise ValueError("net: its weights are float16, in which gradients as small as these vanish; load it with "
                          'dtype="bfloat16"')
+    if executor not in ("captured", "eager"):
+        raise ValueError(f'executor: got {executor!r}, expected "captured" or "eager"')
     out = None if out is None else Path(out)
     training, budget = _start(net, settings)
+    run = new_executor(net, training.router.steps) if executor == "captured" else call
+    cache = hk.FeatureCache(training.router.history)  # one for all trajectories, since graphs know its memory
     if out is not None:
         checkpoint, record = out / "checkpoint.safetensors", settings.record(net)
         if checkpoint.exists():
@@ -91,7 +99,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     with frozen(net), recomputed, Log(out, trajectories, training.trajectory, progress) as log:
         try:
             while training.trajectory < trajectories:
-                log.line(**_one_trajectory(net, settings, training))
+                log.line(**_one_trajectory(net, settings, training, run, cache))
                 if out is not None:
                     training.save(checkpoint, record)
         except KeyboardInterrupt:
@@ -138,21 +146,26 @@ def _start(net, settings: Settings) -> tuple[Training, Budget | None]:
     return Training(router, optimizer, torch.ones(T, device=device), steering, settings.beta), budget
 
 
-def _one_trajectory(net, settings: Settings, training: Training) -> dict[str, float]:
-    """Runs the next trajectory, before it λ where that is due; returns what there is to log."""
+def _one_trajectory(net, settings: Settings, training: Training, run: Callable,
+                    cache: hk.FeatureCache) -> dict[str, float]:
+    """Runs the next trajectory, before it λ where that is due; returns what there is to log.
+
+    run: of the trajectories, see `Trajectory`. cache: to work in.
+    """
     begun, n, router = time.monotonic(), training.trajectory, training.router
     noise = image_noise(settings.seed, FIRST_IMAGE + n * settings.batch, settings.batch, net.sample_shape)
     noise = noise.to(training.importance.device)
     T, C = router.steps, settings.refresh
     if n == 0 or n * T // C > (n - 1) * T // C:
-        found = measure_importance(router, _trajectory(net, settings, n), noise, kind=settings.importance,
-                                   rows=settings.importance_rows)
+        found = measure_importance(router, _trajectory(net, settings, n, run), noise, kind=settings.importance,
+                                   rows=settings.importance_rows, cache=cache)
         training.importance = normalised(_finite(found, "λ", n))
     costs = torch.tensor(router.flops.branches if settings.costs == "flops" else [1.0] * len(router.branches))
     costs = (costs / costs.mean()).to(noise.device)
     beta = training.beta
-    seen = train_trajectory(router, Walk(router, _trajectory(net, settings, n), noise), training.optimizer,
-                            training.importance, costs, beta, threshold=settings.threshold,
+    walk = Walk(router, _trajectory(net, settings, n, run), noise, cache=cache)
+    seen = train_trajectory(router, walk, training.optimizer, training.importance, costs, beta,
+                            threshold=settings.threshold,
                             channels=net.sample_shape[0] if settings.compare == "noise" else None)
     _finite(seen.losses, "the loss", n)
     if training.steering is not None:
@@ -164,13 +177,15 @@ def _one_trajectory(net, settings: Settings, training: Training) -> dict[str, fl
                 speedup=schedule.speedup)
 
 
-def _trajectory(net, settings: Settings, n: int) -> Trajectory:
+def _trajectory(net, settings: Settings, n: int, run: Callable = call) -> Trajectory:
     """Trajectory number n at its start; its labels depend on the seed and n alone."""
     labels = np.random.default_rng((settings.seed, n, 2)).integers(net.num_classes, size=settings.batch)
-    return Trajectory(net, torch.from_numpy(labels).to(next(net.parameters()).device), steps=settings.steps,
-                      scheduler=settings.scheduler, guidance=settings.guidance, seed=settings.seed,
-                      guidance_channels=settings.guidance_channels, first=FIRST_IMAGE + n * settings.batch,
-                      autocast=settings.autocast)
+    trajectory = Trajectory(net, torch.from_numpy(labels).to(next(net.parameters()).device), steps=settings.steps,
+                            scheduler=settings.scheduler, guidance=settings.guidance, seed=settings.seed,
+                            guidance_channels=settings.guidance_channels, first=FIRST_IMAGE + n * settings.batch,
+                            autocast=settings.autocast)
+    trajectory.run = run
+    return trajectory
 
 
 def _finite(values: Tensor, what: str, n: int) -> Tensor:

@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 import harmonica_kernels as hk
+from harmonica_dit.models.feed_forward import linear_gelu
 
 
 class Context(NamedTuple):
@@ -82,10 +84,11 @@ class FeedForwardBody:
 
     def write(self, h: Tensor, context: Context, out: Tensor) -> None:
         """Writes o into `out`, by the last linear itself where nothing stands between."""
-        *hidden, last = self.ff.net
+        first, *hidden, last = self.ff.net
         if not (type(self.ff) is FeedForward and untouched(self.ff) and writable(last)):
             out.copy_(self.ff(h))
             return
+        h = linear_gelu(first.proj, h) if _is_linear_gelu(first) else first(h)
         for module in hidden:
             h = module(h)
         write_linear(last, h, out)
@@ -169,6 +172,12 @@ def _touch(module: nn.Module) -> str:
 def writable(linear: nn.Module) -> bool:
     """Whether this is exactly nn.Linear, so that its weight may be used in its place: no LoRA, quantization or hook."""
     return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and untouched(linear)
+
+
+def _is_linear_gelu(module: nn.Module) -> bool:
+    """Whether it is exactly a linear layer with bias and the tanh form of the GELU."""
+    return (type(module) is GELU and module.approximate == "tanh" and untouched(module) and writable(module.proj)
+            and module.proj.bias is not None)
 
 
 def write_linear(linear: nn.Linear, h: Tensor, out: Tensor) -> None:
