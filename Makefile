@@ -3,21 +3,21 @@
 # its Python, whatever PYTHON says; remove it to change that.
 PYTHON ?= python3
 VENV := .venv
-INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test
 
-demo: $(INSTALLED)
+demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
 
-test: $(INSTALLED)
+test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
+# the demo needs a good deal less than the tests
+$(VENV)/.installed-%: pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo 'Python 3.10 or newer is needed; name one with `make PYTHON=python3.12 $(MAKECMDGOALS)`' >&2; exit 1; }
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
 		|| { echo 'No virtual environment could be made in $(VENV): on Debian and Ubuntu, apt-get install python3-venv' >&2; exit 1; }
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
 	@touch $@

@@ -27,7 +27,7 @@ from harmonica_dit.schedules import fora
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from plain_dit import PlainDiT  # noqa: E402  (the tests' reference model is this benchmark's too)
 
-ROUNDS = 9
+ROUNDS = 4
 MODELS = {"fashion-dit": dict(images=32, steps=20), "DiT-B/2": dict(images=8, steps=4)}  # rows: twice the images
 
 
