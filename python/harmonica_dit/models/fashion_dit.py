@@ -1,8 +1,8 @@
 """The bundled denoiser's training recipe: a small class-conditional DiT on Fashion-MNIST.
 
-`python -m harmonica_dit.models.fashion_dit train` writes `weights/fashion_dit.safetensors` (the moving average of
-the weights, fp16) and beside it the training record, `fashion_dit.json`. Ctrl-C keeps a checkpoint; the same command
-goes on from it.
+`python -m harmonica_dit.models.fashion_dit train` writes, at its end, `weights/fashion_dit.safetensors` (the moving
+average of the weights, fp16) and beside it the training record, `fashion_dit.json`. Until then a checkpoint lies there,
+from which the same command goes on after Ctrl-C, with the same bits.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -67,6 +68,9 @@ def train(net: DiT, folder=fashion_data.FOLDER, out: Path = FASHION_WEIGHTS, ste
     checkpoint, first, log = out.with_suffix(".checkpoint"), 0, []
     if checkpoint.exists():
         tensors, state = load_tensors(checkpoint)
+        if state["steps"] != steps:
+            raise SystemExit(f"{checkpoint} is of a training of {state['steps']} steps, this one has {steps}; give "
+                             "another --out, or remove it to start again")
         first, log = state["step"], state["log"]
         for name, p in parameters.items():
             p.data.copy_(tensors[f"net.{name}"])
@@ -74,15 +78,7 @@ def train(net: DiT, folder=fashion_data.FOLDER, out: Path = FASHION_WEIGHTS, ste
         restore_optimizer(optimizer, tensors)
         generator.set_state(tensors["generator"])
 
-    def save(step):
-        save_tensors(checkpoint, {**{f"net.{n}": p for n, p in parameters.items()},
-                                  **{f"average.{n}": p for n, p in average.items()},
-                                  **optimizer_tensors(optimizer), "generator": generator.get_state()},
-                     {"step": step, "log": log})
-        save_tensors(out, {n: p.half() for n, p in average.items()} | {"pos_embed": net.pos_embed.half()},
-                     {"config": FASHION, "steps": step})
-
-    start, total = time.monotonic(), 0.0
+    start, losses = time.monotonic(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())
     with Progress(*columns) as progress:
@@ -105,23 +101,27 @@ def train(net: DiT, folder=fashion_data.FOLDER, out: Path = FASHION_WEIGHTS, ste
                 optimizer.step()
                 decay = min(ema, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
-                total += loss.item()
+                losses.append(loss.item())
                 if (step + 1) % save_every == 0:
-                    log.append([step + 1, round(total / save_every, 5)])
-                    progress.update(bar, description=f"loss {total / save_every:.4f}")
-                    total = 0.0
-                    save(step + 1)
+                    log.append([step + 1, round(fmean(losses), 5)])
+                    progress.update(bar, description=f"loss {fmean(losses):.4f}")
+                    losses.clear()
+                    save_tensors(checkpoint, {**{f"net.{n}": p for n, p in parameters.items()},
+                                              **{f"average.{n}": p for n, p in average.items()},
+                                              **optimizer_tensors(optimizer), "generator": generator.get_state()},
+                                 {"step": step + 1, "steps": steps, "log": log})
                 progress.advance(bar)
         except KeyboardInterrupt:
-            save(step)
-            raise SystemExit(f"stopped after {step} of {steps} steps; the same command goes on from there") from None
-    save(steps)
-    checkpoint.unlink()
+            raise SystemExit(f"stopped after {step} of {steps} steps; the same command goes on from step "
+                             f"{step - step % save_every}") from None
+    save_tensors(out, {n: p.half() for n, p in average.items()} | {"pos_embed": net.pos_embed.half()},
+                 {"config": FASHION, "steps": steps})
     with replacing(out.with_suffix(".json")) as path:
         path.write_text(json.dumps(dict(
             config=FASHION, parameters=sum(p.numel() for p in parameters.values()), steps=steps, batch=batch, lr=lr,
             warmup=warmup, ema=ema, seed=seed, label_dropout=LABEL_DROPOUT, torch=torch.__version__,
             minutes_of_this_run=round((time.monotonic() - start) / 60, 1), loss=log)) + "\n")
+    checkpoint.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
