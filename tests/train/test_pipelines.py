@@ -252,6 +252,13 @@ def test_the_size_of_images(pixart):
             harmonica_dit.load(str(pixart), prompts=TEXTS, image_size=size)
 
 
+def test_a_checkpoint_of_other_images_is_refused(dit, tmp_path):
+    train_router(harmonica_dit.load(str(dit)), beta=1e-3, out=tmp_path, **SMALL)
+    for change, said in ((dict(image_size=96), "sample_shape="), (dict(dtype="bfloat16"), "dtype=")):
+        with pytest.raises(ValueError, match=f"of a training with {said}"):
+            train_router(harmonica_dit.load(str(dit), **change), beta=1e-3, out=tmp_path, **SMALL)
+
+
 def test_bad_input(pixart, dit, tmp_path):
     text, classes = str(pixart), str(dit)
     for arguments, words in (

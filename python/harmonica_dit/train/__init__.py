@@ -1,5 +1,5 @@
 """SDT and IEPO: training a router along the whole trajectory."""
 
-from .train import train_router
+from .train import check_arguments, train_router
 
-__all__ = ["train_router"]
+__all__ = ["check_arguments", "train_router"]

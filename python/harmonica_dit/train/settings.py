@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from diffusers import SchedulerMixin
 
 from harmonica_dit.router import check_threshold
+from harmonica_dit.sample.schedulers import ReferenceDDIM
 from harmonica_dit.schedule import is_number
 
 
@@ -50,6 +51,9 @@ class Settings:
         for name, value in given.items():
             if not is_number(value) or value < 0:
                 raise ValueError(f"{name}: got {value!r}, expected a number ≥ 0")
+        if self.beta is None and self.trajectories < 2:
+            raise ValueError(f"trajectories: got {self.trajectories}, expected at least 2 with a target, whose first "
+                             "one only measures")
         if not is_number(self.lr) or self.lr <= 0:
             raise ValueError(f"lr: got {self.lr!r}, expected a number above 0")
         check_threshold(self.threshold)
@@ -63,18 +67,22 @@ class Settings:
 
     @property
     def scheduler_name(self) -> str:
+        if isinstance(self.scheduler, ReferenceDDIM):
+            return "ddim"
         return self.scheduler if isinstance(self.scheduler, str) else type(self.scheduler).__name__
 
     def record(self, net) -> dict:
         """What a checkpoint must agree on, the model included, as JSON gives it back."""
         scheduler = self.scheduler
         if not isinstance(scheduler, str):
-            config = {name: str(value) for name, value in scheduler.config.items()}
+            config = {name: str(value) for name, value in scheduler.config.items()
+                      if not name.startswith("_")}  # diffusers' own notes, in an order that each process has anew
             scheduler = {"class": self.scheduler_name, "config": config}
         prompts = getattr(net, "prompts", None)
         return json.loads(json.dumps(asdict(self) | {
-            "scheduler": scheduler, "model": net.name, "branches": net.branch_names, "weights": fingerprint(net),
-            "prompts": prompts and prompts.checksum}))
+            "scheduler": scheduler, "model": net.name, "branches": net.branch_names,
+            "dtype": str(next(net.parameters()).dtype), "sample_shape": net.sample_shape,
+            "weights": fingerprint(net), "prompts": prompts and prompts.checksum}))
 
 
 def fingerprint(net) -> str:

@@ -1,5 +1,6 @@
 """Training a router: HarmoniCa's SDT and IEPO, image-free."""
 
+import inspect
 import os
 import time
 from collections.abc import Callable
@@ -46,7 +47,8 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         target_speedup, target_cur, beta: exactly one. The FLOPs speedup or the cache utilization ratio that the frozen
             schedule shall have, for which β and τ are found; or β itself, the weight of the cost, in units of the mean
             squared error of the guided output (λ has mean 1).
-        trajectories: how many are run; each updates every row once.
+        trajectories: how many are run, each of which updates every row once; with a target, the first only measures
+            what β is to be, so it takes at least 2.
         batch: images a trajectory; with guidance the model sees twice as many rows.
         lr: AdamW's. threshold: τ of the router.
         importance: λ's definition, "paper", "reference" or "gain", see `train.importance`; importance_rows: with "soft"
@@ -55,7 +57,8 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         extrapolate: None repeats cached outputs; a number is the forecasts' coefficient; "learned" learns one an entry.
         costs: c_k by "flops", where every branch has to have some, or "ones"; of mean 1 either way.
         compare: "all" output channels in the loss, the learned variance's too (published code), or the "noise" alone.
-        guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own.
+        guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own. Of a
+            scheduler given as an instance the router keeps the class's name: give it again to sample.
         autocast: "bfloat16" runs the model under autocast in it; None runs it in its weights' dtype.
         checkpointing: recompute each branch's inside in the backward, which saves memory for some time.
         executor: "captured" records teacher, student with its backward, and λ's forwards as CUDA graphs that serve the
@@ -81,9 +84,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
                         net.guidance if guidance is None else guidance,
                         net.guidance_channels if guidance_channels is None else guidance_channels,
                         net.scheduler if scheduler is None else scheduler, autocast, seed)
-    if next(net.parameters()).dtype == torch.float16:
-        raise ValueError("net: its weights are float16, in which gradients as small as these vanish; load it with "
-                         'dtype="bfloat16"')
+    _check_weights(next(net.parameters()).dtype)
     if executor not in ("captured", "eager"):
         raise ValueError(f'executor: got {executor!r}, expected "captured" or "eager"')
     out = None if out is None else Path(out)
@@ -115,6 +116,24 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         router.save(out / "router.safetensors")
         router.plot(out / "router.png")
     return router
+
+
+def check_arguments(*, dtype: str | torch.dtype = torch.float32, **arguments) -> None:
+    """Refuses those of `train_router` that no model could make good, and weights of such a dtype: before one is loaded.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+    _check_weights(dtype)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train_router).parameters.items()}
+    settings = {name: value for name, value in (defaults | arguments).items() if name in Settings.__annotations__}
+    Settings(**settings)
+
+
+def _check_weights(dtype: str | torch.dtype) -> None:
+    if dtype in ("float16", torch.float16):
+        raise ValueError("net: its weights are float16, in which gradients as small as a router's vanish; load it with "
+                         'dtype="bfloat16"')
 
 
 def _start(net, settings: Settings) -> tuple[Training, Budget | None]:
@@ -168,6 +187,7 @@ def _one_trajectory(net, settings: Settings, training: Training, run: Callable,
                             threshold=settings.threshold,
                             channels=net.sample_shape[0] if settings.compare == "noise" else None)
     _finite(seen.losses, "the loss", n)
+    _finite(torch.stack([p.detach() for p in router.parameters()]), "the router", n)
     if training.steering is not None:
         training.beta = training.steering.observe(seen.values)
     training.trajectory += 1
@@ -190,8 +210,7 @@ def _trajectory(net, settings: Settings, n: int, run: Callable = call) -> Trajec
 
 def _finite(values: Tensor, what: str, n: int) -> Tensor:
     if not values.isfinite().all():
-        raise FloatingPointError(f"{what} is not finite in trajectory {n}: {values.tolist()}; the last checkpoint is "
-                                 "the one before it")
+        raise FloatingPointError(f"{what} is not finite in trajectory {n}; the last checkpoint is the one before it")
     return values
 
 
