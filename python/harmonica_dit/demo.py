@@ -39,11 +39,11 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
     net = harmonica_dit.load("fashion-dit")
     console.print(f"[bold]1.[/] Training a router for {steps} steps and {target_speedup:g}× fewer FLOPs, from noise "
                   f"alone: {trajectories} trajectories of {batch} images")
-    training = out / "training"
+    training = out / ".training"  # for an interrupted demo to go on from
     router = train_router(net, steps=steps, target_speedup=target_speedup, trajectories=trajectories, batch=batch,
                           lr=0.1, importance="gain", extrapolate=1.0, out=training)
     router.save(out / "router.safetensors")
-    shutil.rmtree(training)  # it is there for an interrupted demo to go on from
+    shutil.rmtree(training)
     plot_router(router.scores(), router.threshold, out / "router.png", router.branches,
                 f"Router of {net.name}, {steps} steps")
 
