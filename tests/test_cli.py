@@ -17,7 +17,7 @@ from harmonica_dit.files import load_tensors
 from harmonica_dit.models.flops import Flops
 from harmonica_dit.router import Router
 
-TINY = ["--steps", "3", "--target-speedup", "1.3", "--trajectories", "1", "--batch", "1"]
+TINY = ["--steps", "3", "--target-speedup", "1.3", "--trajectories", "2", "--batch", "1"]
 
 
 def harmonica(*arguments):
@@ -139,9 +139,12 @@ def test_evaluate_leaves_rows_and_a_picture(router, tmp_path):
 
 
 def test_demo_leaves_its_pictures(tmp_path):
-    rows = demo.run(tmp_path, Console(quiet=True), steps=3, target_speedup=1.3, trajectories=1, batch=1, samples=10)
+    theirs = tmp_path / "training" / "of something else"
+    theirs.mkdir(parents=True)
+    rows = demo.run(tmp_path, Console(quiet=True), steps=3, target_speedup=1.3, trajectories=2, batch=1, samples=10)
     assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "router.png", "tradeoff.png", "rows.json",
-                                                          "router.safetensors"}
+                                                          "router.safetensors", "training"}
+    assert theirs.exists()
     assert rows == json.loads((tmp_path / "rows.json").read_text())
 
 
@@ -160,6 +163,11 @@ def test_demo_leaves_its_pictures(tmp_path):
     (["sample", "--model", "DiT-XL/2"], "checkpoint"),
     (["sample", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
     (["sample", "--what"], "--what"),
+    (["sample", "--threshold", "0.2"], "--threshold"),
+    (["sample", "--image-size", "64"], "image_size"),
+    (["sample", "--device", "nonsense"], "device"),
+    (["evaluate", "--device", "cuda:99"], "cuda:99"),
+    (["evaluate", "--scheduler", "HeunDiscreteScheduler"], "one call a step"),
     (["train", "--steps", "0"], "steps"),
     (["train", "--target-speedup", "0.5"], "target_speedup"),
     (["train", "--extrapolate", "perhaps"], "--extrapolate"),
@@ -188,6 +196,30 @@ def test_what_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch, 
     (tmp_path / "file").touch()
     result = harmonica(*command, "--out", tmp_path / "file" / "x.png")
     assert result.exit_code == 2 and "cannot write" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_bad_argument_of_a_training_is_known_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(harmonica_dit, "load", lambda *_: pytest.fail("it was loaded"))
+    for bad, name in ((("--lr", 0), "lr"), (("--dtype", "float16"), "float16"), (("--beta", 1), "exactly one")):
+        result = harmonica("train", "--out", tmp_path, *TINY, *bad)
+        assert result.exit_code == 2 and name in result.stderr, result.output
+
+
+def test_a_router_for_a_scheduler_of_two_calls_a_step(tmp_path):
+    router = tmp_path / "router.safetensors"
+    for command in (["train", *TINY, "--scheduler", "HeunDiscreteScheduler", "--out", tmp_path],  # 5 calls in 3 steps
+                    ["sample", "--labels", 1, "--router", router, "--out", tmp_path / "x.png"]):
+        result = harmonica(*command)
+        assert result.exit_code == 0, result.output
+
+
+def test_a_package_that_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("PixArtAlphaPipeline requires transformers")
+
+    monkeypatch.setattr(harmonica_dit, "load", missing)
+    result = harmonica("sample", "--out", tmp_path / "x.png")
+    assert (result.exit_code, result.stderr) == (2, "harmonica: PixArtAlphaPipeline requires transformers\n")
 
 
 def test_an_output_that_is_a_folder_is_refused(tmp_path):

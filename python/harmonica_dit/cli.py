@@ -21,8 +21,9 @@ from harmonica_dit.models.fashion_data import CLASSES
 from harmonica_dit.models.prompts import read_texts
 from harmonica_dit.reference_router import KINDS
 from harmonica_dit.router import Router
+from harmonica_dit.sample.schedulers import steps_of
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.train import train_router
+from harmonica_dit.train import check_arguments, train_router
 
 console = Console()
 
@@ -35,7 +36,7 @@ class Commands(TyperGroup):
             return super().invoke(context)
         except typer.TyperException as error:  # a misspelt option, a value that does not parse
             message, code = error.format_message(), 2
-        except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
             message, code = str(error), 2
         except KeyboardInterrupt as interruption:
             message, code = str(interruption) or "interrupted; the same command starts again", 130
@@ -51,6 +52,12 @@ Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configu
                                          "or repository of a diffusers pipeline.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="The model's weights, .pt or .safetensors; fashion-dit has its "
                                                       "own.")]
+Prompts = Annotated[Path | None, typer.Option(help="Prompts for a text pipeline, one a line; as labels, they are "
+                                                   "numbered from 0.")]
+Dtype = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or, but for training, float16.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.  [default: the model's own]")]
+Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda:1.  [default: cuda where there "
+                                                 "is one, else cpu]")]
 FILE = "A router's or a schedule's file, or the name of a bundled router, such as fashion-dit-2.0x"
 OwnGuidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the "
                                                         "router's, or the model's own]")]
@@ -75,11 +82,10 @@ def train(
                                            "command goes on from there after Ctrl-C.")],
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts for a text pipeline, one a line. They are encoded once; "
-                                                      "the folder keeps the embeddings.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the model's weights: float32 or bfloat16.")] = "float32",
-    image_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.  [default: the model's "
-                                                        "own]")] = None,
+    prompts: Prompts = None,
+    dtype: Dtype = "float32",
+    image_size: ImageSize = None,
+    device: Device = None,
     steps: Annotated[int, typer.Option(help="Steps of a trajectory, T.")] = 20,
     target_speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach; 1.6 unless --target-cur or "
                                                               "--beta is given.")] = None,
@@ -108,13 +114,12 @@ def train(
     if extrapolate != "learned":
         extrapolate = None if extrapolate == "none" else number("--extrapolate", extrapolate)
     check_folder(out)
-    net = harmonica_dit.load(model, checkpoint, image_size=image_size, dtype=dtype,
-                             prompts=prompts and read_texts(prompts),
-                             embeddings=prompts and out / "prompts.safetensors")
-    router = train_router(net, steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta,
-                          trajectories=trajectories, batch=batch, lr=lr, threshold=threshold, importance=importance,
-                          extrapolate=extrapolate, guidance=guidance, scheduler=scheduler, checkpointing=checkpointing,
-                          seed=seed, out=out)
+    options = dict(steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta,
+                   trajectories=trajectories, batch=batch, lr=lr, threshold=threshold, importance=importance,
+                   extrapolate=extrapolate, guidance=guidance, scheduler=scheduler, seed=seed)
+    check_arguments(**options, dtype=dtype)
+    net = load(model, checkpoint, prompts, dtype, image_size, device, out)
+    router = train_router(net, **options, checkpointing=checkpointing, out=out)
     describe(router.schedule(), out / "router.safetensors")
 
 
@@ -128,6 +133,10 @@ def sample(
     threshold: Threshold = None,
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
+    prompts: Prompts = None,
+    dtype: Dtype = "float32",
+    image_size: ImageSize = None,
+    device: Device = None,
     steps: Annotated[int | None, typer.Option(help="Steps; by default the schedule's, or 20.")] = None,
     guidance: OwnGuidance = None,
     scheduler: OwnScheduler = None,
@@ -137,18 +146,21 @@ def sample(
     """Sample images, one for each label."""
     if out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"--out: got {out}, expected a .png or a .safetensors file")
+    if threshold is not None and schedule is None:
+        raise ValueError("--threshold: it is a router's; give one with --router")
     check_file(out)
-    net = harmonica_dit.load(model, checkpoint)
+    net = load(model, checkpoint, prompts, dtype, image_size, device)
     if out.suffix == ".png" and net.sample_shape[0] not in (1, 3):
         raise ValueError(f"--out: {net.name} makes latents of {net.sample_shape[0]} channels, not images; "
                          "write a .safetensors file")
     found = None if schedule is None else read(schedule, net)
     used = None if found is None else frozen(found, threshold)
+    scheduler = own("scheduler", scheduler, [found], net.scheduler)
     if steps is None:
-        steps = 20 if used is None else used.steps
+        steps = 20 if used is None else steps_of(used.steps, scheduler, net)
     images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=used,
-                                  guidance=own("guidance", guidance, [found], net.guidance),
-                                  scheduler=own("scheduler", scheduler, [found], net.scheduler), seed=seed, batch=batch)
+                                  guidance=own("guidance", guidance, [found], net.guidance), scheduler=scheduler,
+                                  seed=seed, batch=batch)
     if out.suffix == ".png":
         image_sheet(images, out)
     else:
@@ -170,6 +182,10 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="How often all is repeated, with seeds 0, 1, …")] = 1,
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
+    prompts: Prompts = None,
+    dtype: Dtype = "float32",
+    image_size: ImageSize = None,
+    device: Device = None,
     steps: Annotated[int, typer.Option(help="Steps of the uncached trajectory and of FORA; a file's schedule has "
                                                "its own.")] = 20,
     guidance: OwnGuidance = None,
@@ -181,7 +197,7 @@ def evaluate(
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     check_folder(out)
-    net = harmonica_dit.load(model, checkpoint)
+    net = load(model, checkpoint, prompts, dtype, image_size, device, out)
     found = [read(path, net) for path in schedule or ()]
     guidance = own("guidance", guidance, found, net.guidance)
     scheduler = own("scheduler", scheduler, found, net.scheduler)
@@ -218,6 +234,15 @@ def show(
     else:
         plot_schedule(schedule, out)
     describe(schedule, out)
+
+
+def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, image_size: int | None,
+         device: str | None, folder: Path | None = None):
+    """The denoiser that the options name; `folder` keeps the encoded prompts."""
+    return harmonica_dit.load(model, checkpoint, image_size=image_size, dtype=dtype,
+                              device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                              prompts=prompts and read_texts(prompts),
+                              embeddings=prompts and folder and folder / "prompts.safetensors")
 
 
 def describe(schedule: Schedule, path: Path) -> None:

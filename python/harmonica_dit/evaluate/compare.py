@@ -47,7 +47,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
         methods: what to compare; the uncached run comes first by itself.
         labels: [n] whole numbers, one for each image.
         steps: T of the uncached trajectory.
-        guidance, seed, batch, scheduler: as in `harmonica_dit.sample`.
+        guidance, seed, batch, scheduler: as in `harmonica_dit.sample`; the scheduler calls the model once a step.
         judge: makes a judge for each method; None where there is none for this model: then no label accuracy and
             no Fréchet distance.
         progress: called with the images done so far, over all methods: 0 when all arguments have been found good,
@@ -69,6 +69,9 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     check_names(methods)
     for method in methods:
         trajectory = Trajectory(net, labels[:1], steps=method.steps, scheduler=scheduler, guidance=guidance)
+        if trajectory.steps != method.steps:
+            raise ValueError(f"scheduler: {scheduler!r} calls the model {trajectory.steps} times in {method.steps} "
+                             "steps; to compare, take one of one call a step")
         if method.schedule is not None:
             method.schedule.check(net, trajectory)
     if progress is not None:

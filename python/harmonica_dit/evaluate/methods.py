@@ -32,7 +32,7 @@ class Method:
 
 
 def fewer_steps(steps: int, speedup: float) -> Method:
-    """The baseline that needs no method: as few of `steps` as reach the FLOPs speedup, e.g. 12 of 20 for 1.67."""
+    """The baseline that needs no method: the number of steps nearest to a FLOPs speedup, e.g. 12 of 20 for 1.67."""
     fewer = max(1, round(steps / speedup))
     return Method(f"{fewer} steps", "fewer steps", fewer)
 

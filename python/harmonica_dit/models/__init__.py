@@ -15,6 +15,7 @@ from .flops import Flops, count_flops
 FASHION = dict(input_size=28, patch_size=4, in_channels=1, hidden_size=128, depth=8, num_heads=4, num_classes=10,
                learn_sigma=False)
 FASHION_WEIGHTS = Path(__file__).parent / "weights" / "fashion_dit.safetensors"
+VAE_FACTOR = 8  # pixels a latent's side
 CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
            for size, width, depth, heads in (("XL", 1152, 28, 16), ("L", 1024, 24, 16), ("B", 768, 12, 12),
                                              ("S", 384, 12, 6))
@@ -38,17 +39,17 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
         image_size: in pixels, by default 256 for a configuration and a pipeline's own; the latent's side is an eighth.
         prompts: of a text pipeline. They are encoded once, then the text encoder is let go.
         embeddings: file in which the encoded prompts are kept, and from which they are read the next time.
-        dtype: of the weights: float32, bfloat16 or float16.
+        dtype: of the weights: float32, bfloat16 or float16. device: where they are to lie, such as "cuda".
         attention: back end of a DiT, "sdpa" (PyTorch's choice of flash attention, cuDNN and its own) or "xformers"; a
             pipeline keeps its own processors.
 
     Raises:
-        ValueError: the name or back end is not known, or the checkpoint, the prompts or the file of embeddings do not
-            fit it.
+        ValueError: the name, back end or device is not known, or the image size, the checkpoint, the prompts or the
+            file of embeddings do not fit the model.
         ImportError: xformers is asked for and not installed.
         FileNotFoundError: there is no such checkpoint.
     """
-    dtype = check_dtype(dtype)
+    dtype, device = check_dtype(dtype), check_device(device)
     if name not in ("fashion-dit", *CONFIGS) and (os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         from .pipeline import load_pipeline
 
@@ -59,16 +60,16 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
     if prompts is not None or embeddings is not None:
         raise ValueError(f"prompts: {name} is conditioned on classes and takes none")
     if name == "fashion-dit":
+        if image_size is not None:
+            raise ValueError(f"image_size: got {image_size!r}; fashion-dit makes 28 × 28 pixels, nothing else")
         net, checkpoint = DiT(**FASHION, name=name, attention=attention), checkpoint or FASHION_WEIGHTS
     elif name in CONFIGS:
         if checkpoint is None:
             raise ValueError(f"checkpoint: {name} needs its weights, such as DiT-XL-2-256x256.pt from "
                              "facebookresearch/DiT")
-        image_size = 256 if image_size is None else image_size
-        if image_size % (8 * CONFIGS[name]["patch_size"]):
-            raise ValueError(f"image_size: got {image_size}, expected a multiple of {8 * CONFIGS[name]['patch_size']}")
+        side = latent_side(256 if image_size is None else image_size, CONFIGS[name]["patch_size"])
         with torch.device("meta"):
-            net = DiT(**CONFIGS[name], input_size=image_size // 8, name=name, attention=attention)
+            net = DiT(**CONFIGS[name], input_size=side, name=name, attention=attention)
         net.to_empty(device="cpu")
     else:
         raise ValueError(f'name: got {name!r}, expected "fashion-dit", one of {", ".join(CONFIGS)}, or the folder or '
@@ -85,6 +86,25 @@ def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if dtype not in known and dtype not in known.values():
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(known)}")
     return known.get(dtype, dtype)
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device: got {device!r}, expected one of PyTorch\'s, such as "cpu" or "cuda:0"') from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {str(device)!r}, but PyTorch {torch.__version__} sees "
+                         f"{torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def latent_side(image_size: int, patch_size: int) -> int:
+    """The side of the latent, an eighth of the image's, where a whole number of patches fits."""
+    multiple = VAE_FACTOR * patch_size
+    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1 or image_size % multiple:
+        raise ValueError(f"image_size: got {image_size!r}, expected a multiple of {multiple}")
+    return image_size // VAE_FACTOR
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:

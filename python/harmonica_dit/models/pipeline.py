@@ -9,11 +9,11 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
+from . import VAE_FACTOR, latent_side
 from .adapters import adapt, model_name
 from .prompts import Prompts, prepare
 
 PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
-VAE_FACTOR = 8  # pixels a latent's side
 
 
 class PipelineDenoiser(nn.Module):
@@ -38,7 +38,7 @@ class PipelineDenoiser(nn.Module):
         self.name, self.scheduler, self.guidance, self.prompts = name, scheduler, guidance, prompts
         self.branches, self.branch_names = self.adapter.branches, self.adapter.branch_names
         self.architecture = self.adapter.architecture
-        size = config.sample_size if image_size is None else check_size(image_size, VAE_FACTOR * config.patch_size)
+        size = config.sample_size if image_size is None else latent_side(image_size, config.patch_size)
         self.sample_shape = (config.in_channels, size, size)
         self.tokens = (size // config.patch_size) ** 2
         self.guidance_channels = config.in_channels  # a learned variance behind them is not guided, nor used
@@ -80,17 +80,10 @@ def load_pipeline(source: str, *, prompts: Sequence[str] | None, embeddings: str
         if prompts is None:
             raise ValueError(f"prompts: {name} is conditioned on text; give some, such as those it will be used with")
         texts = prepare(name, cls, source, prompts, dtype, device, embeddings)
-    elif prompts is not None:
+    elif prompts is not None or embeddings is not None:
         raise ValueError(f"prompts: {name} is conditioned on classes and takes none")
     unused = {part: None for part in ("vae", "text_encoder", "tokenizer") if part in config}
     pipe = cls.from_pretrained(source, dtype=dtype, **unused)
     guidance = inspect.signature(cls.__call__).parameters["guidance_scale"].default
     return PipelineDenoiser(pipe.transformer, pipe.scheduler, name=name, guidance=guidance, prompts=texts,
                             image_size=image_size).eval().requires_grad_(False).to(device)
-
-
-def check_size(image_size: int, multiple: int) -> int:
-    """The side of the latent of an image of that side in pixels."""
-    if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1 or image_size % multiple:
-        raise ValueError(f"image_size: got {image_size!r}, expected a multiple of {multiple}")
-    return image_size // VAE_FACTOR

@@ -78,6 +78,18 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None)
     return made
 
 
+def steps_of(calls: int, scheduler: str | SchedulerMixin | None, net=None) -> int:
+    """The `steps` of a trajectory that calls the model so often: the same number but for schedulers such as Heun's.
+
+    Raises:
+        TypeError, ValueError: as `make_scheduler`, or this scheduler has no such trajectory.
+    """
+    for steps in range(calls, 0, -1):
+        if len(make_scheduler(scheduler, steps, net).timesteps) == calls:
+            return steps
+    raise ValueError(f"scheduler: {scheduler!r} never calls the model {calls} times, which the schedule is for")
+
+
 def _named(name: str, own: SchedulerMixin | None) -> SchedulerMixin:
     """The reference's or one of diffusers', for a model whose own scheduler is `own`, None for the reference's."""
     cls = {"ddim": ReferenceDDIM, "iddpm": DDPMScheduler}.get(name) or getattr(diffusers, name, None)
