@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
@@ -114,7 +114,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def settings(**options) -> dict:
     """The machine, its load, the versions and the commit that a report was made with."""
-    return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), device="cpu", processor=processor(),
+    return dict(date=datetime.now(timezone.utc).isoformat(timespec="seconds"), device="cpu", processor=processor(),
                 cores=os.cpu_count(), threads=torch.get_num_threads(), load=list(os.getloadavg()),
                 python=platform.python_version(), versions={name: installed(name) for name in PACKAGES},
                 commit=commit(), **options)
