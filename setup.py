@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configures once for each Python in build/, so that a rebuild compiles only what has changed."""
+    """Configures anew in a folder of build/ for each Python, where a rebuild compiles only what has changed."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -34,6 +34,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
+        for found in (build / "CMakeCache.txt", *build.glob("CMakeFiles/*/CMake*Compiler.cmake")):
+            found.unlink(missing_ok=True)  # compilers come and go, checkouts move; what is compiled already stays
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
                         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
                        check=True)
