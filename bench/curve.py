@@ -71,7 +71,8 @@ def main() -> None:
     speedups = wall_speedups(net, methods, args)
     for row in rows:
         if row["name"] in speedups:
-            row |= dict(wall_speedup=speedups[row["name"]], threads=args.threads, cpu=cpu_model(), cores=os.cpu_count())
+            row |= dict(wall_speedup=speedups[row["name"]], threads=args.threads, cpu=cpu_model(), cores=os.cpu_count(),
+                        timed_commit=commit())
     save(args.out, settings, rows)
 
 
@@ -106,6 +107,7 @@ def measure(net, method: Method, args, seed: int, weights: str) -> dict:
 def wall_speedups(net, methods: list[Method], args) -> dict[str, float]:
     """Each method's, by the median over rounds in which every method samples one batch in turn."""
     labels = torch.arange(args.batch) % net.num_classes
+    timed_sample(net, labels, methods[0], seed=0, guidance=args.guidance, batch=args.batch)  # warms up
     seconds = {method.name: [] for method in methods}
     for number in track(range(ROUNDS), "wall-clock speedups"):
         for method in methods:
