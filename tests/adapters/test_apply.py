@@ -615,6 +615,10 @@ def test_parts_changed_after_apply(dit):
     with pytest.raises(ValueError, match="transformer_blocks.1: has been compiled"):
         run(dit)
     transformer.transformer_blocks[1]._compiled_call_impl = None
+    transformer.compile(backend="eager")
+    with pytest.raises(ValueError, match="transformer: has been compiled"):
+        run(dit)
+    transformer._compiled_call_impl = None
     assert torch.equal(run(dit), expected)
 
 

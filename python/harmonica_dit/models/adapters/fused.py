@@ -139,6 +139,8 @@ class FusedAdapter:
     def check(self) -> None:
         """Refuses hooks and compiled code on modules that are not called here, for they would be passed by silently.
 
+        The transformer's own hooks are left to those who call the adapter in its place.
+
         Raises:
             ValueError: the message names the module and what sits on it.
         """
@@ -148,12 +150,15 @@ class FusedAdapter:
             prefix = f"transformer_blocks.{i}"
             passed_by.append((prefix, block))
             passed_by += ((f"{prefix}.{part}", block.get_submodule(part)) for part in self._passed_by(block))
-        for name, module in passed_by:
-            if not untouched(module):
-                raise ValueError(
-                    f"{name}: has {_touch(module)}, which would not run: blocks are taken apart into their branches. "
-                    "Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
-                    "enable_model_cpu_offload")
+        touched = [(name, module) for name, module in passed_by if not untouched(module)]
+        if transformer._compiled_call_impl is not None:
+            touched.insert(0, ("transformer", transformer))
+        if touched:
+            name, module = touched[0]
+            raise ValueError(
+                f"{name}: has {_touch(module)}, which would not run: blocks are taken apart into their branches. "
+                "Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
+                "enable_model_cpu_offload")
 
 
 def untouched(module: nn.Module) -> bool:
