@@ -267,6 +267,19 @@ def test_trace_orders_branches_and_leaves_out_what_cannot_be_gated():
         GenericAdapter(Toy("skipped"), ["blocks.0.attn"]).trace(x)
 
 
+def test_trace_sees_in_inference_mode_what_is_changed_in_place():
+    """Also where the model and its arguments were made there; without a trace such a branch would go wrong unseen."""
+    with torch.inference_mode():
+        toy, x = Toy("in place", None), torch.randn(2, 4)
+        adapter, plain = GenericAdapter(toy), toy(x)
+        assert plain.is_inference() and toy.blocks[0].ff.inner[0].weight.is_inference()
+        adapter.trace(x)
+        assert adapter.left_out == {"blocks.0.attn": "its output is changed in place"}
+        cache = adapter.new_cache()
+        for gate in (None, (False,) * 3, (False,) * 3):
+            assert torch.equal(adapter(x, gate=gate, cache=cache), plain)
+
+
 def oracle_of(oracle, toy, x, gate):
     class Listed(nn.Module):  # values() takes what a diffusers model returns
         def forward(self):

@@ -90,7 +90,9 @@ class GenericAdapter:
         """Runs one forward of the transformer to see its branches at work; the arguments are the transformer's own.
 
         Puts `branch_names` in the order of execution and leaves out (`left_out`) what the gate cannot stand for: a
-        branch that is not called, and one whose output is not tensors, or is changed in place afterwards.
+        branch that is not called, and one whose output is not tensors, or is changed in place afterwards. Under
+        `torch.inference_mode` too: this forward leaves it, for its tensors do not tell whether they were changed.
+        Parameters and arguments made there are fine, unless the transformer changes them in place, which torch refuses.
 
         Returns:
             What the forward costs, branch by branch (matrix products, convolutions, attention).
@@ -99,7 +101,7 @@ class GenericAdapter:
             TypeError: no branch is left.
         """
         run = _Trace(self)
-        with torch.no_grad(), flop_counter() as counter:
+        with torch.inference_mode(False), torch.no_grad(), flop_counter() as counter:
             self._forward(self.transformer, args, kwargs, run)
         unfit = run.unfit()
         names = sorted((name for name in self.branch_names if name not in unfit), key=run.first.__getitem__)
@@ -125,7 +127,7 @@ class GenericAdapter:
             TypeError, ValueError: an argument is not as it should be; the message names it.
             RuntimeError: the last forward with this cache was interrupted; or a branch was not called, or not as
                 often as when its outputs were stored, or its output was changed in place (`trace` finds such branches
-                and leaves them out).
+                and leaves them out; under `torch.inference_mode`, where a change cannot be seen, only `trace` does).
         """
         return self._gated(self.transformer, args, kwargs, gate, extrapolate, cache, threshold)
 
