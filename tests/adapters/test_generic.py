@@ -470,7 +470,7 @@ def test_the_code_in_the_docs_runs(docs):
     transformer, arguments = make("SD3Transformer2DModel")
 
     def denoise(transformer, T):
-        return [transformer(**moved(arguments, s)) for s in range(T)]
+        return [transformer(**moved(arguments, s) | dict(timestep=arguments["timestep"] - s)) for s in range(T)]
 
     names = dict(torch=torch, transformer=transformer, arguments=arguments, T=4, denoise=denoise)
     with torch.no_grad():

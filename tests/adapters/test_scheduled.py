@@ -9,6 +9,8 @@ import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from generic_models import make, row, state
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmonica_dit import Schedule, scheduled
 from harmonica_dit.models import Flops
@@ -160,6 +162,94 @@ def test_the_hooks_of_offloading_are_set_anew_inside(when, monkeypatch):
     assert torch.equal(run(), plain) and torch.equal(run(), plain)
     remove_hook_from_module(transformer, recurse=True)
     assert transformer.forward.__func__ is type(transformer).forward
+
+
+@pytest.mark.parametrize("name, calls, trajectories", [
+    ("Wan", 1, [{}]), ("Wan", 1, [dict(steps=2)]),  # guidance: two calls a step
+    ("Wan", 2, [dict(guidance_scale=1.0)] * 2), ("Wan", 2, [dict(guidance_scale=1.0, steps=8)]),  # none: one
+    ("Flux", 1, [dict(steps=2)] * 2), ("Flux", 1, [dict(steps=8)]), ("Flux", 1, [{}, dict(steps=2), dict(steps=2)])])
+def test_calls_that_are_no_whole_trajectories_are_refused(name, calls, trajectories):
+    """Also where their number is a multiple of that of a trajectory."""
+    pipe, run = pipeline(name)
+    schedule = schedule_of(GenericAdapter(pipe.transformer), 4, history=1)
+    with pytest.raises(RuntimeError, match=f"called at the timesteps .* 4 steps .* {calls} calls a step.*calls=2"):
+        with scheduled(pipe.transformer, schedule, calls=calls):
+            for changes in trajectories:
+                run(**changes)
+    assert "forward" not in vars(pipe.transformer)
+
+
+class Timed(nn.Module):
+    """A transformer that does nothing with its timestep."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"ff": nn.Sequential(nn.Linear(2, 2))}) for _ in range(2))
+
+    def forward(self, x, t=None):
+        return self.blocks[1]["ff"](self.blocks[0]["ff"](x))
+
+
+def follow(timesteps, T, calls, named):
+    """Calls a transformer at these, which are given by name or not."""
+    transformer, x = Timed(), torch.zeros(1, 2)
+    with scheduled(transformer, schedule_of(GenericAdapter(transformer), T, history=1), calls=calls):
+        for t in timesteps:
+            transformer(x, t=t) if named else transformer(x, t)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("timesteps, T, calls", [
+    ([1000, 996, 996, 992, 500] * 2, 5, 1),  # the noisy end in bfloat16
+    ([0.0, 0.3, 0.7, 0.9] * 2, 4, 1), ([9, 9, 5, 5, 0, 0], 3, 2), ([9, 9, 9], 1, 1), ([None] * 6, 3, 1),
+    ([900, 500, 100, 400, 200, 50], 3, 1),  # the second from an image
+    ([torch.tensor([[0.0, t, t], [0.0, 0.0, t]]) for t in (900, 500, 100)], 3, 1)])
+def test_timesteps_of_whole_trajectories(timesteps, T, calls, named):
+    follow(timesteps, T, calls, named)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("timesteps, T, calls", [
+    ([500] * 3, 3, 1), ([9, 9, 5, 5, 0, 0], 6, 1), ([9, 9, 5, 5, 0, 0], 3, 1), ([9, 5, 7], 3, 1), ([9, 8, 5, 5], 2, 2),
+    ([9, 5, 3, 0], 2, 1), ([0.0, 0.3, 0.7, 0.9], 2, 1), ([9, 5, 0, 9, 5, 0], 6, 1),
+    ([torch.tensor(t) for t in (9, 9, 5, 5)], 4, 1)])
+def test_timesteps_of_others(timesteps, T, calls, named):
+    with pytest.raises(RuntimeError, match="called at the timesteps"):
+        follow(timesteps, T, calls, named)
+
+
+def test_what_is_refused_is_over():
+    """Who goes on after an error begins a trajectory."""
+    transformer, x = Timed(), torch.zeros(1, 2)
+    schedule = schedule_of(GenericAdapter(transformer), 3, history=1)
+    with scheduled(transformer, schedule):
+        for t in (9, 5, 5):
+            transformer(x, t)
+        with pytest.raises(RuntimeError, match=r"timesteps \[9.0, 5.0, 5.0\];"):
+            transformer(x, 0)
+        for t in (9, 5, 0):
+            transformer(x, t)
+
+
+def test_timesteps_are_read_when_the_trajectory_is_over():
+    """And as they were at the call, though the loop may count in one tensor."""
+    reads = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                reads.append(func)
+            return func(*args, **kwargs or {})
+
+    transformer, x, t = Timed(), torch.zeros(1, 2), torch.tensor([8])
+    schedule = schedule_of(GenericAdapter(transformer), 4, history=1)
+    with Reads(), scheduled(transformer, schedule):
+        reads.clear()  # of the schedule's own tables
+        for _ in range(4):
+            transformer(x, t)
+            t -= 2
+        assert not reads
+    assert len(reads) == 4
 
 
 def test_a_forward_that_is_replaced_inside_is_noticed():
