@@ -90,8 +90,8 @@ class GenericAdapter:
 
         Puts `branch_names` in the order of execution and leaves out (`left_out`) what the gate cannot stand for: a
         branch that is not called, and one whose output is not tensors, or is changed in place afterwards. This
-        forward leaves `torch.inference_mode`, whose tensors do not tell whether they were changed. Parameters and
-        arguments that were made there are fine, unless the transformer changes them in place, which torch refuses.
+        forward leaves `torch.inference_mode`, whose tensors do not tell whether they were changed. What was made there
+        may be passed, also parameters that require no gradient; only torch refuses to change it in place.
 
         Returns:
             What the forward costs, branch by branch (matrix products, convolutions, attention).
