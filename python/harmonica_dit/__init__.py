@@ -1,7 +1,7 @@
 """HarmoniCa: learned feature caching for diffusion transformers (Huang et al., ICML 2025)."""
 
 from .models import load
-from .models.adapters.generic import scheduled
+from .models.adapters.scheduled import scheduled
 from .pipelines import HarmoniCaConfig, apply, remove
 from .router import Router
 from .sample import denoise, sample

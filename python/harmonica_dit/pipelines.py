@@ -26,7 +26,6 @@ from harmonica_dit.schedule import Schedule, check_fits, shortened
 
 SUPPORTED = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")  # call the transformer once a timestep
 MISMATCH = ("error", "resample")
-HOISTED = 32  # steps whose modulation is held at once
 
 
 @dataclass(frozen=True)
@@ -200,10 +199,9 @@ class _Trajectory:
         self._check_step(*args, **kwargs)
         s, self.step = self.step, self.step + 1
         adapter, schedule = self.applied.adapter, self.schedule
-        if s % HOISTED == 0:
-            window = slice(s, s + HOISTED)
-            self.hoisted = adapter.hoist(schedule.rows[window], self.timesteps[window], *args, **kwargs)
-        output = adapter(*args, **kwargs, **self.hoisted[s % HOISTED], gate=schedule.rows[s], cache=self.cache,
+        if s == 0:
+            self.hoisted = adapter.hoist(schedule.rows, self.timesteps, *args, **kwargs)
+        output = adapter(*args, **kwargs, **next(self.hoisted), gate=schedule.rows[s], cache=self.cache,
                          extrapolate=schedule.forecasts[s])
         return output if hook is None else hook.post_forward(transformer, output)
 

@@ -1,5 +1,7 @@
 """Small random transformers of diffusers' classes, each with the arguments of one forward."""
 
+import random
+
 import diffusers
 import torch
 
@@ -182,3 +184,14 @@ def values(output) -> torch.Tensor:
     """What a forward returned, as one flat tensor."""
     sample = output[0]
     return torch.cat([t.flatten() for t in sample]) if isinstance(sample, list) else sample.flatten()
+
+
+def row(K, seed):
+    """A random hard row that computes some and reuses some."""
+    rng = random.Random(seed)
+    computed = rng.sample(range(K), rng.randint(1, K - 1))
+    return tuple(k in computed for k in range(K))
+
+
+def state(transformer):
+    return {name: sorted(vars(module)) + [len(module._forward_hooks)] for name, module in transformer.named_modules()}

@@ -213,7 +213,7 @@ def test_hoisted_modulation_is_the_steps_own(plain):
                 inputs["timestep"] = torch.full((3,), t)
                 if s in (0, 3):
                     window = slice(s, 3 if s == 0 else 7)
-                    made = adapter.hoist(schedule.rows[window], timesteps[window], **inputs)
+                    made = list(adapter.hoist(schedule.rows[window], timesteps[window], **inputs))
                 more = made.pop(0) if hoisted else {}
                 results.append(adapter(**inputs, **more, cache=cache, gate=schedule.rows[s],
                                        extrapolate=schedule.forecasts[s]).sample)
@@ -223,6 +223,25 @@ def test_hoisted_modulation_is_the_steps_own(plain):
                         assert (more["modulation"].shift[k] is None) == (not compute)
 
 
+def test_modulation_is_hoisted_in_slices(monkeypatch):
+    """Of as many steps as HOISTED bytes can hold, and one at least, each when it is asked for."""
+    model = small_dit()
+    adapter, inputs = adapt(model), dit_inputs(model)
+    steps, embedded = 5, []
+    model.transformer_blocks[0].norm1.emb.register_forward_hook(lambda module, args, _: embedded.append(len(args[0])))
+    row_bytes = (3 * 4 + 2) * 3 * 24 * 4  # of a step: K = 4 branches, B = 3, D = 24, float32
+    for at_once, slices in ((2, [2, 2, 1]), (0, [1] * 5), (5, [5])):
+        monkeypatch.setattr("harmonica_dit.models.adapters.dit.HOISTED", at_once * row_bytes)
+        embedded.clear()
+        with torch.no_grad():
+            hoisted = adapter.hoist(((True,) * 4,) * steps, (999, 700, 500, 300, 3), **inputs)
+            asked = [len(embedded) for _ in hoisted]
+            modulation = next(adapter.hoist(((True,) * 4,), (999,), **inputs))["modulation"]
+        assert embedded[:-2] == [3 * n for n in slices for _ in range(2)]  # for the block, and for the final layer
+        assert asked == [2 * (i + 1) for i, n in enumerate(slices) for _ in range(n)]
+        assert sum(row.nbytes for rows in modulation for row in rows) == row_bytes
+
+
 def test_hoisted_keys_and_values():
     """Of the cross-attentions that a row computes, and that are diffusers' own."""
     model = small_pixart(num_layers=3)
@@ -230,11 +249,11 @@ def test_hoisted_keys_and_values():
     blocks = model.transformer_blocks
     row = tuple(name != "transformer_blocks.2.attn2" for name in adapter.branch_names)
     with torch.no_grad():
-        first = adapter.hoist((row, row), (900, 800), **inputs)
+        first = list(adapter.hoist((row, row), (900, 800), **inputs))
         assert set(first[1]["keys_values"]) == {blocks[0].attn2, blocks[1].attn2}
         blocks[0].attn2.set_processor(Loud())
         expected = model(**inputs).sample
-        more = adapter.hoist(((True,) * 9,), (900,), **inputs)[0]
+        more = next(adapter.hoist(((True,) * 9,), (900,), **inputs))
         assert set(more["keys_values"]) == {blocks[1].attn2, blocks[2].attn2}
         close(adapter(**inputs, **more, cache=adapter.new_cache()).sample, expected)
 

@@ -1,32 +1,21 @@
 """The generic adapter against the plain model and an oracle made of forward hooks; the docs' table against both."""
 
 import inspect
-import random
 import re
 import threading
 from contextlib import contextmanager
-from dataclasses import replace
 
 import diffusers
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from generic_models import MODELS, make, moved, values
+from generic_models import MODELS, make, moved, row, state, values
 from torch import nn
 
 from harmonica_dit.models.adapters import adapt
-from harmonica_dit.models.adapters.generic import GenericAdapter, GenericCache, flop_counter, scheduled
-from harmonica_dit.models.flops import Flops
-from harmonica_dit.schedule import Schedule
+from harmonica_dit.models.adapters.generic import GenericAdapter, GenericCache, flop_counter
 
 NAMES = list(MODELS)
-
-
-def row(K, seed):
-    """A random hard row that computes some and reuses some."""
-    rng = random.Random(seed)
-    computed = rng.sample(range(K), rng.randint(1, K - 1))
-    return tuple(k in computed for k in range(K))
 
 
 class Oracle:
@@ -77,10 +66,6 @@ def forecast(e, previous, latest):
 @pytest.fixture(scope="module", params=NAMES)
 def model(request):
     return make(request.param)
-
-
-def state(transformer):
-    return {name: sorted(vars(module)) + [len(module._forward_hooks)] for name, module in transformer.named_modules()}
 
 
 @torch.no_grad()
@@ -267,6 +252,19 @@ def test_trace_orders_branches_and_leaves_out_what_cannot_be_gated():
         GenericAdapter(Toy("skipped"), ["blocks.0.attn"]).trace(x)
 
 
+def test_trace_sees_in_inference_mode_what_is_changed_in_place():
+    """Also where the model and its arguments were made there; without a trace such a branch would go wrong unseen."""
+    with torch.inference_mode():
+        toy, x = Toy("in place", None), torch.randn(2, 4)
+        adapter, plain = GenericAdapter(toy), toy(x)
+        assert plain.is_inference() and toy.blocks[0].ff.inner[0].weight.is_inference()
+        adapter.trace(x)
+        assert adapter.left_out == {"blocks.0.attn": "its output is changed in place"}
+        cache = adapter.new_cache()
+        for gate in (None, (False,) * 3, (False,) * 3):
+            assert torch.equal(adapter(x, gate=gate, cache=cache), plain)
+
+
 def oracle_of(oracle, toy, x, gate):
     class Listed(nn.Module):  # values() takes what a diffusers model returns
         def forward(self):
@@ -410,116 +408,6 @@ def test_threads_share_a_transformer():
     assert state(transformer) == before
 
 
-def schedule_of(adapter, T, history=2):
-    K = len(adapter.branch_names)
-    compute = torch.tensor([(True,) * K, *(row(K, s) for s in range(1, T))])
-    return Schedule(compute, adapter.branch_names, Flops((1.0,) * K, 1.0), torch.full((T, K), 0.5 * (history - 1)))
-
-
-@torch.no_grad()
-def test_a_denoising_loop_follows_a_schedule():
-    """Two trajectories of two calls a step, as of a pipeline that runs the empty prompt by itself."""
-    transformer, arguments = make("WanTransformer3DModel")
-    adapter, before = GenericAdapter(transformer), state(transformer)
-    schedule = schedule_of(adapter, 5)
-    empty = {"encoder_hidden_states": torch.randn(1, 3, 12)}
-
-    def loop(call):
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-        scheduler.set_timesteps(5)
-        x = arguments["hidden_states"]
-        for s, t in enumerate(scheduler.timesteps):
-            step = arguments | dict(hidden_states=x, timestep=t[None])
-            with_prompt, without = call(s, 0, step), call(s, 1, step | empty)
-            x = scheduler.step(without + 3 * (with_prompt - without), t, x).prev_sample
-        return x
-
-    def by_hand():
-        caches = [adapter.new_cache(2), adapter.new_cache(2)]
-        return loop(lambda s, i, step: adapter(**step, gate=schedule.rows[s], extrapolate=schedule.forecasts[s],
-                                               cache=caches[i]).sample)
-
-    plain = loop(lambda s, i, step: transformer(**step).sample)
-    with scheduled(transformer, schedule, calls=2):
-        images = [loop(lambda s, i, step: transformer(**step).sample) for _ in range(2)]
-    assert all(torch.equal(image, by_hand()) for image in images) and not torch.equal(images[0], plain)
-    assert state(transformer) == before and torch.equal(loop(lambda s, i, step: transformer(**step).sample), plain)
-
-    with pytest.raises(RuntimeError, match="called 10 times.*5 steps of 4"), scheduled(transformer, schedule, calls=4):
-        loop(lambda s, i, step: transformer(**step).sample)
-    with pytest.raises(ValueError, match="cache: holds a forward"), scheduled(transformer, schedule, calls=2):
-        transformer(**arguments), transformer(**arguments)
-        transformer(**arguments | {"encoder_hidden_states": torch.randn(1, 2, 12)})
-    with pytest.raises(ZeroDivisionError), scheduled(transformer, schedule):
-        transformer(**arguments)
-        raise ZeroDivisionError
-    with scheduled(transformer, schedule, calls=2):
-        transformer(**arguments)
-        with pytest.raises(TypeError):
-            transformer(**arguments, nonsense=1)
-        again = loop(lambda s, i, step: transformer(**step).sample)
-    assert torch.equal(again, images[0])
-    other = replace(schedule, architecture={"class": "Other"})
-    with pytest.raises(ValueError, match="for the architecture"), scheduled(transformer, other):
-        pass
-    assert state(transformer) == before
-    for calls, bad in ((0, schedule), (True, schedule), (1, "router.safetensors")):
-        with pytest.raises((ValueError, TypeError), match="calls: got|schedule: got"), scheduled(transformer, bad,
-                                                                                                  calls=calls):
-            pass
-
-
-@contextmanager
-def by_hooks(transformer, schedule, calls):
-    """The same as `scheduled` for one trajectory that repeats, by hooks that put old outputs in place of new ones."""
-    latest, count = {}, 0
-
-    def counted(*_):
-        nonlocal count
-        count += 1
-
-    def hook(k):
-        def put(module, args, output):
-            s, call = divmod(count, calls)
-            if schedule.rows[s][k]:
-                latest[k, call] = output
-            return latest[k, call]
-        return put
-
-    handles = [transformer.register_forward_hook(counted)]
-    handles += [transformer.get_submodule(name).register_forward_hook(hook(k))
-                for k, name in enumerate(schedule.branches)]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-@pytest.mark.parametrize("name, calls", [("FluxTransformer2DModel", 1), ("WanTransformer3DModel", 2)])
-def test_pipelines_follow_a_schedule(name, calls):
-    """Real pipelines, without text encoder and VAE; Wan's calls the transformer twice a step."""
-    transformer, _ = make(name)
-    scheduler, prompt = diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(1, 3, 16 if calls == 1 else 12)
-    if calls == 1:
-        pipe = diffusers.FluxPipeline(scheduler, None, None, None, None, None, transformer)
-        arguments = dict(pooled_prompt_embeds=torch.randn(1, 12))
-    else:
-        pipe = diffusers.WanPipeline(None, None, None, scheduler, transformer)
-        arguments = dict(negative_prompt_embeds=torch.randn(1, 3, 12), num_frames=5)
-    pipe.set_progress_bar_config(disable=True)
-
-    def run():
-        return pipe(prompt_embeds=prompt, height=32, width=48, num_inference_steps=4, output_type="latent",
-                    generator=torch.Generator().manual_seed(0), **arguments)[0]
-
-    plain, schedule = run(), schedule_of(GenericAdapter(transformer), 4, history=1)
-    with by_hooks(transformer, schedule, calls):
-        expected = run()
-    with scheduled(transformer, schedule, calls=calls):
-        images = run(), run()
-    assert all(torch.equal(image, expected) for image in images) and not torch.equal(expected, plain)
-    assert torch.equal(run(), plain)
-
-
 def described(names):
     """Branches' names as the docs have them: `list`: part, part; …"""
     lists = {}
@@ -582,7 +470,7 @@ def test_the_code_in_the_docs_runs(docs):
     transformer, arguments = make("SD3Transformer2DModel")
 
     def denoise(transformer, T):
-        return [transformer(**moved(arguments, s)) for s in range(T)]
+        return [transformer(**moved(arguments, s) | dict(timestep=arguments["timestep"] - s)) for s in range(T)]
 
     names = dict(torch=torch, transformer=transformer, arguments=arguments, T=4, denoise=denoise)
     with torch.no_grad():

@@ -112,7 +112,9 @@ def both_rows(t: float) -> Tensor:
     return torch.tensor([t, t])
 
 
-MODELS = {  # two rows, for guidance, where the pipeline runs both in one forward; else one
+# DiT and PixArt have two rows, for guidance. The others have one; the pipelines of SD3, Sana, CogVideoX and HunyuanDiT
+# run two in one forward as well, so with guidance theirs has twice the batch of here.
+MODELS = {
     "dit-xl-2-256": Model("DiTTransformer2DModel", dit, 2, (28,), both_rows),
     "pixart-alpha-256": Model("PixArtTransformer2DModel", pixart(32, 120), 2, (28,), both_rows),
     "pixart-alpha-512": Model("PixArtTransformer2DModel", pixart(64, 120), 1, (28,), both_rows),

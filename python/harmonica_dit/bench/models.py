@@ -123,7 +123,7 @@ class Runner:
         start = time.perf_counter()
         more: list[dict[str, Any]] = [{}] * schedule.steps
         if not self.generic:
-            more = self.adapter.hoist(schedule.rows, self.timesteps, **self.arguments, timestep=self.made[0])
+            more = list(self.adapter.hoist(schedule.rows, self.timesteps, **self.arguments, timestep=self.made[0]))
         if hoists is not None:
             hoists.append(time.perf_counter() - start)
         self.cache = self.adapter.new_cache(schedule.history)

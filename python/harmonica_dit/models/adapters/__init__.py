@@ -22,7 +22,7 @@ def adapt(transformer):
         raise TypeError(f"transformer: got {type(transformer).__name__}, expected a diffusers transformer")
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
-    if hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None) is not None:
+    if hasattr(transformer, "_orig_mod"):  # the adapters see by themselves where it was compiled in place
         raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside it; "
                          "compile its branches instead, for example block.ff.compile()")
     if isinstance(transformer, DiTTransformer2DModel):

@@ -1,6 +1,6 @@
 """diffusers' `DiTTransformer2DModel` (DiT, Peebles & Xie, ICCV 2023) through `cached_forward`: two branches a block."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import harmonica_kernels as hk
+from harmonica_dit.models.dit import HOISTED
 
 from .fused import (
     AttentionBody,
@@ -43,11 +44,20 @@ class DiTAdapter(FusedAdapter):
         return finish(unpatchify(model.proj_out_2(x), height, width, model.patch_size), return_dict)
 
     def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float], hidden_states: Tensor,
-              timestep: Tensor | None = None, class_labels: Tensor | None = None, **_) -> list[dict[str, Any]]:
-        """The modulations of the steps with these rows and timesteps: every block embeds once for all of them."""
-        times = torch.tensor(timesteps, device=hidden_states.device).repeat_interleave(len(hidden_states))
-        made = self._modulations(times, class_labels.repeat(len(rows)), hidden_states.dtype, rows)
-        return [dict(modulation=modulation) for modulation in made]
+              timestep: Tensor | None = None, class_labels: Tensor | None = None, **_) -> Iterator[dict[str, Any]]:
+        """The modulations of the steps with these rows and timesteps: every block embeds once for all of them.
+
+        Where they would take more than HOISTED bytes, it goes by slices of steps, as in `harmonica_dit.models.DiT`.
+        """
+        B, D, dtype = len(hidden_states), self.transformer.inner_dim, hidden_states.dtype
+        at_once = max(1, HOISTED // ((3 * len(self.branches) + 2) * B * D * dtype.itemsize))
+        times = torch.tensor(timesteps, device=hidden_states.device)
+        for first in range(0, len(rows), at_once):
+            part = slice(first, first + at_once)
+            labels = class_labels.repeat(len(rows[part]))
+            # a name for the last of a slice would keep all of it while the next is made
+            yield from (dict(modulation=modulation) for modulation in
+                        self._modulations(times[part].repeat_interleave(B), labels, dtype, rows[part]))
 
     def _branches(self, block: nn.Module):
         attention, feed_forward = AttentionBody(block.attn1), FeedForwardBody(block.ff)

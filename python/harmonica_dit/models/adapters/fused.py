@@ -1,6 +1,6 @@
 """What the fused adapters share: the bodies of diffusers' `BasicTransformerBlock`, and the checks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +98,7 @@ class FusedAdapter:
     """A diffusers transformer of `BasicTransformerBlock`s run through `cached_forward`.
 
     Subclasses give `_branches(block)`, a block's named branches, `_passed_by(block)`, the names of its submodules that
-    the fused calls stand in for, and `__call__`.
+    the fused calls stand in for, `hoist` and `__call__`.
     """
 
     def __init__(self, transformer: nn.Module):
@@ -128,16 +128,18 @@ class FusedAdapter:
         return hk.FeatureCache(history)
 
     def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float],
-              *args, **kwargs) -> list[dict[str, Any]]:
-        """What depends on the conditioning alone, for several steps at once: more arguments for each step's call.
+              *args, **kwargs) -> Iterator[dict[str, Any]]:
+        """What depends on the conditioning alone, for many steps at once: more arguments for each step's call.
 
         rows, timesteps: the steps' hard rows and timesteps. args, kwargs: of one of these calls; what they say of the
         conditioning (labels, text) has to hold for all.
         """
-        return [{}] * len(rows)
+        raise NotImplementedError
 
     def check(self) -> None:
         """Refuses hooks and compiled code on modules that are not called here, for they would be passed by silently.
+
+        The transformer's own hooks are left to those who call the adapter in its place.
 
         Raises:
             ValueError: the message names the module and what sits on it.
@@ -148,12 +150,15 @@ class FusedAdapter:
             prefix = f"transformer_blocks.{i}"
             passed_by.append((prefix, block))
             passed_by += ((f"{prefix}.{part}", block.get_submodule(part)) for part in self._passed_by(block))
-        for name, module in passed_by:
-            if not untouched(module):
-                raise ValueError(
-                    f"{name}: has {_touch(module)}, which would not run: blocks are taken apart into their branches. "
-                    "Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
-                    "enable_model_cpu_offload")
+        touched = [(name, module) for name, module in passed_by if not untouched(module)]
+        if transformer._compiled_call_impl is not None:
+            touched.insert(0, ("transformer", transformer))
+        if touched:
+            name, module = touched[0]
+            raise ValueError(
+                f"{name}: has {_touch(module)}, which would not run: blocks are taken apart into their branches. "
+                "Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
+                "enable_model_cpu_offload")
 
 
 def untouched(module: nn.Module) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from harmonica_dit.models.flops import Flops
-from harmonica_dit.schedule import Schedule, check_fits
 from harmonica_kernels.forward import _check_extrapolation, _check_gate
 
 from .branches import feeders, find_branches
@@ -90,7 +89,9 @@ class GenericAdapter:
         """Runs one forward of the transformer to see its branches at work; the arguments are the transformer's own.
 
         Puts `branch_names` in the order of execution and leaves out (`left_out`) what the gate cannot stand for: a
-        branch that is not called, and one whose output is not tensors, or is changed in place afterwards.
+        branch that is not called, and one whose output is not tensors, or is changed in place afterwards. This
+        forward leaves `torch.inference_mode`, whose tensors do not tell whether they were changed. What was made there
+        may be passed, also parameters that require no gradient; only torch refuses to change it in place.
 
         Returns:
             What the forward costs, branch by branch (matrix products, convolutions, attention).
@@ -99,7 +100,7 @@ class GenericAdapter:
             TypeError: no branch is left.
         """
         run = _Trace(self)
-        with torch.no_grad(), flop_counter() as counter:
+        with torch.inference_mode(False), torch.no_grad(), flop_counter() as counter:
             self._forward(self.transformer, args, kwargs, run)
         unfit = run.unfit()
         names = sorted((name for name in self.branch_names if name not in unfit), key=run.first.__getitem__)
@@ -125,7 +126,7 @@ class GenericAdapter:
             TypeError, ValueError: an argument is not as it should be; the message names it.
             RuntimeError: the last forward with this cache was interrupted; or a branch was not called, or not as
                 often as when its outputs were stored, or its output was changed in place (`trace` finds such branches
-                and leaves them out).
+                and leaves them out; under `torch.inference_mode`, where a change cannot be seen, only `trace` does).
         """
         return self._gated(self.transformer, args, kwargs, gate, extrapolate, cache, threshold)
 
@@ -288,57 +289,6 @@ class _Trace(_Run):
         return unfit | dict.fromkeys(self.odd, "its output is not float tensors")
 
 
-@contextmanager
-def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> Iterator[GenericAdapter]:
-    """Inside the `with` block the transformer follows a schedule, whoever calls it: a pipeline or a loop of your own.
-
-        with scheduled(pipe.transformer, schedule):
-            image = pipe(prompt, num_inference_steps=schedule.steps).images[0]
-
-    Every T·calls calls are one trajectory, and the next begins with empty caches. Not for use from two threads at
-    once.
-
-    Args:
-        transformer: of any class that `GenericAdapter` takes.
-        schedule: its branches are submodules' names.
-        calls: how often a step calls the transformer, e.g. 2 where a pipeline runs the prompt and the empty prompt
-            one after the other.
-
-    Raises:
-        TypeError, ValueError: the transformer has no such branches, or an argument is not as above.
-        RuntimeError: at the end, if the calls were not those of whole trajectories: other steps than the schedule's,
-            or another number of calls a step.
-    """
-    if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
-        raise ValueError(f"calls: got {calls!r}, expected a whole number from 1 on")
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
-    adapter = GenericAdapter(transformer, schedule.branches)
-    check_fits("schedule: ", schedule, adapter)
-    caches = [adapter.new_cache(schedule.history) for _ in range(calls)]
-    done = 0
-
-    def follow(forward, args, kwargs):
-        nonlocal done
-        s, call = divmod(done % (schedule.steps * calls), calls)
-        cache = caches[call]
-        if s == 0:
-            cache.reset()
-        try:
-            output = adapter._gated(forward, args, kwargs, schedule.rows[s], schedule.forecasts[s], cache, 0.0)
-        except BaseException:
-            done = 0  # what comes next is another trajectory
-            raise
-        done += 1
-        return output
-
-    with _forward_replaced(transformer, follow):
-        yield adapter
-    if done % (schedule.steps * calls):
-        raise RuntimeError(f"the transformer was called {done} times, which is no multiple of {schedule.steps} steps "
-                           f"of {calls}: the images were made with wrong rows of the schedule")
-
-
 _current: ContextVar[_Run | None] = ContextVar("harmonica_run", default=None)
 _users: dict[nn.Module, int] = {}
 _lock = threading.Lock()
@@ -371,15 +321,6 @@ def _gate(module: nn.Module, forward: Callable, args: tuple, kwargs: dict):
     if run is not None and module in run.fed:
         return run.feed(module, lambda: forward(*args, **kwargs))
     return forward(*args, **kwargs)
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, call: Callable) -> Iterator[None]:
-    original = _replace(module, lambda _, forward, args, kwargs: call(forward, args, kwargs))
-    try:
-        yield
-    finally:
-        _restore(module, original)
 
 
 def _replace(module: nn.Module, call: Callable) -> Callable | None:

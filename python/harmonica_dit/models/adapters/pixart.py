@@ -3,7 +3,7 @@
 Three branches a block. Cross-attention has neither norm nor gate: it is given x itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,15 +48,16 @@ class PixArtAdapter(FusedAdapter):
         return finish(unpatchify(model.proj_out(x), height, width, patch), return_dict)
 
     def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float], hidden_states: Tensor,
-              encoder_hidden_states: Tensor | None = None, *_, **__) -> list[dict[str, Any]]:
+              encoder_hidden_states: Tensor | None = None, *_, **__) -> Iterator[dict[str, Any]]:
         """The projected text, and its keys and values for each cross-attention that a row computes."""
         text = self._text(encoder_hidden_states, len(hidden_states))
         if text is None:
-            return [{}] * len(rows)
+            yield from [{}] * len(rows)
+            return
         bodies = [branch.body for branch, column in zip(self.branches, zip(*rows)) if any(column)]
         keys_values = {body.attn: body.keys_values(text) for body in bodies
                        if isinstance(body, AttentionBody) and body.cross and body.plain(text, None, Context())}
-        return [dict(text=text, keys_values=keys_values)] * len(rows)
+        yield from [dict(text=text, keys_values=keys_values)] * len(rows)
 
     def _text(self, states: Tensor | None, batch: int) -> Tensor | None:
         """The text states [B, tokens, D] as cross-attention sees them."""
