@@ -50,7 +50,10 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         trajectories: how many are run, each of which updates every row once; with a target, the first only measures
             what β is to be, so it takes at least 2.
         batch: images a trajectory; with guidance the model sees twice as many rows.
-        lr: AdamW's. threshold: τ of the router.
+        lr: AdamW's.
+        threshold: τ while training, the paper's by default; a target chooses another at the end. What is above it
+            renews the cache with an output that is fresh to its score alone, where inference computes all of it: with
+            0.5 training is nearer to inference, and on the bundled model routers were much better (README).
         importance: λ's definition, "paper", "reference" or "gain", see `train.importance`; importance_rows: with "soft"
             or "hard" rows.
         refresh: C, the denoising steps after which λ is measured again.
