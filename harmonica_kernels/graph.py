@@ -1,17 +1,17 @@
 """Executors: what a function launches on the GPU, recorded once and replayed without Python.
 
 `compile` is the one front. What decides when to record, what a recording stands for and which memory it reads is plain
-bookkeeping, the same on every machine; `_Cuda` alone speaks to CUDA.
+bookkeeping, the same on every machine; `_Cuda` alone speaks to CUDA, through `_capture`.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ._capture import recording
 from .cache import FeatureCache
 
 if TYPE_CHECKING:
@@ -240,35 +240,16 @@ class _Cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # memory outside the pool cannot be used inside
             torch.clear_autocast_cache()  # a weight that was cast outside would be gone at the replay
-            with torch.cuda.stream(self._stream):
-                # other threads may go on using the device meanwhile
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    output = call()
-                except BaseException:
-                    self._abandon(graph)
-                    raise
-                graph.capture_end()
+            with torch.cuda.stream(self._stream), recording(graph, self._pool):
+                output = call()
             torch.clear_autocast_cache()
         return graph, output
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends a recording that failed, such that the device can be used as before."""
-        try:
-            graph.capture_end()
-        except RuntimeError:  # CUDA has ended it already; PyTorch then leaves its allocators and generators recording
-            for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-                with suppress(RuntimeError):
-                    end(self.device.index, self._pool)
-            graph.reset()
-            ABANDONED.append(graph)
 
     def free(self, graph: torch.cuda.CUDAGraph) -> None:
         torch.cuda.synchronize(self.device)  # it may be running
         graph.reset()
 
 
-ABANDONED: list = []  # graphs that failed: PyTorch's allocator of pinned memory goes on asking them what they record
 RECORDERS = {"cuda": _Cuda}  # where calls are recorded; elsewhere they run as they are
 
 
