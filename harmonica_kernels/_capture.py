@@ -13,7 +13,7 @@ def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
 
     pool: of the memory that is allocated meanwhile, from `torch.cuda.graph_pool_handle`.
     """
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+    _begin(graph, pool)
     try:
         yield
         graph.capture_end()
@@ -22,16 +22,39 @@ def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
         raise
 
 
+def _begin(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Begins a recording in any mode.
+
+    PyTorch 2.11 has two tensors for the random numbers of all recordings on a device: the first one makes them in its
+    mode, each writes to them in its own, and outside of inference mode those of inference mode cannot be written to.
+    """
+    with torch.inference_mode(False):  # makes them for any mode, if this is the first
+        graph.register_generator_state(torch.cuda.default_generators[torch.cuda.current_device()])
+    with torch.inference_mode():  # writes to them, whoever made them
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+
+
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
     """Ends a recording that failed, such that the device can be used as before."""
     try:
         graph.capture_end()
-    except RuntimeError:  # CUDA has ended it already; PyTorch then leaves its allocators recording
+    except RuntimeError:  # CUDA has ended it already; PyTorch then leaves its allocators and generators recording
         with suppress(RuntimeError):  # not those that ended as they should
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
         ABANDONED.append(graph)
+        with suppress(RuntimeError):  # what went wrong first is what is said
+            _end_well()
     graph.reset()
+
+
+def _end_well() -> None:
+    """Records one kernel. PyTorch 2.11's generator learns from nothing but a recording that ends well that none runs,
+    and refuses random numbers until then; 2.13's has a state for each recording."""
+    graph, target = torch.cuda.CUDAGraph(), torch.empty(1, device="cuda")
+    _begin(graph, torch.cuda.graph_pool_handle())
+    target.zero_()
+    graph.capture_end()
 
 
 ABANDONED: list = []  # graphs that failed: PyTorch's allocator of pinned memory goes on asking them what they record

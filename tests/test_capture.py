@@ -7,12 +7,16 @@ import torch
 from harmonica_kernels import _capture
 from harmonica_kernels._capture import recording
 
+EMPTY = torch.empty  # of the CPU
+
 
 class Device:
-    """What one device and PyTorch's allocator know; a recording that is invalid cannot be ended as it should."""
+    """What one device, PyTorch's allocator and its generator know; a recording that is invalid cannot be ended as it
+    should."""
 
     def __init__(self):
-        self.invalid, self.current, self.to_pool, self.pools = False, None, [], []
+        self.invalid, self.current, self.to_pool, self.pools, self.random = False, None, [], [], "ready"
+        self.offsets = None  # the tensor of all recordings, see _begin
 
     def end_to_pool(self, device, pool):
         if pool not in self.to_pool:
@@ -22,13 +26,25 @@ class Device:
     def graph(self):
         return Graph(self)
 
+    def is_ready(self, pools):
+        """For random numbers and the next recording; `pools` are held by graphs that are alive."""
+        assert (self.current, self.to_pool, self.pools, self.random) == (None, [], pools, "ready")
+
 
 class Graph:
     def __init__(self, device):
         self.device, self.ended = device, False
 
-    def capture_begin(self, pool, capture_error_mode):
+    def register_generator_state(self, generator):
+        assert generator == "generator 0"
+        if self.device.offsets is None:
+            self.device.offsets = EMPTY(1)
+
+    def capture_begin(self, pool="its own", capture_error_mode="global"):
+        self.register_generator_state("generator 0")
+        self.device.offsets.fill_(0)
         assert self.device.current is None and capture_error_mode == "thread_local"
+        self.device.random = "recording"
         self.device.current, self.pool, self.device.invalid = self, pool, False
         self.device.to_pool.append(pool)
         self.device.pools.append(pool)
@@ -38,7 +54,10 @@ class Graph:
         if was is not self or self.device.invalid:
             raise RuntimeError("operation failed due to a previous error during capture")
         self.device.to_pool.remove(self.pool)
-        self.ended = True
+        self.device.random, self.ended = "ready", True
+
+    def __del__(self):
+        self.reset()
 
     def reset(self):
         if self.ended:
@@ -50,6 +69,10 @@ class Graph:
 def device(monkeypatch):
     device = Device()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", device.graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "its own")
+    monkeypatch.setattr(torch.cuda, "default_generators", ["generator 0"])
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: EMPTY(*shape))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", device.end_to_pool, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: device.pools.remove(pool), raising=False)
     monkeypatch.setattr(_capture, "ABANDONED", [])
@@ -60,18 +83,20 @@ def test_a_recording_ends(device):
     graph = device.graph()
     with recording(graph, "pool"):
         assert device.current is graph
-    assert graph.ended and device.current is None and device.pools == ["pool"] and not device.to_pool
+    assert graph.ended
+    device.is_ready(["pool"])
 
 
 @pytest.mark.parametrize("invalid, kind", [(False, KeyError), (True, RuntimeError), (True, KeyboardInterrupt)])
 def test_one_that_fails_leaves_nothing_behind(device, invalid, kind):
     """Nor does it take another graph's pool away."""
-    with recording(device.graph(), "pool"):
+    other = device.graph()
+    with recording(other, "pool"):
         pass
     with pytest.raises(kind, match="why"), recording(device.graph(), "pool"):
         device.invalid = invalid
         raise kind("why")
-    assert device.current is None and device.pools == ["pool"] and not device.to_pool
+    device.is_ready(["pool"])
     assert len(_capture.ABANDONED) == invalid
 
 
@@ -79,4 +104,21 @@ def test_one_whose_failure_shows_at_its_end(device):
     """A function may swallow the error."""
     with pytest.raises(RuntimeError, match="previous error"), recording(device.graph(), "pool"):
         device.invalid = True
-    assert device.current is None and not device.pools and not device.to_pool
+    device.is_ready([])
+
+
+@pytest.mark.parametrize("ours_first", [False, True])
+@pytest.mark.parametrize("first, then", [(True, False), (False, True)])
+def test_any_mode_after_any_other(device, first, then, ours_first):
+    """Inference mode or not, after ours or another's recording in inference mode or not."""
+    with torch.inference_mode(first):
+        if ours_first:
+            with recording(device.graph(), "first"):
+                pass
+        else:
+            device.graph().capture_begin("first", "thread_local")
+            device.current.capture_end()
+    with torch.inference_mode(then), recording(device.graph(), "pool"):
+        pass
+    if ours_first:  # and nor does ours stand in another's way
+        device.graph().capture_begin("third", "thread_local")
