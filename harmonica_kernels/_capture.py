@@ -1,10 +1,27 @@
 """Recording CUDA graphs through PyTorch, such that one that fails leaves the device as it was."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+
+
+def stream_of(owner: Any, device: torch.device) -> torch.cuda.Stream:
+    """A stream to record on: its owner's alone as long as that lives, then the next one's.
+
+    A matrix product leaves cuBLAS a workspace for its stream (32 MiB on an H100), which graphs have the address of.
+    PyTorch 2.11 never frees it, so a new stream for each owner would leak; newer ones free it as soon as one graph that
+    was recorded on the stream is reset, and graphs that run at once must not share it: so owners do not share streams.
+    """
+    free = FREE.setdefault(device, [])
+    try:
+        stream = free.pop()
+    except IndexError:
+        stream = torch.cuda.Stream(device)
+    weakref.finalize(owner, free.append, stream).atexit = False
+    return stream
 
 
 @contextmanager
@@ -57,4 +74,5 @@ def _end_well() -> None:
     graph.capture_end()
 
 
+FREE: dict[torch.device, list[torch.cuda.Stream]] = {}  # streams whose owners are gone
 ABANDONED: list = []  # graphs that failed: PyTorch's allocator of pinned memory goes on asking them what they record

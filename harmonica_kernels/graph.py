@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._capture import recording
+from ._capture import recording, stream_of
 from .cache import FeatureCache
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class _Cuda:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream_of(self, device)
         self._pool: Any = None
 
     def random_state(self) -> Tensor:

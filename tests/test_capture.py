@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from harmonica_kernels import _capture
-from harmonica_kernels._capture import recording
+from harmonica_kernels._capture import recording, stream_of
 
 EMPTY = torch.empty  # of the CPU
 
@@ -122,3 +122,18 @@ def test_any_mode_after_any_other(device, first, then, ours_first):
         pass
     if ours_first:  # and nor does ours stand in another's way
         device.graph().capture_begin("third", "thread_local")
+
+
+def test_streams_have_one_owner_at_a_time(monkeypatch):
+    class Owner:
+        pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(_capture, "FREE", {})
+    one, two = Owner(), Owner()
+    streams = [stream_of(owner, device) for owner in (one, two) for device in ("cuda:0", "cuda:1")]
+    assert len(set(map(id, streams))) == 4
+    for _ in range(3):
+        del two
+        two = Owner()
+        assert stream_of(two, "cuda:1") is streams[3] and stream_of(two, "cuda:0") is streams[2]

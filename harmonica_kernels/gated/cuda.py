@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._capture import recording
+from .._capture import recording, stream_of
 from .._info import why_not_gated
 from ..ops._arguments import dtype_number
 from ..ops._library import kernels
@@ -34,7 +34,7 @@ class Recorder:
             raise RuntimeError('mode="gated": the allocator backend cudaMallocAsync records allocations, which cannot '
                                "stand in a conditional node; unset PYTORCH_CUDA_ALLOC_CONF's backend")
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream_of(self, device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: list[torch.cuda.CUDAGraph] = []  # the pool lives as long as they do
 
