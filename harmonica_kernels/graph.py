@@ -55,7 +55,7 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
     Raises:
         ValueError: an argument is out of range.
         When called: RuntimeError with grad enabled, or where the function cannot be captured, since it waits for the
-        GPU, copies from the host or draws random numbers; TypeError or ValueError for arguments of other kinds or on
+        GPU, copies from the host or draws random numbers; torch.OutOfMemoryError as it is; TypeError or ValueError for arguments of other kinds or on
         several devices. The message says what to do.
     """
     if mode not in ("captured", "gated"):
@@ -149,6 +149,8 @@ class Captured:
         before = [cache._state() for cache in call.caches]
         try:
             graph, output = recorder.record(lambda: self._run(call, buffers), alone=not self._recordings)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"{_name(self.function)} cannot be captured: {error}\nWhat is captured must not wait for the GPU "

@@ -160,6 +160,19 @@ def test_a_recording_that_fails_changes_nothing(recorder):
     assert torch.equal(net(x, cache=cache, gate=row), net(x, cache=other, gate=row))
 
 
+def test_memory_that_is_not_there_is_said_as_it_is(recorder):
+    """Callers try again with less."""
+    def big(x):
+        if recorder.recording:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+    executor = hk.compile(big)
+    executor(torch.ones(3))
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        executor(torch.ones(3))
+
+
 class Toy(torch.nn.Module):
     """Three branches in random weights."""
 

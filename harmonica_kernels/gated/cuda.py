@@ -63,6 +63,8 @@ class Recorder:
         try:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream), recording(graph, self._pool):
                 call()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"{name} cannot be captured: {error}\nIt must not wait for the GPU (.item(), .tolist(), .cpu(), a "
