@@ -55,8 +55,8 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
     Raises:
         ValueError: an argument is out of range.
         When called: RuntimeError with grad enabled, or where the function cannot be captured, since it waits for the
-        GPU, copies from the host or draws random numbers; torch.OutOfMemoryError as it is; TypeError or ValueError for arguments of other kinds or on
-        several devices. The message says what to do.
+        GPU, copies from the host or draws random numbers (torch.OutOfMemoryError where memory is short); TypeError or
+        ValueError for arguments of other kinds or on several devices. The message says what to do.
     """
     if mode not in ("captured", "gated"):
         raise ValueError(f'mode: got {mode!r}, expected "captured" or "gated"')
@@ -96,7 +96,7 @@ class Captured:
         if recorder is None or None in (cache._state() for cache in call.caches):
             return self._run(call, call.tensors)
         key = (call.key, _weights(self.function), device, torch.is_autocast_enabled(device.type),
-               torch.get_autocast_dtype(device.type))
+               torch.get_autocast_dtype(device.type), tf32())
         if key in self._recordings:
             self._recordings.move_to_end(key)
         elif key in self._seen:
@@ -283,6 +283,11 @@ def _one_device(call: _Call) -> torch.device:
             raise ValueError(f"{name}: is on {tensor.device}, but {call.names[0]} is on {device}; an executor's "
                              "tensors have to be on one device")
     return device
+
+
+def tf32() -> tuple[bool, bool]:
+    """Whether matrix products and convolutions in float32 may use TF32: a graph keeps the kernels chosen by it."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _weights(constant: Any) -> tuple:
