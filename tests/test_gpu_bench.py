@@ -1,10 +1,12 @@
 """bench/gpu.sh runs through on a machine without a GPU, at tiny sizes: no Python error is left for the GPU to find."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -57,6 +59,61 @@ def test_commands_can_be_called(part, tmp_path):
     assert run(part, tmp_path, tiny=True), json.loads((tmp_path / f"{part}.json").read_text())["failed"]
     notes = json.loads((tmp_path / f"{part}.json").read_text())["notes"]
     assert notes and all(note["output"] for note in notes.values())
+
+
+@pytest.fixture
+def gpu_gated(monkeypatch):
+    """bench/gpu_gated.py on the CPU, with a tiny model; a list of what it reports."""
+    path = [*sys.path]
+    spec = importlib.util.spec_from_file_location("gpu_gated", ROOT / "bench/gpu_gated.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, module.reported = models.model, []
+    monkeypatch.setattr(models, "model", lambda tiny, device: model(True, device))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 2))
+    module.DEVICE, module.TRAJECTORIES = torch.device("cpu"), 102
+    module.milliseconds = lambda call, repeats=1: call() is None or 1.0
+    module.report = lambda **facts: module.reported.append(facts)
+    yield module
+    sys.path[:] = path
+
+
+@pytest.mark.parametrize("step", ["dit", "bodies", "change", "memory"])
+def test_the_steps_of_the_gated_benchmark(gpu_gated, step):
+    getattr(gpu_gated, step)()
+    assert gpu_gated.reported and all(facts["step"] == step for facts in gpu_gated.reported)
+    ratios = [facts["rows"] for facts in gpu_gated.reported if "gated_by_captured" in facts]
+    assert ratios == ([2, 16] if step == "dit" else [])
+
+
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+def test_a_gated_trajectory_that_is_wrong_has_no_ratio(gpu_gated, wrong):
+    agree = gpu_gated.agree
+    gpu_gated.agree = lambda found, *args, **facts: agree(found * wrong, *args, **facts)
+    with pytest.raises(AssertionError):
+        gpu_gated.dit()
+    assert not any("gated_by_captured" in facts for facts in gpu_gated.reported)
+    assert {facts["rows"] for facts in gpu_gated.reported if "difference" in facts} == {2, 16}
+
+
+def test_a_step_that_hangs_or_fails_is_ended():
+    """And the next one runs."""
+    done = python("""
+        import time, gpu_gated
+        gpu_gated.LIMITS = dict(hangs=2, fails=20, works=20)
+        gpu_gated.hangs, gpu_gated.fails = lambda: time.sleep(60), lambda: 1 / 0
+        gpu_gated.works = lambda: gpu_gated.report(found=1)
+        gpu_gated.main()
+    """)
+    assert [(f.get("step"), f.get("ended")) for f in findings(done.stdout.splitlines())] == [
+        ("hangs", "no end within 2 s"), ("fails", 1), (None, None), ("works", 0)]
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(["bench", *sys.path])})
 
 
 def test_a_command_that_fails_is_a_failure(tmp_path):

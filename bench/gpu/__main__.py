@@ -1,6 +1,7 @@
 """One part of bench/gpu.sh: `python -m bench.gpu [--tiny] PART FOLDER` writes FOLDER/PART.json."""
 
 import argparse
+import faulthandler
 import importlib
 import signal
 import sys
@@ -23,7 +24,10 @@ def main() -> int:
     if not args.tiny and not torch.cuda.is_available():
         print(f"{args.part}: torch {torch.__version__} sees no GPU; --tiny is a dry run without one", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: its time is over"))  # so that the record is closed
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit("stopped: its time is over"))  # so that the record is closed
+        faulthandler.register(number, chain=True)  # says where, even if Python does not get that far
+    faulthandler.enable()
     return int(not run(args.part, args.folder, args.tiny))
 
 
