@@ -9,7 +9,8 @@ that fails half-way says where. Not yet run.
     bodies     random small models against the plan walked on the CPU
     cublas     60 bodies of one bfloat16 GEMM each
     change     the same model as dit's, decided by the change of the first branch's output
-    memory     10,000 trajectories with router changes: memory held by the device at the end and at the beginning
+    memory     10,000 trajectories with router changes, and a new capture for every thousand: memory held by the device
+               at the end and at the beginning
     sanitizer  the smallest case under compute-sanitizer
 """
 
@@ -189,6 +190,8 @@ def memory() -> None:
     noise = torch.randn(trajectory.shape, device=DEVICE)
     free = []
     for i in range(TRAJECTORIES):
+        if i % 1000 == 0:
+            gated.reset()
         gated.load(Table(torch.rand(5, 6)))
         gated(trajectory, noise)
         if i in (100, TRAJECTORIES - 1):

@@ -1,5 +1,6 @@
 """Recording CUDA graphs through PyTorch, such that one that fails leaves the device as it was."""
 
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,13 +31,19 @@ def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
 
     pool: of the memory that is allocated meanwhile, from `torch.cuda.graph_pool_handle`.
     """
-    _begin(graph, pool)
+    collects = gc.isenabled()
+    gc.disable()  # what it might destroy, such as other graphs, CUDA may not let go while it records
     try:
-        yield
-        graph.capture_end()
-    except BaseException:
-        _abandon(graph, pool)
-        raise
+        _begin(graph, pool)
+        try:
+            yield
+            graph.capture_end()
+        except BaseException:
+            _abandon(graph, pool)
+            raise
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _begin(graph: torch.cuda.CUDAGraph, pool: Any) -> None:

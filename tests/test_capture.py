@@ -1,6 +1,8 @@
 """How a recording begins and ends, by the rules of PyTorch and CUDA, on a stand-in for both; see TestOnAGpu of
 test_graph for the real ones."""
 
+import gc
+
 import pytest
 import torch
 
@@ -82,8 +84,8 @@ def device(monkeypatch):
 def test_a_recording_ends(device):
     graph = device.graph()
     with recording(graph, "pool"):
-        assert device.current is graph
-    assert graph.ended
+        assert device.current is graph and not gc.isenabled()
+    assert graph.ended and gc.isenabled()
     device.is_ready(["pool"])
 
 
@@ -97,6 +99,7 @@ def test_one_that_fails_leaves_nothing_behind(device, invalid, kind):
         device.invalid = invalid
         raise kind("why")
     device.is_ready(["pool"])
+    assert gc.isenabled()
     assert len(_capture.ABANDONED) == invalid
 
 

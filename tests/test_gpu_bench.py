@@ -13,7 +13,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from bench.gpu import models  # noqa: E402
+from bench.gpu import commands, models  # noqa: E402
 from bench.gpu.__main__ import PARTS, run  # noqa: E402
 from bench.gpu.commands import call, findings  # noqa: E402
 from bench.gpu.merge import merge  # noqa: E402
@@ -59,6 +59,36 @@ def test_commands_can_be_called(part, tmp_path):
     assert run(part, tmp_path, tiny=True), json.loads((tmp_path / f"{part}.json").read_text())["failed"]
     notes = json.loads((tmp_path / f"{part}.json").read_text())["notes"]
     assert notes and all(note["output"] for note in notes.values())
+
+
+def test_without_cuda_where_the_build_fails_with_it(tmp_path, monkeypatch):
+    called = []
+
+    def call(record, steps, **_):
+        [(step, command)] = steps.items()
+        called.append((step, "-DCMAKE_CUDA_COMPILER=" in command))
+        return step != "compile"
+
+    monkeypatch.setattr(commands, "call", call)
+    with Record("build", tmp_path, tiny=True) as record:
+        record.tiny = False
+        commands.build(record)
+    assert called == [("configure", False), ("compile", False), ("configure, without CUDA", True),
+                      ("compile, without CUDA", False), ("install, without CUDA", False), ("info", False)]
+    assert "WITHOUT CUDA" in record.content["rows"][0]["warning"]
+
+
+def test_a_command_that_hangs_is_ended(tmp_path):
+    with Record("build", tmp_path, tiny=True) as record:
+        assert not call(record, {"hangs": [sys.executable, "-c", "import time; time.sleep(60)"]}, limit=0.5)
+        assert call(record, {"works": [sys.executable, "-c", ""]}, limit=60)
+    assert list(record.failed) == ["hangs"]
+
+
+def test_the_tests_of_a_gpu_are_found():
+    found = commands.gpu_tests()
+    assert {"tests/test_graph.py", "tests/kernels/test_triton.py", "tests/gated/test_gated_gpu.py"} <= {*found}
+    assert "tests/test_schedule.py" not in found
 
 
 @pytest.fixture
