@@ -143,6 +143,31 @@ def test_a_step_that_hangs_or_fails_is_ended():
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
+def test_a_part_that_is_stopped_has_time_to_say_so(tmp_path):
+    """It gets its signal twice, from `timeout`, which also signals its group."""
+    done = python(f"""
+        import os, signal, sys, time
+        from bench.gpu import __main__ as gpu, commands
+
+        def tests(record):
+            record.stage("waiting")
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+                record.note("farewell", "said")
+
+        commands.tests = tests
+        sys.argv = ["gpu", "--tiny", "tests", {str(tmp_path)!r}]
+        gpu.main()
+    """)
+    found = json.loads((tmp_path / "tests.json").read_text())
+    assert done.returncode == 1 and " in tests\n" in done.stderr, "where it was"
+    assert not found["finished"] and "waiting" in found["failed"] and found["notes"]["farewell"] == "said"
+
+
 def python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {"PYTHONPATH": os.pathsep.join(["bench", *sys.path])})
