@@ -1,17 +1,17 @@
 """Executors: what a function launches on the GPU, recorded once and replayed without Python.
 
 `compile` is the one front. What decides when to record, what a recording stands for and which memory it reads is plain
-bookkeeping, the same on every machine; `_Cuda` alone speaks to CUDA.
+bookkeeping, the same on every machine; `_Cuda` alone speaks to CUDA, through `_capture`.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ._capture import recording, stream_of
 from .cache import FeatureCache
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
     Raises:
         ValueError: an argument is out of range.
         When called: RuntimeError with grad enabled, or where the function cannot be captured, since it waits for the
-        GPU, copies from the host or draws random numbers; TypeError or ValueError for arguments of other kinds or on
-        several devices. The message says what to do.
+        GPU, copies from the host or draws random numbers (torch.OutOfMemoryError where memory is short); TypeError or
+        ValueError for arguments of other kinds or on several devices. The message says what to do.
     """
     if mode not in ("captured", "gated"):
         raise ValueError(f'mode: got {mode!r}, expected "captured" or "gated"')
@@ -96,7 +96,7 @@ class Captured:
         if recorder is None or None in (cache._state() for cache in call.caches):
             return self._run(call, call.tensors)
         key = (call.key, _weights(self.function), device, torch.is_autocast_enabled(device.type),
-               torch.get_autocast_dtype(device.type))
+               torch.get_autocast_dtype(device.type), tf32())
         if key in self._recordings:
             self._recordings.move_to_end(key)
         elif key in self._seen:
@@ -149,6 +149,8 @@ class Captured:
         before = [cache._state() for cache in call.caches]
         try:
             graph, output = recorder.record(lambda: self._run(call, buffers), alone=not self._recordings)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"{_name(self.function)} cannot be captured: {error}\nWhat is captured must not wait for the GPU "
@@ -221,7 +223,7 @@ class _Cuda:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream_of(self, device)
         self._pool: Any = None
 
     def random_state(self) -> Tensor:
@@ -240,35 +242,16 @@ class _Cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # memory outside the pool cannot be used inside
             torch.clear_autocast_cache()  # a weight that was cast outside would be gone at the replay
-            with torch.cuda.stream(self._stream):
-                # other threads may go on using the device meanwhile
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    output = call()
-                except BaseException:
-                    self._abandon(graph)
-                    raise
-                graph.capture_end()
+            with torch.cuda.stream(self._stream), recording(graph, self._pool):
+                output = call()
             torch.clear_autocast_cache()
         return graph, output
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends a recording that failed, such that the device can be used as before."""
-        try:
-            graph.capture_end()
-        except RuntimeError:  # CUDA has ended it already; PyTorch then leaves its allocators and generators recording
-            for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-                with suppress(RuntimeError):
-                    end(self.device.index, self._pool)
-            graph.reset()
-            ABANDONED.append(graph)
 
     def free(self, graph: torch.cuda.CUDAGraph) -> None:
         torch.cuda.synchronize(self.device)  # it may be running
         graph.reset()
 
 
-ABANDONED: list = []  # graphs that failed: PyTorch's allocator of pinned memory goes on asking them what they record
 RECORDERS = {"cuda": _Cuda}  # where calls are recorded; elsewhere they run as they are
 
 
@@ -300,6 +283,11 @@ def _one_device(call: _Call) -> torch.device:
             raise ValueError(f"{name}: is on {tensor.device}, but {call.names[0]} is on {device}; an executor's "
                              "tensors have to be on one device")
     return device
+
+
+def tf32() -> tuple[bool, bool]:
+    """Whether matrix products and convolutions in float32 may use TF32: a graph keeps the kernels chosen by it."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def _weights(constant: Any) -> tuple:

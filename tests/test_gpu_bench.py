@@ -1,17 +1,19 @@
 """bench/gpu.sh runs through on a machine without a GPU, at tiny sizes: no Python error is left for the GPU to find."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from bench.gpu import models  # noqa: E402
+from bench.gpu import commands, models  # noqa: E402
 from bench.gpu.__main__ import PARTS, run  # noqa: E402
 from bench.gpu.commands import call, findings  # noqa: E402
 from bench.gpu.merge import merge  # noqa: E402
@@ -59,6 +61,118 @@ def test_commands_can_be_called(part, tmp_path):
     assert notes and all(note["output"] for note in notes.values())
 
 
+def test_without_cuda_where_the_build_fails_with_it(tmp_path, monkeypatch):
+    called = []
+
+    def call(record, steps, **_):
+        [(step, command)] = steps.items()
+        called.append((step, "-DCMAKE_CUDA_COMPILER=" in command))
+        return step != "compile"
+
+    monkeypatch.setattr(commands, "call", call)
+    with Record("build", tmp_path, tiny=True) as record:
+        record.tiny = False
+        commands.build(record)
+    assert called == [("configure", False), ("compile", False), ("configure, without CUDA", True),
+                      ("compile, without CUDA", False), ("install, without CUDA", False), ("info", False)]
+    assert "WITHOUT CUDA" in record.content["rows"][0]["warning"]
+
+
+def test_a_command_that_hangs_is_ended(tmp_path):
+    with Record("build", tmp_path, tiny=True) as record:
+        assert not call(record, {"hangs": [sys.executable, "-c", "import time; time.sleep(60)"]}, limit=0.5)
+        assert call(record, {"works": [sys.executable, "-c", ""]}, limit=60)
+    assert list(record.failed) == ["hangs"]
+
+
+def test_the_tests_of_a_gpu_are_found():
+    found = commands.gpu_tests()
+    assert {"tests/test_graph.py", "tests/kernels/test_triton.py", "tests/gated/test_gated_gpu.py"} <= {*found}
+    assert "tests/test_schedule.py" not in found
+
+
+@pytest.fixture
+def gpu_gated(monkeypatch):
+    """bench/gpu_gated.py on the CPU, with a tiny model; a list of what it reports."""
+    path = [*sys.path]
+    spec = importlib.util.spec_from_file_location("gpu_gated", ROOT / "bench/gpu_gated.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, module.reported = models.model, []
+    monkeypatch.setattr(models, "model", lambda tiny, device: model(True, device))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 2))
+    module.DEVICE, module.TRAJECTORIES = torch.device("cpu"), 102
+    module.milliseconds = lambda call, repeats=1: call() is None or 1.0
+    module.report = lambda **facts: module.reported.append(facts)
+    yield module
+    sys.path[:] = path
+
+
+@pytest.mark.parametrize("step", ["dit", "bodies", "change", "memory"])
+def test_the_steps_of_the_gated_benchmark(gpu_gated, step):
+    getattr(gpu_gated, step)()
+    assert gpu_gated.reported and all(facts["step"] == step for facts in gpu_gated.reported)
+    ratios = [facts["rows"] for facts in gpu_gated.reported if "gated_by_captured" in facts]
+    assert ratios == ([2, 16] if step == "dit" else [])
+
+
+def test_a_gated_trajectory_that_is_wrong_has_no_ratio(gpu_gated):
+    agree = gpu_gated.agree
+    gpu_gated.agree = lambda found, *args, **facts: agree(found * 1.1, *args, **facts)
+    gpu_gated.switch = gpu_gated.calls = lambda *_: None
+    with pytest.raises(AssertionError):
+        gpu_gated.dit()
+    assert not any("gated_by_captured" in facts for facts in gpu_gated.reported)
+    assert {facts["rows"] for facts in gpu_gated.reported if "difference" in facts} == {2, 16}
+    nan = torch.tensor([1.0, float("nan")])
+    assert not agree(nan, torch.ones(2), 0.02) and not agree(torch.ones(2), nan, 0.02)
+
+
+def test_a_step_that_hangs_or_fails_is_ended():
+    """And the next one runs."""
+    done = python("""
+        import time, gpu_gated
+        gpu_gated.LIMITS = dict(hangs=2, fails=20, works=20)
+        gpu_gated.hangs, gpu_gated.fails = lambda: time.sleep(60), lambda: 1 / 0
+        gpu_gated.works = lambda: gpu_gated.report(found=1)
+        gpu_gated.main()
+    """)
+    assert [(f.get("step"), f.get("ended")) for f in findings(done.stdout.splitlines())] == [
+        ("hangs", "no end within 2 s"), ("fails", 1), (None, None), ("works", 0)]
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_a_part_that_is_stopped_has_time_to_say_so(tmp_path):
+    """It gets its signal twice, from `timeout`, which also signals its group."""
+    done = python(f"""
+        import os, signal, sys, time
+        from bench.gpu import __main__ as gpu, commands
+
+        def tests(record):
+            record.stage("waiting")
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+                record.note("farewell", "said")
+
+        commands.tests = tests
+        sys.argv = ["gpu", "--tiny", "tests", {str(tmp_path)!r}]
+        gpu.main()
+    """)
+    found = json.loads((tmp_path / "tests.json").read_text())
+    assert done.returncode == 1 and " in tests\n" in done.stderr, "where it was"
+    assert not found["finished"] and "waiting" in found["failed"] and found["notes"]["farewell"] == "said"
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(["bench", *sys.path])})
+
+
 def test_a_command_that_fails_is_a_failure(tmp_path):
     with Record("tests", tmp_path, tiny=True) as record:
         call(record, {"bad": [sys.executable, "-c", "raise SystemExit('what went wrong')"]})
@@ -83,7 +197,7 @@ def test_the_command(tmp_path):
 
 def test_an_unknown_part_is_refused():
     done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "kernel"], capture_output=True, text=True)
-    assert done.returncode == 2 and "there are: build tests" in done.stderr
+    assert done.returncode == 2 and "there are: build kernels" in done.stderr
 
 
 def test_the_limits_name_the_parts():

@@ -101,6 +101,20 @@ def test_what_is_another_graph(recorder):
     assert executor.graphs == len(calls) + 1
 
 
+def test_tf32_is_another_graph(recorder):
+    executor, x, places = hk.compile(double), torch.randn(3), (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for allowed in 2 * list(product((True, False), repeat=2)):  # those of the first round again
+            for place, value in zip(places, allowed):
+                place.allow_tf32 = value
+            executor(x), executor(x)
+        assert executor.graphs == 4
+    finally:
+        for place, value in zip(places, before):
+            place.allow_tf32 = value
+
+
 def test_the_longest_unused_graph_goes_first(recorder):
     executor = hk.compile(double, graphs=2)
     x = torch.randn(3)
@@ -158,6 +172,19 @@ def test_a_recording_that_fails_changes_nothing(recorder):
     assert cache._state() == before and executor.graphs == 0
     other = hk.FeatureCache(2).copy_(cache)
     assert torch.equal(net(x, cache=cache, gate=row), net(x, cache=other, gate=row))
+
+
+def test_memory_that_is_not_there_is_said_as_it_is(recorder):
+    """Callers try again with less."""
+    def big(x):
+        if recorder.recording:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+    executor = hk.compile(big)
+    executor(torch.ones(3))
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        executor(torch.ones(3))
 
 
 class Toy(torch.nn.Module):

@@ -1,6 +1,7 @@
 """One part of bench/gpu.sh: `python -m bench.gpu [--tiny] PART FOLDER` writes FOLDER/PART.json."""
 
 import argparse
+import faulthandler
 import importlib
 import signal
 import sys
@@ -10,6 +11,7 @@ import torch
 
 from .record import Record
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
 PARTS = {"build": "commands", "tests": "commands", "sanitizer": "commands", "gated": "commands", "kernels": "kernels",
          "trajectory": "trajectory", "attention": "attention", "sdt": "sdt", "compiled": "compiled"}
 
@@ -23,8 +25,18 @@ def main() -> int:
     if not args.tiny and not torch.cuda.is_available():
         print(f"{args.part}: torch {torch.__version__} sees no GPU; --tiny is a dry run without one", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: its time is over"))  # so that the record is closed
+    for number in SIGNALS:
+        signal.signal(number, stop)
+        faulthandler.register(number, chain=True)  # says where, even if Python does not get that far
+    faulthandler.enable()
     return int(not run(args.part, args.folder, args.tiny))
+
+
+def stop(*_) -> None:
+    """Closes the record; not to be stopped at that: `timeout` sends its signal to the process and to its group."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit("stopped: its time is over")
 
 
 def run(part: str, folder: Path, tiny: bool) -> bool:

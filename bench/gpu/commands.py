@@ -12,8 +12,11 @@ from importlib.util import find_spec
 from .merge import ROOT
 from .record import Record
 
-TAIL = 120  # lines of a command's output that are kept
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu"]
+TAIL = 400  # lines of a command's output that are kept
+FAREWELL = 6  # seconds in which commands that were interrupted may say where
+PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.at_once",
+          "-o", "faulthandler_timeout=40", "-m", "gpu"]
+GATED = ("smallest", "dit", "bodies", "cublas", "change", "memory")  # what matters most first
 
 
 def run(record: Record) -> None:
@@ -21,29 +24,47 @@ def run(record: Record) -> None:
 
 
 def build(record: Record) -> None:
-    """CMake by itself: an old setuptools there could not read pyproject.toml."""
-    if not record.tiny:
-        from pybind11 import get_cmake_dir
-
-        folder = "build/cmake-gpu"
-        call(record, {"configure": ["cmake", "-S", ".", "-B", folder, "-G", "Ninja",
-                                    f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={get_cmake_dir()}"]})
-        call(record, {"compile": ["cmake", "--build", folder, "--parallel"]})
-        call(record, {"install": ["cmake", "--install", folder, "--prefix", "harmonica_kernels"]})
+    """Without CUDA where it cannot be built with it: most parts need no more, and all need some."""
+    if not record.tiny and not compiled(record, "build/cmake-gpu", limit=130):
+        record.row(warning="THE EXTENSION IS BUILT WITHOUT CUDA: what is gated on the device cannot run")
+        compiled(record, "build/cmake-gpu-without-cuda", "-DCMAKE_CUDA_COMPILER=", ", without CUDA")
     call(record, {"info": [sys.executable, "-m", "harmonica_kernels"]})
 
 
+def compiled(record: Record, folder: str, option: str = "", name: str = "", limit: float | None = None) -> bool:
+    """CMake by itself: an old setuptools there could not read pyproject.toml. Whether the extension is in its place."""
+    from pybind11 import get_cmake_dir
+
+    started = time.monotonic()
+    commands = {
+        "configure": ["cmake", "-S", ".", "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+                      f"-Dpybind11_DIR={get_cmake_dir()}", *filter(None, [option])],
+        "compile": ["ninja", "-C", folder],  # which ends its compilers when it is ended
+        "install": ["cmake", "--install", folder, "--prefix", "harmonica_kernels"]}
+    return all(call(record, {f"{step}{name}": command}, limit=limit and limit - (time.monotonic() - started))
+               for step, command in commands.items())
+
+
 def tests(record: Record) -> None:
-    # tests of what is not installed there cannot be collected; the others run, side by side where xdist is, since most
-    # of their time is Triton's compiler's
-    wanted = ["--collect-only", "tests/kernels/test_triton.py"] if record.tiny else ["--durations=5", "tests"]
-    if find_spec("xdist") and not record.tiny:
-        wanted += ["-n", "8"]
-    call(record, {"pytest -m gpu": [*PYTEST, "--continue-on-collection-errors", *wanted]}, none_collected=record.tiny)
+    """Those of a GPU, side by side where xdist is, since most of their time is Triton's compiler's."""
+    if record.tiny:
+        wanted = ["--collect-only", "tests/kernels/test_triton.py"]
+    else:
+        wanted = ["--durations=5", "--continue-on-collection-errors", *gpu_tests()]
+        if find_spec("xdist"):
+            wanted += ["-n", "8"]
+    call(record, {"pytest -m gpu": [*PYTEST, *wanted]}, none_collected=record.tiny)
+
+
+def gpu_tests() -> list[str]:
+    """The files that have some; to collect all others would take long, and some cannot be imported there."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
+                  if "pytest.mark.gpu" in path.read_text())
 
 
 def sanitizer(record: Record) -> None:
-    """memcheck and racecheck, at once since each leaves most of the GPU idle, on the kernels' tests: small but for one.
+    """memcheck and racecheck, at once since each leaves most of the GPU idle, on the kernels' tests, small but for one,
+    and on the smallest gated graph.
 
     What the part `tests` compiled, with the same HARMONICA_TEST_SEED, is not compiled again. Without PyTorch's pool of
     memory, whose blocks hold neighbours, more of what is out of bounds is seen.
@@ -53,6 +74,7 @@ def sanitizer(record: Record) -> None:
         raise FileNotFoundError("compute-sanitizer is not on the PATH; it comes with CUDA's toolkit")
     pytest = [*PYTEST, "-k", "not addresses_beyond", "tests/kernels/test_triton.py"]
     commands = {name: [tool, "--tool", name, "--error-exitcode", "9", *pytest] for name in ("memcheck", "racecheck")}
+    commands["smallest gated graph"] = [sys.executable, "bench/gpu_gated.py", "sanitizer"]
     if record.tiny:
         commands = {name: [*pytest, "--version"] for name in commands}
     call(record, commands, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -61,8 +83,9 @@ def sanitizer(record: Record) -> None:
 def gated(record: Record) -> None:
     """bench/gpu_gated.py, which prints a line of JSON for each finding; a dry run only reads it in."""
     read = "import runpy; print('read:', *runpy.run_path('bench/gpu_gated.py')['LIMITS'])"
+    arguments = ["-c", read] if record.tiny else ["bench/gpu_gated.py", *GATED]
     try:
-        call(record, {"gpu_gated.py": [sys.executable, *(["-c", read] if record.tiny else ["bench/gpu_gated.py"])]})
+        call(record, {"gpu_gated.py": [sys.executable, *arguments]})
     finally:  # stopped as well
         for finding in findings(record.content["notes"].get("gpu_gated.py", dict(output=[]))["output"]):
             record.row(**finding)
@@ -82,8 +105,11 @@ def findings(lines: list[str]) -> list[dict]:
 
 
 def call(record: Record, commands: dict[str, list[str]], none_collected: bool = False,
-         environment: dict[str, str] | None = None) -> None:
-    """Runs the commands side by side; each may fail by itself. none_collected: pytest may find nothing."""
+         environment: dict[str, str] | None = None, limit: float | None = None) -> bool:
+    """Runs the commands side by side; each may fail by itself. Whether all went well.
+
+    none_collected: pytest may find nothing. limit: seconds, after which those that still run are ended.
+    """
     record.stage(", ".join(commands))
     started, running = time.monotonic(), {}
     for name, command in commands.items():
@@ -94,12 +120,22 @@ def call(record: Record, commands: dict[str, list[str]], none_collected: bool = 
         running[name] = process, path
     try:
         for process, _ in running.values():
-            process.wait()
-    finally:  # stopped as well
+            process.wait(limit and max(0.0, started + limit - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        for process, _ in running.values():
+            process.terminate()
+    finally:  # stopped as well, and then the commands were too
+        until, well = time.monotonic() + FAREWELL, True
         for name, (process, path) in running.items():
-            lines, status = path.read_text(errors="replace").splitlines(), process.poll()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+            status = process.poll()
+            process.kill()
+            lines = path.read_text(errors="replace").splitlines()
             record.note(name, dict(status=status, output=lines[-TAIL:]))
             record.row(command=name, status=status, seconds=time.monotonic() - started, last=lines[-1] if lines else "")
             if status != 0 and not (none_collected and status == 5):
+                well = False
                 record.failed[name] = "\n".join(lines[-TAIL:])
-                print(record.failed[name])
+                print(*lines, sep="\n")
+    return well

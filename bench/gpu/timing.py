@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harmonica_kernels._capture import recording
+
 WARMUP = 2
 
 
@@ -66,11 +68,8 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
-    try:
+    with recording(graph, torch.cuda.graph_pool_handle()):
         call()
-    finally:
-        graph.capture_end()
     return Replay(graph, call)
 
 

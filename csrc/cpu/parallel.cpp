@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -38,7 +39,11 @@ void parallel(int threads, const std::function<void(int)>& work) {
     Region region{work};
     if (gomp_parallel()) return gomp_parallel()(Region::enter, &region, unsigned(threads), 0);
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back(Region::enter, &region);
+    others.reserve(threads - 1);
+    try {
+        while (int(others.size()) < threads - 1) others.emplace_back(Region::enter, &region);
+    } catch (const std::system_error&) {  // the process has no more; the work is shared by those that there are
+    }
     Region::enter(&region);
     for (std::thread& other : others) other.join();
 }

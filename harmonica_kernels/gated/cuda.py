@@ -4,12 +4,12 @@ Not yet run on a GPU: the tests drive it with a stand-in for CUDA that executes 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from .._capture import recording, stream_of
 from .._info import why_not_gated
 from ..ops._arguments import dtype_number
 from ..ops._library import kernels
@@ -34,7 +34,7 @@ class Recorder:
             raise RuntimeError('mode="gated": the allocator backend cudaMallocAsync records allocations, which cannot '
                                "stand in a conditional node; unset PYTORCH_CUDA_ALLOC_CONF's backend")
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = stream_of(self, device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: list[torch.cuda.CUDAGraph] = []  # the pool lives as long as they do
 
@@ -60,17 +60,15 @@ class Recorder:
     def record(self, name: str, call: Callable[[], None]) -> int:
         """What call() launches as a cudaGraph_t, which is valid as long as this object."""
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self._stream), recording(graph, self._pool):
                 call()
-            except Exception as error:
-                with suppress(RuntimeError):  # that the recording is invalid, which is known
-                    graph.capture_end()
-                raise RuntimeError(
-                    f"{name} cannot be captured: {error}\nIt must not wait for the GPU (.item(), .tolist(), .cpu(), a "
-                    "tensor in an `if`) or copy from ordinary host memory") from error
-            graph.capture_end()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"{name} cannot be captured: {error}\nIt must not wait for the GPU (.item(), .tolist(), .cpu(), a "
+                "tensor in an `if`) or copy from ordinary host memory") from error
         self._graphs.append(graph)
         return graph.raw_cuda_graph()
 

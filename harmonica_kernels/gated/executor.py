@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..graph import _weights
+from ..graph import _weights, tf32
 from .cuda import GraphLoop, Recorder
 from .memory import GateMemory
 from .pieces import Pieces
@@ -98,7 +98,8 @@ class Gated:
             self.load(schedule)
         key, tensors, rebuild = trajectory.graph_parts()
         history = 1 if self._gates is None or self._gates[1] is None else 2
-        key = (key, _weights(key), noise.shape, noise.dtype, noise.device, tuple((t.shape, t.dtype) for t in tensors))
+        key = (key, _weights(key), noise.shape, noise.dtype, noise.device, tuple((t.shape, t.dtype) for t in tensors),
+               tf32())
         loop = self._loops.get(key)
         if loop is not None and loop.memory.history < history:
             self._drop(key)

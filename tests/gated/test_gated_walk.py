@@ -150,6 +150,18 @@ def test_every_condition_is_written_once_a_step_and_before_it_is_read(rule):
     assert written == list(range(9))
 
 
+def test_tf32_is_another_graph():
+    trajectory, executor = Trajectory(2, 2), hk.compile(Trajectory.run, mode="gated")
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            executor(trajectory, torch.randn(trajectory.shape))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert executor.graphs == 2
+
+
 def test_refusals():
     executor = gated()
     trajectory = Trajectory(3, 4)

@@ -9,6 +9,7 @@ import torch
 
 from harmonica_kernels._info import info
 from harmonica_kernels.ops import residual_norm
+from harmonica_kernels.ops._arguments import dtype_number
 from harmonica_kernels.ops._library import kernels
 
 
@@ -48,6 +49,26 @@ def test_threads_are_torchs_own(threads):
     residual_norm(x, [], None, None)
     assert len(os.listdir("/proc/self/task")) == before
     assert kernels.threading().startswith("OpenMP")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_threads_that_cannot_start_are_done_without():
+    """Where no OpenMP is in the process and its memory is short of 64 stacks, some threads do all of the work."""
+    done = python(f"""
+import ctypes, importlib.util, resource
+spec = importlib.util.spec_from_file_location("harmonica_kernels._C", {kernels.__file__!r})
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+size = 8 * 256 * 512
+x, h = (ctypes.c_float * size)(*[2.0] * size), (ctypes.c_float * size)()
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (128 << 20),) * 2)
+activation = lambda values: (ctypes.addressof(values), {dtype_number(torch.float32)}, 256 * 512, 512)
+kernels.residual_norm((8, 256, 512), activation(x), None, activation(h), None, [], None, 0.0,
+                      (None, None, False, 1e-5), 64)
+print(kernels.threading(), set(h))
+""")
+    assert done.stdout == "std::thread (no OpenMP runtime in this process) {2.0}\n", done.stderr
 
 
 def test_info_is_honest():
