@@ -1,5 +1,7 @@
 """Routers: scores, schedules, files."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -144,7 +146,9 @@ def test_there_are_bundled_routers():
 def test_a_bundled_router_does_what_its_name_says(name):
     router = Router.load(name, load("fashion-dit"))
     assert router.model == "fashion-dit" and router.steps == 20
-    assert router.schedule().speedup == pytest.approx(float(name.removeprefix("fashion-dit-").removesuffix("x")), 0.02)
+    speedup, forecasts = re.fullmatch(r"fashion-dit-([\d.]+)x(-forecast)?", name).groups()
+    assert router.schedule().speedup == pytest.approx(float(speedup), 0.02)
+    assert router.schedule().history == (1 if forecasts is None else 2)
 
 
 def test_a_bare_name_is_a_file_or_a_bundled_router(net, tmp_path, monkeypatch):
