@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python -m pytest bench/bench_forward.py [-k fashion]
 
-plain / ours: uncached trajectory of the plain model (tests/plain_dit.py) over ours; ≥ 1 is no slower.
+plain / ours: uncached trajectory of the plain model (tests/support/plain_dit.py) over ours; ≥ 1 is no slower.
 should / does: the time that the schedule should take over the time that it takes. Should = the fixed part + the
     computed bodies' own times, both measured in the uncached trajectories: a body's time by a clock around it, the
     fixed part as all the rest. Reused branches are promised to cost nothing.
@@ -19,13 +19,13 @@ import torch
 
 import harmonica_dit
 import harmonica_kernels as hk
-from harmonica_dit.models import CONFIGS, DiT, count_flops
+from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.sample import Trajectory, denoise, image_noise
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.schedules import fora
+from harmonica_dit.methods import fora
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from plain_dit import PlainDiT  # noqa: E402  (the tests' reference model is this benchmark's too)
+from support.plain_dit import PlainDiT  # noqa: E402  (the tests' reference model is this benchmark's too)
 
 ROUNDS = 4
 MODELS = {"fashion-dit": dict(images=32, steps=20), "DiT-B/2": dict(images=8, steps=4)}  # rows: twice the images

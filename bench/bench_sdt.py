@@ -30,16 +30,16 @@ from statistics import median
 import torch
 
 import harmonica_kernels as hk
-from harmonica_dit.models import CONFIGS, DiT, count_flops
+from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, image_noise
 from harmonica_dit.sample.trajectory import call
 from harmonica_dit.train.sdt import train_trajectory
 from harmonica_dit.train.train import checkpointed
-from harmonica_dit.train.walk import Walk, new_executor
+from harmonica_dit.train.student import Student, new_executor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from plain_dit import PlainDiT, modulate  # noqa: E402  (the tests' reference model is this benchmark's too)
+from support.plain_dit import PlainDiT, modulate  # noqa: E402  (the tests' reference model is this benchmark's too)
 
 CANDIDATES = ("plain", "published", "ours", "ours, eager", "ours, checkpointing")
 THRESHOLD, BETA = 0.5, 1e-9  # so small that the losses compared are the errors
@@ -80,7 +80,7 @@ class Problem:
         ones = torch.ones(max(self.logits.shape), device=self.device)
         trajectory.run = self.executors[candidate]
         with checkpointed(self.net) if "checkpointing" in candidate else nullcontext():
-            seen = train_trajectory(router, Walk(router, trajectory, self.noise, cache=self.cache), optimizer,
+            seen = train_trajectory(router, Student(router, trajectory, self.noise, cache=self.cache), optimizer,
                                     ones[: len(self.logits)], ones[: self.logits.shape[1]], BETA)
         return seen.losses.tolist()
 

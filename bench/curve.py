@@ -21,9 +21,9 @@ from rich.progress import track
 import harmonica_dit
 from harmonica_dit.demo import CURVE
 from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file
-from harmonica_dit.evaluate.compare import Tally, timed_sample
-from harmonica_dit.evaluate.methods import check_names
-from harmonica_dit.files import load_tensors, replacing, save_tensors
+from harmonica_dit.evaluate.compare import Tally, time_sample
+from harmonica_dit.evaluate.named_methods import check_names
+from harmonica_dit.files import load_tensors, replacement, save_tensors
 
 ROUNDS = 5  # of the timing, each of them one batch with every method
 
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def save(path: Path, settings: dict, rows: list[dict]) -> None:
-    with replacing(path) as whole:
+    with replacement(path) as whole:
         whole.write_text(json.dumps(settings | {"rows": rows}, indent=1) + "\n")
 
 
@@ -95,7 +95,7 @@ def measure(net, method: Method, args, seed: int, weights: str) -> dict:
         if method.family == "uncached" and uncached is not None:
             images = uncached[i]
         else:
-            images, _ = timed_sample(net, part, method, first=i * args.batch, **options)
+            images, _ = time_sample(net, part, method, first=i * args.batch, **options)
         made.append(images)
         tally.update(images, images if uncached is None else uncached[i], part)
     if uncached is None:
@@ -107,11 +107,11 @@ def measure(net, method: Method, args, seed: int, weights: str) -> dict:
 def wall_speedups(net, methods: list[Method], args) -> dict[str, float]:
     """Each method's, by the median over rounds in which every method samples one batch in turn."""
     labels = torch.arange(args.batch) % net.num_classes
-    timed_sample(net, labels, methods[0], seed=0, guidance=args.guidance, batch=args.batch)  # warms up
+    time_sample(net, labels, methods[0], seed=0, guidance=args.guidance, batch=args.batch)  # warms up
     seconds = {method.name: [] for method in methods}
     for number in track(range(ROUNDS), "wall-clock speedups"):
         for method in methods:
-            seconds[method.name].append(timed_sample(net, labels, method, first=number * args.batch, seed=0,
+            seconds[method.name].append(time_sample(net, labels, method, first=number * args.batch, seed=0,
                                                      guidance=args.guidance, batch=args.batch)[1])
     mid = {name: median(times) for name, times in seconds.items()}
     return {name: mid["uncached"] / time for name, time in mid.items()}

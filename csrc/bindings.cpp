@@ -74,22 +74,23 @@ std::pair<double, std::vector<double>> py_residual_norm_backward(
 }
 
 // Addresses and sizes by their names in kernels.h.
-GateMemory gate_memory(const std::map<std::string, uintptr_t>& named) {
+DecisionMemory decision_memory(const std::map<std::string, uintptr_t>& named) {
     auto in = [&](const char* name, auto*& pointer) {
         pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(named.at(name));
     };
-    GateMemory m{};
+    DecisionMemory m{};
     m.steps = int32_t(named.at("steps")), m.branches = int32_t(named.at("branches"));
     m.history = int32_t(named.at("history")), m.parts = int32_t(named.at("parts"));
     in("scores", m.scores), in("extrapolation", m.extrapolation), in("threshold", m.threshold);
     in("conditions", m.conditions), in("change", m.change), in("step", m.step), in("again", m.again);
     in("compute", m.compute), in("start", m.start), in("slot", m.slot), in("latest_at", m.latest_at);
-    in("previous_at", m.previous_at), in("e", m.e), in("reference", m.reference), in("reused", m.reused);
+    in("previous_at", m.previous_at), in("forecast_weights", m.forecast_weights);
+    in("reference", m.reference), in("reused", m.reused);
     return m;
 }
 
-GateRule gate_rule(const std::string& rule) {
-    return rule == "scores" ? GateRule::scores : rule == "change" ? GateRule::change : GateRule::always;
+DecisionRule decision_rule(const std::string& rule) {
+    return rule == "scores" ? DecisionRule::scores : rule == "change" ? DecisionRule::change : DecisionRule::always;
 }
 
 py::dict py_cuda_build() {
@@ -109,10 +110,10 @@ void bind_graph(py::module_& m) {
              [](GatedGraph& g, int graph, uintptr_t data, int byte, size_t bytes, const std::string& name) {
                  g.fill(graph, reinterpret_cast<void*>(data), byte, bytes, name);
              })
-        .def("gate",
+        .def("decide",
              [](GatedGraph& g, int graph, const std::map<std::string, uintptr_t>& memory, int first, int last,
                 const std::string& rule, const std::string& name) {
-                 g.gate(graph, gate_memory(memory), first, last, gate_rule(rule), name);
+                 g.decide(graph, decision_memory(memory), first, last, decision_rule(rule), name);
              })
         .def("change",
              [](GatedGraph& g, int graph, uintptr_t o, uintptr_t reference, int dtype, int64_t values, uintptr_t sums,
@@ -135,8 +136,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled kernels; csrc/kernels.h has their contracts.";
     m.def("residual_norm", &py_residual_norm);
     m.def("residual_norm_backward", &py_residual_norm_backward);
-    m.def("gate", [](const std::map<std::string, uintptr_t>& memory, int first, int last, const std::string& rule) {
-        gate(gate_memory(memory), first, last, gate_rule(rule));
+    m.def("decide", [](const std::map<std::string, uintptr_t>& memory, int first, int last, const std::string& rule) {
+        decide(decision_memory(memory), first, last, decision_rule(rule));
     });
     m.def("cuda_build", &py_cuda_build);
 #ifdef HARMONICA_CUDA

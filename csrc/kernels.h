@@ -78,14 +78,14 @@ ScalarGradients residual_norm_backward(Shape shape, Activation dx_out, Activatio
                                        const std::vector<Term>& run, const Blend& blend, const Norm& norm,
                                        const Gradients& gradients, bool scalars, int threads);
 
-// --- The gate decided from memory, and the CUDA graph that it steers ------------------------------------------------
+// --- What is computed at a step, decided from memory, and the CUDA graph that it steers ------------------------------
 
 // Memory of a gated executor with K branches and T steps, on the device that runs it. Nothing here is a host's
 // decision: writing scores, extrapolation or threshold changes the next trajectory's.
-struct GateMemory {
+struct DecisionMemory {
     int32_t steps, branches, history;  // T, K, cache slots a branch (1 or 2)
     const float* scores;               // [T, K]
-    const float* extrapolation;        // [T, K] coefficients a; not read where history is 1
+    const float* extrapolation;        // [T, K] the schedule's coefficients a; not read where history is 1
     const double* threshold;           // τ of the rule in use
     const uint64_t* conditions;        // CUDA: [K + 1] handles, a branch's IF node each, then the loop's
     const double* change;              // [2, parts]: partial sums of |o - reference|, then of |reference|
@@ -97,18 +97,18 @@ struct GateMemory {
     int32_t* slot;         // [K] cache slot of the latest output
     int32_t* latest_at;    // [K] step of the latest computed output
     int32_t* previous_at;  // [K] of the one before it, -1 where there is none
-    float* e;              // [K] forecast weights of this step
+    float* forecast_weights;  // [K] the weights e of this step
     int32_t* reference;    // which half of [2, ...] holds the reference of the change rule
     uint8_t* reused;       // [T, K] what the trajectory reused
 };
 
 // scores: score > τ (Huang et al., 2025). change: the first branch's output moved by more than τ, relative to its
 // size, since it was last taken as reference (the idea of first-block caching). always: computed.
-enum class GateRule : int { scores, always, change };
+enum class DecisionRule : int { scores, always, change };
 
 // Decides the branches first..last-1 of a step; first == 0 goes on to the next step. With the change rule and a
 // decision to compute, the output just compared becomes the reference.
-void gate(const GateMemory& memory, int first, int last, GateRule rule);
+void decide(const DecisionMemory& memory, int first, int last, DecisionRule rule);
 
 // What the CUDA part was built with and what this machine has. Nothing here needs a GPU or a driver.
 struct CudaBuild {

@@ -3,6 +3,6 @@
 from ._info import info
 from .cache import FeatureCache
 from .forward import Branch, Modulation, cached_forward
-from .graph import compile
+from .graphs import compile
 
 __all__ = ["Branch", "FeatureCache", "Modulation", "cached_forward", "compile", "info"]

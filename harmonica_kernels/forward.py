@@ -1,4 +1,4 @@
-"""A transformer forward whose residual branches are computed, reused or blended, as a gate row says.
+"""A transformer forward whose residual branches are computed, reused or blended, as a row says.
 
 The row is one step of a schedule (hard), of a router's scores (soft), or nothing (the plain transformer). Between two
 computed bodies there is exactly one fused call, however many reused branches lie between them.
@@ -29,14 +29,14 @@ class Branch:
         body_out: `body_out(h, context, out)` writes o into `out` instead, a contiguous [B, N, D] cache buffer of h's
             dtype; used where a computed output is cached in that dtype, no gradient is wanted and autocast is off.
         norm: whether the body sees the norm of x. Without it, and without modulation rows, it is given x itself.
-        gated: whether the modulation has a gate row for this branch.
+        gate: whether the modulation has a gate row for this branch.
         eps: of the norm.
     """
 
     body: Callable[[Tensor, Any], Tensor]
     body_out: Callable[[Tensor, Any, Tensor], None] | None = None
     norm: bool = True
-    gated: bool = True
+    gate: bool = True
     eps: float = 1e-6
 
 
@@ -52,22 +52,22 @@ class Modulation(NamedTuple):
 
 
 def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
-                   gate: Sequence[bool] | Tensor | None = None, extrapolate: Sequence[float] | Tensor | None = None,
-                   cache: FeatureCache | None = None, threshold: float = 0.1, context: Any = None,
-                   eps: float = 1e-6) -> Tensor:
+                   row: Sequence[bool] | Tensor | None = None,
+                   forecast_weights: Sequence[float] | Tensor | None = None, cache: FeatureCache | None = None,
+                   threshold: float = 0.1, context: Any = None, eps: float = 1e-6) -> Tensor:
     """Runs K residual branches and the final modulated norm: y = LN(x_K)·(1 + scale_K) + shift_K.
 
     Args:
         branches: the K branches in execution order.
         x: [B, N, D] float32, bfloat16 or float16 (float64 for checking gradients); it is never changed.
         mod: shift, scale and gate rows of the branches and of the final norm.
-        gate: None computes every branch and, where there is a cache, stores every output. A sequence of K bools is a
+        row: None computes every branch and, where there is a cache, stores every output. A sequence of K bools is a
             hard row: True computes and stores, False reuses without calling the body. A float tensor [K] is a soft
             row of scores r, differentiable: o = r·body(h) + (1 - r)·reuse; entries with r > threshold are renewed with
             o once the backward is done (`FeatureCache.commit`, or the next forward).
-        extrapolate: K forecast weights e for reuse = (1 + e)·latest - e·previous; None or 0 repeats the latest. A
-            float tensor [K] is differentiable; its entries count where the cache holds two outputs.
-        cache: one per trajectory, filled by a first forward with gate=None.
+        forecast_weights: K weights e for reuse = (1 + e)·latest - e·previous; None or 0 repeats the latest. A float
+            tensor [K] is differentiable; its entries count where the cache holds two outputs.
+        cache: one per trajectory, filled by a first forward with row=None.
         threshold: τ of a soft row; a hard row has been decided already.
         context: whatever the bodies need beside h, given to each as it is.
         eps: of the final norm.
@@ -86,8 +86,8 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     Source: HarmoniCa (Huang et al., ICML 2025), section 3; forecasts after TaylorSeer (Liu et al., 2025), first order.
     """
     K = len(branches)
-    compute = _check(branches, x, mod, gate, extrapolate, cache, threshold)
-    soft = isinstance(gate, Tensor)
+    compute = _check(branches, x, mod, row, forecast_weights, cache, threshold)
+    soft = isinstance(row, Tensor)
     if cache is not None:
         cache._begin(x, K)
 
@@ -97,7 +97,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     stream = _Stream(x, torch.get_autocast_dtype(device) if autocast else x.dtype)
     for k, branch in enumerate(branches):
         if not compute[k]:
-            stream.reuse(cache, k, mod.gate[k], extrapolate)
+            stream.reuse(cache, k, mod.gate[k], forecast_weights)
             continue
         h = stream.norm(mod.shift[k], mod.scale[k], branch.norm, branch.eps)
         if in_place_bodies and branch.body_out is not None and cache.dtype in (None, h.dtype):
@@ -108,10 +108,10 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         o = branch.body(h, context)
         _check_output(o, h, x, k)
         if soft:
-            stream.blend(o, gate[k], cache, k, mod.gate[k], extrapolate)
+            stream.blend(o, row[k], cache, k, mod.gate[k], forecast_weights)
             if device not in HOST:
-                stream.renew = partial(cache._renew, k, gate[k].detach(), threshold)  # decided there: no wait
-            elif gate[k].item() > threshold:
+                stream.renew = partial(cache._renew, k, row[k].detach(), threshold)  # decided there: no wait
+            elif row[k].item() > threshold:
                 stream.renew = partial(cache._renew, k, None, threshold)
         else:
             stream.compute(o, None if cache is None else cache._push(k, o.dtype), mod.gate[k])
@@ -131,7 +131,7 @@ class _Stream:
 
     def _clear(self) -> None:
         self.run: list[Term] = []
-        self.e: list[float | Tensor] = []
+        self.weights: list[float | Tensor] = []  # of the forecasts, one a term
         self.store: Tensor | None = None  # where the first output of the run belongs
         self.fresh: Tensor | None = None  # blended with the run's first term by r
         self.r: Tensor | None = None
@@ -139,32 +139,33 @@ class _Stream:
 
     def compute(self, o: Tensor, store: Tensor | None, gate: Tensor | None) -> None:
         self.run.append(Term(o, None, gate))
-        self.e.append(0.0)
+        self.weights.append(0.0)
         self.store = store
 
-    def reuse(self, cache: FeatureCache, k: int, gate: Tensor | None, e: Sequence[float] | Tensor | None) -> None:
-        forecast = e is not None and (cache.filled(k) == 2 if isinstance(e, Tensor) else e[k] != 0)
+    def reuse(self, cache: FeatureCache, k: int, gate: Tensor | None,
+              weights: Sequence[float] | Tensor | None) -> None:
+        forecast = weights is not None and (cache.filled(k) == 2 if isinstance(weights, Tensor) else weights[k] != 0)
         self.run.append(Term(cache.latest(k), cache.previous(k) if forecast else None, gate))
-        self.e.append(e[k] if forecast else 0.0)
+        self.weights.append(weights[k] if forecast else 0.0)
 
     def blend(self, o: Tensor, r: Tensor, cache: FeatureCache, k: int, gate: Tensor | None,
-              e: Sequence[float] | Tensor | None) -> None:
-        self.reuse(cache, k, gate, e)
+              weights: Sequence[float] | Tensor | None) -> None:
+        self.reuse(cache, k, gate, weights)
         self.fresh, self.r = o, r
 
     def norm(self, shift: Tensor | None, scale: Tensor | None, norm: bool, eps: float, last: bool = False) -> Tensor:
         """Adds the run to x and returns the modulated norm: the one fused call between two bodies."""
         h_dtype = self.h_dtype if norm or shift is not None or scale is not None else self.x.dtype
-        if self.fresh is not None or self._wants_grad(shift, scale) or self._e_is_elsewhere():
+        if self.fresh is not None or self._wants_grad(shift, scale) or self._weights_are_elsewhere():
             h = self._functional(shift, scale, h_dtype, norm, eps)
         else:
             x_out = None
             if self.run and not last:
                 x_out = self.x if self.owned else torch.empty_like(self.x, memory_format=torch.contiguous_format)
-            e = [float(weight) for weight in self.e]
+            weights = [float(weight) for weight in self.weights]
             h_out = self.h if self.h is not None and self.h.dtype == h_dtype else None
-            h = residual_norm(self.x, self.run, shift, scale, e=e, x_out=x_out, store=self.store, h_out=h_out,
-                              h_dtype=h_dtype, norm=norm, eps=eps)
+            h = residual_norm(self.x, self.run, shift, scale, forecast_weights=weights, x_out=x_out, store=self.store,
+                              h_out=h_out, h_dtype=h_dtype, norm=norm, eps=eps)
             if x_out is not None:
                 self.x, self.owned = x_out, True
             if h is not self.x and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -174,14 +175,15 @@ class _Stream:
 
     def _functional(self, shift: Tensor | None, scale: Tensor | None, h_dtype: torch.dtype, norm: bool,
                     eps: float) -> Tensor:
-        e = None
-        if any(isinstance(weight, Tensor) or weight != 0 for weight in self.e):
+        weights = None
+        if any(isinstance(weight, Tensor) or weight != 0 for weight in self.weights):
             exact = torch.float64 if self.x.dtype == torch.float64 else torch.float32
             # full, not as_tensor: filled on the device, not copied to it
-            e = torch.stack([weight.to(exact) if isinstance(weight, Tensor) else
-                             torch.full((), weight, dtype=exact, device=self.x.device) for weight in self.e])
-        self.x, h, o = blend_residual_norm(self.x, self.run, shift, scale, e=e, fresh=self.fresh, r=self.r,
-                                           h_dtype=h_dtype, norm=norm, eps=eps)
+            weights = torch.stack([weight.to(exact) if isinstance(weight, Tensor) else
+                                   torch.full((), weight, dtype=exact, device=self.x.device)
+                                   for weight in self.weights])
+        self.x, h, o = blend_residual_norm(self.x, self.run, shift, scale, forecast_weights=weights, fresh=self.fresh,
+                                           r=self.r, h_dtype=h_dtype, norm=norm, eps=eps)
         self.owned = False  # autograd may have saved it
         if self.store is not None:
             self.store.copy_(self.run[0].latest.detach())
@@ -189,20 +191,20 @@ class _Stream:
             self.renew(o)
         return h
 
-    def _e_is_elsewhere(self) -> bool:
+    def _weights_are_elsewhere(self) -> bool:
         """Whether reading a forecast weight as a number would wait for the device."""
-        return any(isinstance(weight, Tensor) and weight.device.type not in HOST for weight in self.e)
+        return any(isinstance(weight, Tensor) and weight.device.type not in HOST for weight in self.weights)
 
     def _wants_grad(self, shift: Tensor | None, scale: Tensor | None) -> bool:
         if not torch.is_grad_enabled():
             return False
-        tensors = [self.x, shift, scale, *self.e]
+        tensors = [self.x, shift, scale, *self.weights]
         for term in self.run:
             tensors += [term.latest, term.gate]
         return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-def _check(branches, x, mod, gate, extrapolate, cache, threshold) -> Sequence[bool]:
+def _check(branches, x, mod, row, forecast_weights, cache, threshold) -> Sequence[bool]:
     """Refuses what cannot be run, before anything is touched. Returns which branches' bodies are called."""
     K = len(branches)
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
@@ -218,8 +220,8 @@ def _check(branches, x, mod, gate, extrapolate, cache, threshold) -> Sequence[bo
     if cache is not None:
         cache._check(x, K)
         cache.commit()
-    compute = _check_gate(K, gate, cache)
-    _check_extrapolation(K, extrapolate, cache, compute, isinstance(gate, Tensor))
+    compute = _check_row(K, row, cache)
+    _check_forecast_weights(K, forecast_weights, cache, compute, isinstance(row, Tensor))
     return compute
 
 
@@ -236,54 +238,54 @@ def _check_modulation(branches, x, mod) -> None:
                 raise TypeError(f"mod.{name}[{k}]: got {row.dtype} on {row.device}, expected one of {dtypes} on "
                                 f"{x.device}")
     for k, branch in enumerate(branches):
-        if branch.gated != (mod.gate[k] is not None):
-            raise ValueError(f"mod.gate[{k}]: got {'no row' if branch.gated else 'a row'}, but branch {k} "
-                             f"says gated={branch.gated}")
+        if branch.gate != (mod.gate[k] is not None):
+            raise ValueError(f"mod.gate[{k}]: got {'no row' if branch.gate else 'a row'}, but branch {k} "
+                             f"says gate={branch.gate}")
 
 
-def _check_gate(K, gate, cache) -> Sequence[bool]:
-    if gate is None:
+def _check_row(K, row, cache) -> Sequence[bool]:
+    if row is None:
         return (True,) * K
-    if isinstance(gate, Tensor) and not gate.is_floating_point():
-        raise TypeError(f"gate: got a tensor of {gate.dtype}; a hard row is a tuple of Python bools "
+    if isinstance(row, Tensor) and not row.is_floating_point():
+        raise TypeError(f"row: got a tensor of {row.dtype}; a hard row is a tuple of Python bools "
                         "(tensor.tolist()), a soft row a float tensor")
-    if (tuple(gate.shape) != (K,)) if isinstance(gate, Tensor) else (len(gate) != K):
-        got = f"shape {tuple(gate.shape)}" if isinstance(gate, Tensor) else f"{len(gate)} entries"
-        raise ValueError(f"gate: got {got}, expected {K}, one for each branch")
-    if isinstance(gate, Tensor):
-        if gate.device.type in HOST and not torch.compiler.is_compiling() and not gate.isfinite().all():
-            raise ValueError(f"gate: scores must be finite, got {gate.tolist()}")
+    if (tuple(row.shape) != (K,)) if isinstance(row, Tensor) else (len(row) != K):
+        got = f"shape {tuple(row.shape)}" if isinstance(row, Tensor) else f"{len(row)} entries"
+        raise ValueError(f"row: got {got}, expected {K}, one for each branch")
+    if isinstance(row, Tensor):
+        if row.device.type in HOST and not torch.compiler.is_compiling() and not row.isfinite().all():
+            raise ValueError(f"row: scores must be finite, got {row.tolist()}")
         if cache is None:
-            raise ValueError("gate: a soft row blends with cached outputs; pass cache=FeatureCache()")
+            raise ValueError("row: a soft row blends with cached outputs; pass cache=FeatureCache()")
     else:
-        for k, entry in enumerate(gate):
+        for k, entry in enumerate(row):
             if not isinstance(entry, bool):
-                raise TypeError(f"gate[{k}]: got {entry!r}, expected a Python bool; for soft scores pass one tensor")
-        if cache is None and not all(gate):
-            raise ValueError("gate: the row reuses branches; pass cache=FeatureCache()")
-    compute = (True,) * K if isinstance(gate, Tensor) else gate
+                raise TypeError(f"row[{k}]: got {entry!r}, expected a Python bool; for soft scores pass one tensor")
+        if cache is None and not all(row):
+            raise ValueError("row: the row reuses branches; pass cache=FeatureCache()")
+    compute = (True,) * K if isinstance(row, Tensor) else row
     for k in range(K):
-        if (isinstance(gate, Tensor) or not gate[k]) and not cache.filled(k):
-            raise ValueError(f"gate[{k}]: the cache holds no output of branch {k} yet; the first forward of a "
-                             "trajectory computes everything (gate=None)")
+        if (isinstance(row, Tensor) or not row[k]) and not cache.filled(k):
+            raise ValueError(f"row[{k}]: the cache holds no output of branch {k} yet; the first forward of a "
+                             "trajectory computes everything (row=None)")
     return compute
 
 
-def _check_extrapolation(K, extrapolate, cache, compute, soft) -> None:
-    if extrapolate is None:
+def _check_forecast_weights(K, weights, cache, compute, soft) -> None:
+    if weights is None:
         return
-    if len(extrapolate) != K:
-        raise ValueError(f"extrapolate: got {len(extrapolate)} weights, expected {K}, one for each branch")
-    if isinstance(extrapolate, Tensor):
-        if extrapolate.device.type in HOST and not torch.compiler.is_compiling() and not extrapolate.isfinite().all():
-            raise ValueError(f"extrapolate: weights must be finite, got {extrapolate.tolist()}")
+    if len(weights) != K:
+        raise ValueError(f"forecast_weights: got {len(weights)}, expected {K}, one for each branch")
+    if isinstance(weights, Tensor):
+        if weights.device.type in HOST and not torch.compiler.is_compiling() and not weights.isfinite().all():
+            raise ValueError(f"forecast_weights: must be finite, got {weights.tolist()}")
         return
-    for k, e in enumerate(extrapolate):
+    for k, e in enumerate(weights):
         if not -1e6 < e < 1e6:  # NaN fails too
-            raise ValueError(f"extrapolate[{k}]: got {e}, expected a finite number")
+            raise ValueError(f"forecast_weights[{k}]: got {e}, expected a finite number")
         if e != 0 and (soft or not compute[k]) and (cache is None or cache.filled(k) < 2):
             held = 0 if cache is None else cache.filled(k)
-            raise ValueError(f"extrapolate[{k}]: a forecast needs the branch's last two computed outputs, the cache "
+            raise ValueError(f"forecast_weights[{k}]: a forecast needs the branch's last two computed outputs, the cache "
                              f"holds {held}" + (" (FeatureCache(history=2) keeps two)"
                                                 if cache is None or cache.history == 1 else ""))
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harmonica_dit.models import CONFIGS, DiT, count_flops
+from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.sample import Trajectory, image_noise
 from harmonica_dit.schedule import Schedule
-from plain_dit import PlainDiT
+from support.plain_dit import PlainDiT
 
 XL = CONFIGS["DiT-XL/2"] | dict(input_size=32, in_channels=4)
 TINY = dict(input_size=4, patch_size=2, in_channels=4, hidden_size=24, depth=2, num_heads=2)

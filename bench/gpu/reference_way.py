@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica_dit.schedule import Schedule
-from plain_dit import modulate
+from support.plain_dit import modulate
 
 from .models import GUIDANCE, GUIDED, Plain
 

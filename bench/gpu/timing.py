@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harmonica_kernels._capture import recording
+from harmonica_kernels.graphs.recording import recording
 
 WARMUP = 2
 

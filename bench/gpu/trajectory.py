@@ -89,7 +89,7 @@ def check_reuse(record: Record, where: str, ours, way, schedule, noise: Tensor, 
     """A step that reuses what another x left in the cache, so that much depends on it, beside the reference's way."""
     other, cache = noise.flip(-1), hk.FeatureCache()
     for s, x in enumerate((noise, other)):
-        found, truth = ours.predict(x, s, gate=schedule.rows[s], cache=cache), way.predict(x, s)
+        found, truth = ours.predict(x, s, row=schedule.rows[s], cache=cache), way.predict(x, s)
     record.check(f"{where}: a step with reuse beside the reference's way in float32", error(found, truth), limit)
     record.note(f"{where}: what reuse changed there", error(ours.predict(other, 1), truth))
 

@@ -162,11 +162,11 @@ void GatedGraph::fill(int graph, void* data, int byte, size_t bytes, const std::
     append(c, node, name);
 }
 
-void GatedGraph::gate(int graph, const GateMemory& memory, int first, int last, GateRule rule,
-                      const std::string& name) {
+void GatedGraph::decide(int graph, const DecisionMemory& memory, int first, int last, DecisionRule rule,
+                        const std::string& name) {
     OnDevice guard(device_);
     Chain& c = chain(graph);
-    append(c, add_gate(c.graph, &c.last, c.last != nullptr, memory, first, last, rule), name);
+    append(c, add_decide(c.graph, &c.last, c.last != nullptr, memory, first, last, rule), name);
 }
 
 void GatedGraph::change(int graph, const Change& change, const std::string& name) {

@@ -22,12 +22,13 @@ class GatedGraph {
     GatedGraph(const GatedGraph&) = delete;
     GatedGraph& operator=(const GatedGraph&) = delete;
 
-    // A condition's handle, for `conditional` and for GateMemory. With `initially` every launch begins with 1; without,
-    // a kernel has to write it before its node is reached.
+    // A condition's handle, for `conditional` and for DecisionMemory. With `initially` every launch begins with 1;
+    // without, a kernel has to write it before its node is reached.
     uint64_t condition(bool initially);
 
     void fill(int graph, void* data, int byte, size_t bytes, const std::string& name);
-    void gate(int graph, const GateMemory& memory, int first, int last, GateRule rule, const std::string& name);
+    void decide(int graph, const DecisionMemory& memory, int first, int last, DecisionRule rule,
+                const std::string& name);
     void change(int graph, const Change& change, const std::string& name);
 
     // Clones a captured cudaGraph_t, after checking node by node, children too, that it may stand in a conditional.

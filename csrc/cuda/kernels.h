@@ -19,8 +19,8 @@ struct Change {
     const int32_t* which;  // the half that holds the reference
 };
 
-cudaGraphNode_t add_gate(cudaGraph_t graph, const cudaGraphNode_t* after, size_t count, const GateMemory& memory,
-                         int first, int last, GateRule rule);
+cudaGraphNode_t add_decide(cudaGraph_t graph, const cudaGraphNode_t* after, size_t count, const DecisionMemory& memory,
+                           int first, int last, DecisionRule rule);
 cudaGraphNode_t add_change(cudaGraph_t graph, const cudaGraphNode_t* after, size_t count, const Change& change);
 
 }  // namespace harmonica

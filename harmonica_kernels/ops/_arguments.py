@@ -68,7 +68,7 @@ class Arguments:
         if t is None:
             return None
         if not t.is_floating_point() or (t.numel() != 1 if count is None else t.shape != (count,)):
-            expected = "of one element" if count is None else f"[{count}], one coefficient for each term"
+            expected = "of one element" if count is None else f"[{count}], one for each term"
             raise ValueError(f"{self.op}: {name} must be a float tensor {expected}, got {list(t.shape)} of {t.dtype}")
         if t.device != self.device:
             self._refuse_kind(t, name, None)
@@ -83,24 +83,25 @@ class Arguments:
     def pack_scalars(self, t: Tensor, count: int | None) -> Any:
         return None
 
-    def terms(self, latest: Sequence[Tensor], previous: Tensors, e: Sequence[float], gate: Tensors) -> list:
-        """A run: (latest, previous, e, gate) of each term. A previous output whose e is 0 is packed all the same."""
-        if not len(latest) == len(previous) == len(e) == len(gate):
+    def terms(self, latest: Sequence[Tensor], previous: Tensors, weights: Sequence[float], gate: Tensors) -> list:
+        """A run: (latest, previous, forecast weight, gate) of each term. A previous output of weight 0 is packed as well."""
+        if not len(latest) == len(previous) == len(weights) == len(gate):
             raise ValueError(f"{self.op}: a run of {len(latest)} terms needs as many previous outputs and gates (or "
-                             f"None) and coefficients e, got {len(previous)}, {len(gate)} and {len(e)}")
+                             f"None) and forecast weights, got {len(previous)}, {len(gate)} and {len(weights)}")
         terms = []
-        for j, weight in enumerate(e):
+        for j, weight in enumerate(weights):
             if type(self) is not Arguments and weight != 0:
-                self._check_coefficient(weight, j, previous[j])
+                self._check_weight(weight, j, previous[j])
             terms.append((self.activation(latest[j], "latest", j), self.activation(previous[j], "previous", j),
                           weight, self.rows(gate[j], "gate", j)))
         return terms
 
-    def _check_coefficient(self, e: float, j: int, previous: Tensor | None) -> None:
-        if not isfinite(e):
-            raise ValueError(f"{self.op}: e[{j}] must be finite, got {e}")
+    def _check_weight(self, weight: float, j: int, previous: Tensor | None) -> None:
+        if not isfinite(weight):
+            raise ValueError(f"{self.op}: forecast_weights[{j}] must be finite, got {weight}")
         if previous is None:
-            raise ValueError(f"{self.op}: e[{j}] is {e}, but run[{j}].previous, which it extrapolates from, is None")
+            raise ValueError(f"{self.op}: forecast_weights[{j}] is {weight}, but run[{j}].previous, which the forecast needs, "
+                             "is None")
 
     def _refuse(self, t: Tensor, name: str, term: int | None, expected: str) -> None:
         raise ValueError(f"{self.op}: {_full(name, term)} must be {expected}, got {list(t.shape)}")

@@ -45,11 +45,11 @@ def _cpu(x, bias, exact) -> None:
 
 
 def _cuda(x, bias, exact) -> None:
-    from .. import triton
+    from .. import triton_kernels
 
     pack, x_, (bias_, _) = _pack(Dense, x, bias)
     pack.refuse_overlap()
-    triton.bias_gelu(x_, bias_, exact)
+    triton_kernels.bias_gelu(x_, bias_, exact)
     torch.autograd.graph.increment_version(x)
 
 

@@ -45,11 +45,11 @@ def _cpu(latest, previous, *rest) -> None:
 
 
 def _cuda(latest, previous, *rest) -> None:
-    from .. import triton
+    from .. import triton_kernels
 
     pack, packed = _pack(Dense, latest, previous, *rest)
     pack.refuse_overlap()
-    triton.cache_commit(*packed)
+    triton_kernels.cache_commit(*packed)
     pack.finish()
     torch.autograd.graph.increment_version([t for t in (latest, previous) if t is not None])
 

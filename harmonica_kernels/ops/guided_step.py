@@ -84,11 +84,11 @@ def _cpu(x, out, *rest) -> None:
 
 
 def _cuda(x, out, *rest) -> None:
-    from .. import triton
+    from .. import triton_kernels
 
     pack, packed = _pack(_Entries, x, out, *rest)
     pack.refuse_overlap()
-    triton.guided_step(*packed)
+    triton_kernels.guided_step(*packed)
     torch.autograd.graph.increment_version(out)
 
 

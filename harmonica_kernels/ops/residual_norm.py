@@ -11,25 +11,26 @@ from .run import Term
 
 
 def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: Tensor | None, *,
-                  e: Sequence[float] | None = None, x_out: Tensor | None = None, store: Tensor | None = None,
-                  h_out: Tensor | None = None, h_dtype: torch.dtype | None = None, norm: bool = True,
-                  eps: float = 1e-6) -> Tensor:
+                  forecast_weights: Sequence[float] | None = None, x_out: Tensor | None = None,
+                  store: Tensor | None = None, h_out: Tensor | None = None, h_dtype: torch.dtype | None = None,
+                  norm: bool = True, eps: float = 1e-6) -> Tensor:
     """`x_out = x + Σ gate·o` over the run; returns `h = LN(x_out)·(1 + scale) + shift` of adaLN (Peebles & Xie, 2023).
 
     One pass over memory, whatever the run's length; sums and statistics in float32 (in float64 where x is).
 
     x: [B, N, D]. run: terms whose latest and previous are [B, N, D], gate [B or 1, D] or None for 1.
     shift, scale: [B or 1, D], or None for 0.
-    e: one extrapolation coefficient a term, o = (1 + e)·latest - e·previous; None where all are 0.
+    forecast_weights: one e a term, o = (1 + e)·latest - e·previous; None where all are 0.
     x_out: [B, N, D], may be x itself; None where the sum is not needed afterwards (x is only read).
-    store: [B, N, D] buffer that receives run[0].latest, in its own dtype, on the way; e[0] must be 0.
+    store: [B, N, D] buffer that receives run[0].latest, in its own dtype, on the way; its forecast weight must
+    be 0.
     h_out: [B, N, D] buffer to write h into, which saves the page faults of a new one; None makes a new one.
     h_dtype: dtype of h, x's by default; h_out has to be of it. norm=False leaves the LN out, and without shift and
     scale returns x_out (x where the run is empty) itself, without a pass, provided that h_dtype is its dtype.
 
     On CUDA, activations that are not contiguous are copied first.
 
-    Raises ValueError (shapes, overlap, coefficients, a device beside x's), TypeError (dtypes), NotImplementedError
+    Raises ValueError (shapes, overlap, forecast weights, a device beside x's), TypeError (dtypes), NotImplementedError
     (neither CPU nor CUDA), and RuntimeError where a gradient is asked for: `blend_residual_norm` is differentiable.
     """
     if torch.is_grad_enabled() and _requires_grad(x, run, shift, scale):
@@ -48,7 +49,8 @@ def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: T
     else:
         h = None
     _op(None if x_out is x else x, x_out, h, store, [term.latest for term in run], [term.previous for term in run],
-        [0.0] * len(run) if e is None else e, [term.gate for term in run], shift, scale, norm, eps)
+        [0.0] * len(run) if forecast_weights is None else forecast_weights, [term.gate for term in run], shift, scale,
+        norm, eps)
     return x_new if h is None else h
 
 
@@ -62,20 +64,21 @@ def _requires_grad(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: 
 # x = None: in place. h = None: no norm.
 library.define(
     "residual_norm(Tensor? x, Tensor(a!)? x_out, Tensor(b!)? h, Tensor(c!)? store, Tensor[] latest, "
-    "Tensor?[] previous, float[] e, Tensor?[] gate, Tensor? shift, Tensor? scale, bool norm, float eps) -> ()")
+    "Tensor?[] previous, float[] forecast_weights, Tensor?[] gate, Tensor? shift, Tensor? scale, bool norm, float eps) -> ()")
 _op = torch.ops.harmonica.residual_norm.default
 
 
-def _pack(kind: type[Arguments], x, x_out, h, store, latest, previous, e, gate, shift, scale, norm, eps) -> tuple:
+def _pack(kind: type[Arguments], x, x_out, h, store, latest, previous, weights, gate, shift, scale, norm,
+          eps) -> tuple:
     """The op's arguments, checked, and packed for a device's kernel, whose first nine they are."""
     like = x_out if x is None else x
     pack = kind("residual_norm", like)
-    if store is not None and (not latest or (kind is not Arguments and e[0] != 0)):
-        raise ValueError("residual_norm: store receives run[0].latest, so the run must not be empty and e[0] must be 0")
+    if store is not None and (not latest or (kind is not Arguments and weights[0] != 0)):
+        raise ValueError("residual_norm: store receives run[0].latest, so the run must not be empty and its forecast weight 0")
     out = pack.activation(x_out, "x_out", out=True)
     return pack, (
         tuple(like.shape), out if x is None else pack.activation(x, "x"), out, pack.activation(h, "h", out=True),
-        pack.activation(store, "store", out=True), pack.terms(latest, previous, e, gate), None, 0.0,
+        pack.activation(store, "store", out=True), pack.terms(latest, previous, weights, gate), None, 0.0,
         (pack.rows(shift, "shift"), pack.rows(scale, "scale"), norm, eps))
 
 
@@ -86,11 +89,11 @@ def _cpu(x, x_out, h, store, *rest) -> None:
 
 
 def _cuda(x, x_out, h, store, *rest) -> None:
-    from .. import triton
+    from .. import triton_kernels
 
     pack, packed = _pack(Dense, x, x_out, h, store, *rest)
     pack.refuse_overlap()
-    triton.residual_norm(*packed)
+    triton_kernels.residual_norm(*packed)
     pack.finish()
     _has_written(x_out, h, store)
 

@@ -11,15 +11,15 @@ from typer.core import TyperGroup
 
 import harmonica_dit
 from harmonica_dit import demo as demonstration
-from harmonica_dit.bench import commands as bench
-from harmonica_dit.evaluate import Judge, Method, fora_methods
-from harmonica_dit.evaluate.methods import frozen, named_after, read
-from harmonica_dit.evaluate.pictures import image_sheet, plot_router, plot_schedule, plot_tradeoff
-from harmonica_dit.evaluate.terminal import compare_with_bar, table
-from harmonica_dit.files import check_file, check_folder, replacing, save_tensors
-from harmonica_dit.models.fashion_data import CLASSES
-from harmonica_dit.models.prompts import read_texts
-from harmonica_dit.reference_router import KINDS
+from harmonica_dit.demo import fashion_judge
+from harmonica_dit.evaluate import Method, fora_methods
+from harmonica_dit.evaluate.named_methods import name_after, read, schedule_of
+from harmonica_dit.evaluate.pictures import image_sheet, plot, plot_tradeoff
+from harmonica_dit.evaluate.table import compare_with_bar, table
+from harmonica_dit.fashion.data import CLASSES
+from harmonica_dit.files import check_file, check_folder, replacement, save_tensors
+from harmonica_dit.pipelines.prompts import read_texts
+from harmonica_dit.published_routers import KINDS, load_published_router
 from harmonica_dit.router import Router
 from harmonica_dit.sample.schedulers import steps_of
 from harmonica_dit.schedule import Schedule
@@ -46,7 +46,6 @@ class Commands(TyperGroup):
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Learned feature caching for diffusion transformers (HarmoniCa, ICML 2025).")
-app.add_typer(bench.app, name="bench")
 
 Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, or the folder "
                                          "or repository of a diffusers pipeline.")]
@@ -99,7 +98,7 @@ def train(
                                                       "end, by the threshold that meets the target.")] = 0.1,
     importance: Annotated[str, typer.Option(help='How what reuse at a step costs the image is measured: "paper", '
                                                  '"reference" (the published code) or "gain".')] = "paper",
-    extrapolate: Annotated[str, typer.Option(help='Reused outputs: "none" repeats them, a number forecasts them (1: '
+    extrapolation: Annotated[str, typer.Option(help='Reused outputs: "none" repeats them, a number forecasts them (1: '
                                                   'first-order Taylor), "learned" learns how far.')] = "none",
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the "
                                                         "model's own]")] = None,
@@ -112,12 +111,12 @@ def train(
     """Train a router: which branches to compute at which step. No images are needed."""
     if target_speedup is None and target_cur is None and beta is None:
         target_speedup = 1.6
-    if extrapolate != "learned":
-        extrapolate = None if extrapolate == "none" else number("--extrapolate", extrapolate)
+    if extrapolation != "learned":
+        extrapolation = None if extrapolation == "none" else number("--extrapolation", extrapolation)
     check_folder(out)
     options = dict(steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta,
                    trajectories=trajectories, batch=batch, lr=lr, threshold=threshold, importance=importance,
-                   extrapolate=extrapolate, guidance=guidance, scheduler=scheduler, seed=seed)
+                   extrapolation=extrapolation, guidance=guidance, scheduler=scheduler, seed=seed)
     check_arguments(**options, dtype=dtype)
     net = load(model, checkpoint, prompts, dtype, image_size, device, out)
     router = train_router(net, **options, checkpointing=checkpointing, out=out)
@@ -155,7 +154,7 @@ def sample(
         raise ValueError(f"--out: {net.name} makes latents of {net.sample_shape[0]} channels, not images; "
                          "write a .safetensors file")
     found = None if schedule is None else read(schedule, net)
-    used = None if found is None else frozen(found, threshold)
+    used = None if found is None else schedule_of(found, threshold)
     scheduler = own("scheduler", scheduler, [found], net.scheduler)
     if steps is None:
         steps = 20 if used is None else steps_of(used.steps, scheduler, net)
@@ -202,16 +201,16 @@ def evaluate(
     found = [read(path, net) for path in schedule or ()]
     guidance = own("guidance", guidance, found, net.guidance)
     scheduler = own("scheduler", scheduler, found, net.scheduler)
-    methods = [named_after(path, one) for path, one in zip(schedule or (), found)]
+    methods = [name_after(path, one) for path, one in zip(schedule or (), found)]
     methods += [method for n in every or (2, 3) for method in fora_methods(net, steps, n)]
     methods += [Method(f"{n} steps", "fewer steps", n) for n in fewer or ()]
     labels = torch.arange(samples) % net.num_classes
-    judge = Judge if net.name == "fashion-dit" else None
+    judge = fashion_judge if net.name == "fashion-dit" else None
     rows = []
     for seed in range(seeds):
         rows += compare_with_bar(net, methods, labels, steps=steps, guidance=guidance, scheduler=scheduler, seed=seed,
                                  batch=batch, judge=judge)
-        with replacing(out / "rows.json") as path:
+        with replacement(out / "rows.json") as path:
             path.write_text(json.dumps(rows, indent=1) + "\n")
     plot_tradeoff({f"{samples:,} samples a method": rows}, out / "tradeoff.png", f"Quality against speedup: {net.name}")
     console.print(table(rows, f"{net.name}, {steps} steps, {samples:,} images a method and seed"))
@@ -227,13 +226,9 @@ def show(
     """Draw a router or a schedule, and say what it saves."""
     out = out or file.parent / Router.find(file).with_suffix(".png").name  # a bundled one has nothing beside it here
     check_file(out)
-    found = Router.from_reference(file, kind) if file.suffix == ".pt" else read(file)
-    schedule = frozen(found, threshold)
-    if isinstance(found, Router):
-        plot_router(found.scores(), found.threshold if threshold is None else threshold, out, found.branches,
-                    f"Router of {found.model}, {found.steps} steps")
-    else:
-        plot_schedule(schedule, out)
+    found = load_published_router(file, kind) if file.suffix == ".pt" else read(file)
+    schedule = schedule_of(found, threshold)
+    plot(found, out, threshold=threshold)
     describe(schedule, out)
 
 

@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 
 import harmonica_dit
-from harmonica_dit.evaluate import Method, fewer_steps, fora_methods
-from harmonica_dit.evaluate.pictures import image_grid, plot_router, plot_tradeoff
-from harmonica_dit.evaluate.terminal import compare_with_bar, table
-from harmonica_dit.files import replacing
-from harmonica_dit.models.fashion_data import CLASSES
+from harmonica_dit.evaluate import Judge, Method, fewer_steps, fora_methods
+from harmonica_dit.evaluate.pictures import image_grid, plot, plot_tradeoff
+from harmonica_dit.evaluate.table import compare_with_bar, table
+from harmonica_dit.fashion import CURVE
+from harmonica_dit.fashion.classifier import REFERENCE, load_classifier
+from harmonica_dit.fashion.data import CLASSES
+from harmonica_dit.files import replacement
 from harmonica_dit.train import train_router
-
-CURVE = Path(__file__).parent / "evaluate" / "data" / "curve.json"  # written by bench/curve.py
 
 
 def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_speedup: float = 1.8,
@@ -41,18 +41,17 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
                   f"alone: {trajectories} trajectories of {batch} images")
     training = out / ".training"  # for an interrupted demo to go on from
     router = train_router(net, steps=steps, target_speedup=target_speedup, trajectories=trajectories, batch=batch,
-                          lr=0.1, importance="gain", extrapolate=1.0, out=training)
+                          lr=0.1, importance="gain", extrapolation=1.0, out=training)
     router.save(out / "router.safetensors")
     shutil.rmtree(training)
-    plot_router(router.scores(), router.threshold, out / "router.png", router.branches,
-                f"Router of {net.name}, {steps} steps")
+    plot(router, out / "router.png")
 
     ours = Method("router + forecast", "router + forecast", steps, router.schedule())
     methods = [ours, *fora_methods(net, steps, 2), *fora_methods(net, steps, 3),
                *dict.fromkeys(fewer_steps(steps, speedup) for speedup in (1.4, target_speedup, 2.5))]
     labels = torch.arange(samples) % len(CLASSES)
     console.print(f"[bold]2.[/] Sampling {samples} images from the same noise in {len(methods) + 1} ways")
-    rows = compare_with_bar(net, methods, labels, steps=steps)
+    rows = compare_with_bar(net, methods, labels, steps=steps, judge=fashion_judge)
 
     ten = torch.arange(len(CLASSES))
     shown = [Method("uncached", "uncached", steps), *methods[:3], fewer_steps(steps, target_speedup)]
@@ -64,11 +63,16 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
         curve = json.loads(CURVE.read_text())
         groups[f"shipped: {curve['steps']} steps, {curve['samples']:,} samples a method"] = curve["rows"]
     plot_tradeoff(groups, out / "tradeoff.png", "Quality against speedup: Fashion-MNIST, bundled DiT")
-    with replacing(out / "rows.json") as path:
+    with replacement(out / "rows.json") as path:
         path.write_text(json.dumps(rows, indent=1) + "\n")
     console.print(table(rows, f"{samples} images a method: a small sample, label accuracy is good to a few percent"))
     console.print(f"[bold]3.[/] Look at {out / 'grid.png'}, {out / 'router.png'} and {out / 'tradeoff.png'}")
     return rows
+
+
+def fashion_judge() -> Judge:
+    """What judges the bundled model's samples."""
+    return Judge(load_classifier(), REFERENCE)
 
 
 def _heading(row: dict) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 
 @contextmanager
-def replacing(path: str | os.PathLike):
+def replacement(path: str | os.PathLike):
     """Yields a temporary path beside `path`; it takes `path`'s place when the block ends without an error.
 
     An interruption at any moment leaves the old file whole.
@@ -43,7 +43,7 @@ def replacing(path: str | os.PathLike):
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping) -> None:
     """Writes `tensors` as safetensors; each metadata value is stored as JSON."""
-    with replacing(path) as temporary:
+    with replacement(path) as temporary:
         save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, temporary,
                   {name: json.dumps(value) for name, value in metadata.items()})
 

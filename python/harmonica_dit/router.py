@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from harmonica_dit.files import load_tensors, save_tensors
-from harmonica_dit.models.flops import Flops
-from harmonica_dit.reference_router import reference_arguments
-from harmonica_dit.schedule import (
+from harmonica_dit.flops import Flops
+from harmonica_dit.schedule import Schedule
+from harmonica_dit.validate import (
     FORMAT,
-    Schedule,
     check_architecture,
     check_branches,
     check_content,
@@ -19,12 +18,13 @@ from harmonica_dit.schedule import (
     check_flops,
     check_resolution,
     check_table,
+    check_threshold,
     check_timesteps,
-    described,
+    describe,
     is_number,
 )
 
-BUNDLED = Path(__file__).parent / "routers"
+BUNDLED = Path(__file__).parent / "fashion" / "routers"
 LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
 FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
 OPTIONAL = ("resolution", "architecture")  # files of before these were kept have none
@@ -39,7 +39,7 @@ class Router(nn.Module):
         logits: float32 [T, K], T ≥ 2; row 0 is not used.
         branches: the K branches' names in execution order. flops: what a row's forward costs, branch by branch.
         timesteps: the T timesteps of the trajectory it is for.
-        extrapolation: float32 [T, K] forecast coefficients a (row 0 is not used), or None to repeat.
+        extrapolation: float32 [T, K] extrapolation coefficients a (row 0 is not used), or None to repeat.
         learn_extrapolation: whether the coefficients are trained.
         threshold: τ; branch k is computed at step s iff r[s, k] > τ.
         model, scheduler: names. guidance: of the trajectories it was trained on.
@@ -60,7 +60,7 @@ class Router(nn.Module):
                  architecture: dict[str, str | int] | None = None):
         super().__init__()
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) < 2 or not logits.shape[1]:
-            raise TypeError(f"logits: got {described(logits)}, expected a float32 tensor [T, K] with T ≥ 2")
+            raise TypeError(f"logits: got {describe(logits)}, expected a float32 tensor [T, K] with T ≥ 2")
         T, K = logits.shape
         check_table("logits", logits, T, K)
         self.branches, self.timesteps = check_branches(branches, K), check_timesteps(timesteps, T)
@@ -109,13 +109,13 @@ class Router(nn.Module):
     def schedule(self, threshold: float | None = None) -> Schedule:
         """The frozen schedule at a threshold, by default the router's own."""
         threshold = self.threshold if threshold is None else check_threshold(threshold)
-        compute = computed(self.scores(), threshold)
+        compute = decide(self.scores(), threshold)
         compute[0] = True
         return Schedule(compute, self.branches, self.flops, self._extrapolation(), timesteps=self.timesteps,
                         model=self.model, origin=f"router, threshold {threshold:g}", guidance=self.guidance,
                         resolution=self.resolution, architecture=self.architecture)
 
-    def gates(self) -> tuple[Tensor, Tensor | None]:
+    def decision_tables(self) -> tuple[Tensor, Tensor | None]:
         """Scores and extrapolation coefficients [T, K], for `executor.load`."""
         return self.scores(), self._extrapolation()
 
@@ -172,33 +172,6 @@ class Router(nn.Module):
             check_fits(f"{path}: ", router, net)
         return router
 
-    @classmethod
-    def from_reference(cls, path: str | os.PathLike, kind: str = "learning-to-cache", *, net=None,
-                       threshold: float = 0.1) -> "Router":
-        """A router that published code trained for DDIM sampling of a DiT, from its `.pt` file; no code in it is run.
-
-        Args:
-            kind: whose file it is. "harmonica": every row as it is. "learning-to-cache": each odd row of the file, the
-                noisiest too, computes everything, as its sampler does; only the others have been trained.
-            net: the model that the router is to fit, which gives it branch names and FLOPs: a denoiser, or diffusers'
-                `DiTTransformer2DModel`. None: the DiT of facebookresearch/DiT that the file names, DiT-XL/2 at 256
-                pixels where it names none.
-            threshold: τ.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no whole file of this kind, or not for this model; the message says what was expected.
-
-        Source: Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733); HarmoniCa (see above).
-        """
-        return cls(**reference_arguments(path, kind, net), threshold=threshold)
-
-    def plot(self, path: str | os.PathLike) -> None:
-        """Draws the scores and the threshold into a picture file."""
-        from harmonica_dit.evaluate.pictures import plot_router
-
-        plot_router(self.scores().cpu(), self.threshold, path, self.branches)
-
     def _extrapolation(self) -> Tensor | None:
         if self.coefficients is None:
             return None
@@ -206,12 +179,6 @@ class Router(nn.Module):
         return torch.cat([torch.zeros_like(rows[:1]), rows])
 
 
-def computed(scores: Tensor, threshold: float) -> Tensor:
+def decide(scores: Tensor, threshold: float) -> Tensor:
     """r > τ, decided in float64 as a Python float would be: in float32, 0.1 is not above 0.1."""
     return scores.detach().double() > threshold
-
-
-def check_threshold(threshold) -> float:
-    if not is_number(threshold) or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: got {threshold!r}, expected a number from 0 to 1")
-    return float(threshold)

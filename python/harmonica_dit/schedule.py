@@ -10,9 +10,22 @@ import torch
 from torch import Tensor
 
 from harmonica_dit.files import load_tensors, save_tensors
-from harmonica_dit.models.flops import Flops
+from harmonica_dit.flops import Flops
+from harmonica_dit.validate import (
+    FORMAT,
+    check_architecture,
+    check_branches,
+    check_content,
+    check_fits,
+    check_flops,
+    check_resolution,
+    check_table,
+    check_timesteps,
+    describe,
+    is_number,
+    shorten,
+)
 
-FORMAT = 1
 FIELDS = ("branches", "flops", "origin", "model", "timesteps")
 OPTIONAL = ("guidance", "resolution", "architecture")  # files of before these were kept have none
 
@@ -45,7 +58,7 @@ class Schedule:
         compute: bool [T, K], True where branch k is computed at step s; row 0 computes everything.
         branches: the K branches' names in execution order.
         flops: what a row's forward costs, branch by branch.
-        extrapolation: float32 [T, K] coefficients a of the forecasts; None is zeros, which repeat the latest output.
+        extrapolation: float32 [T, K] extrapolation coefficients a; None is zeros, which repeat the latest output.
         origin: the method and its settings, in words.
         model: name of the model that it was made for, "" if any.
         timesteps: the T timesteps that it was made for, None if any.
@@ -71,7 +84,7 @@ class Schedule:
     def __post_init__(self):
         compute = self.compute
         if not isinstance(compute, Tensor) or compute.dtype != torch.bool or compute.dim() != 2 or not compute.numel():
-            raise TypeError(f"compute: got {described(compute)}, expected a bool tensor [T, K]")
+            raise TypeError(f"compute: got {describe(compute)}, expected a bool tensor [T, K]")
         T, K = compute.shape
         if not compute[0].all():
             skipped = (~compute[0]).nonzero().flatten().tolist()
@@ -113,15 +126,15 @@ class Schedule:
     @property
     def history(self) -> int:
         """Outputs that a feature cache has to keep for each branch: 2 where a reused branch is forecast, else 1."""
-        return 1 if all(row is None for row in self.forecasts) else 2
+        return 1 if all(row is None for row in self.forecast_weights) else 2
 
     @cached_property
     def rows(self) -> tuple[tuple[bool, ...], ...]:
-        """The T hard gate rows."""
+        """The T hard rows."""
         return tuple(map(tuple, self.compute.tolist()))
 
     @cached_property
-    def forecasts(self) -> tuple[tuple[float, ...] | None, ...]:
+    def forecast_weights(self) -> tuple[tuple[float, ...] | None, ...]:
         """The T rows of forecast weights e = a·ratio, 0 where a branch is computed; None for a row that has none."""
         rows = []
         for s in range(self.steps):
@@ -146,7 +159,7 @@ class Schedule:
         return replace(self, compute=compute, extrapolation=self.extrapolation[rows], timesteps=timesteps,
                        origin=f"{self.origin}, resampled from {self.steps} steps")
 
-    def gates(self) -> tuple[Tensor, Tensor | None]:
+    def decision_tables(self) -> tuple[Tensor, Tensor | None]:
         """Scores that every threshold decides alike, and extrapolation coefficients [T, K], for `executor.load`."""
         scores = torch.where(self.compute, math.inf, -math.inf)
         return scores, None if self.history == 1 else self.extrapolation
@@ -187,123 +200,5 @@ class Schedule:
         if trajectory.steps != self.steps:
             raise ValueError(f"schedule: for {self.steps} steps, the trajectory has {trajectory.steps}")
         if self.timesteps is not None and self.timesteps != tuple(trajectory.timesteps):
-            warnings.warn(f"schedule: made for other timesteps ({shortened(self.timesteps)}) than the trajectory's "
-                          f"({shortened(trajectory.timesteps)})", stacklevel=3)
-
-    def plot(self, path: str | os.PathLike) -> None:
-        """Draws the table into a picture file."""
-        from harmonica_dit.evaluate.pictures import plot_schedule
-
-        plot_schedule(self, path)
-
-
-def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathLike, kind: str,
-                  tensors: tuple[str, ...], fields: tuple[str, ...], optional: tuple[str, ...] = (),
-                  optional_fields: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
-    """The named tensors and metadata fields of what a router's or schedule's file holds, `flops` as `Flops`.
-
-    Optional ones are left out where the file has none.
-
-    Raises:
-        ValueError: it is of no file of this kind and format, or something is missing.
-    """
-    if metadata.get("kind") != kind:
-        raise ValueError(f"{path}: expected a {kind}, its metadata says kind={metadata.get('kind')!r}")
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected format version {FORMAT}, got {metadata.get('format')!r}; "
-                         "another version of harmonica wrote it")
-    missing = [name for name in tensors if name not in found] + [name for name in fields if name not in metadata]
-    if missing:
-        raise ValueError(f"{path}: a {kind} has to hold {', '.join(missing)}, this file does not")
-    metadata = {name: metadata[name] for name in (*fields, *optional_fields) if name in metadata}
-    try:
-        branches, fixed = metadata["flops"]
-        metadata["flops"] = Flops(tuple(branches), fixed)
-    except (TypeError, ValueError):
-        raise ValueError(f"{path}: flops: got {metadata['flops']!r}, expected [K numbers, a number]") from None
-    return {name: found[name] for name in (*tensors, *optional) if name in found}, metadata
-
-
-def check_fits(where: str, made, net) -> None:
-    """Refuses a model of another architecture or with other branches; another name alone is a warning.
-
-    made: a router or a schedule. net: a denoiser or an adapter.
-    """
-    mine, theirs = made.architecture, getattr(net, "architecture", None)
-    if mine is not None and theirs is not None and any(theirs[key] != mine[key] for key in theirs.keys() & mine):
-        raise ValueError(f"{where}for the architecture {mine}, the model {net.name!r} is {theirs}")
-    names = tuple(net.branch_names)
-    if len(names) != len(made.branches):
-        raise ValueError(f"{where}for {len(made.branches)} branches of {made.model!r}, the model {net.name!r} has "
-                         f"{len(names)}")
-    for k, (mine, theirs) in enumerate(zip(made.branches, names, strict=True)):
-        if mine != theirs:
-            raise ValueError(f"{where}branch {k} is {mine!r}, the model {net.name!r} has {theirs!r} there")
-    if made.model and made.model != net.name:
-        warnings.warn(f"{where}made for the model {made.model!r}, used with {net.name!r}", stacklevel=4)
-
-
-def check_table(name: str, table: Tensor, T: int, K: int) -> None:
-    """Refuses what is not a finite float32 tensor [T, K]."""
-    if not isinstance(table, Tensor) or table.dtype != torch.float32 or tuple(table.shape) != (T, K):
-        raise TypeError(f"{name}: got {described(table)}, expected a float32 tensor [{T}, {K}]")
-    if not table.isfinite().all():
-        raise ValueError(f"{name}: has entries that are not finite")
-
-
-def check_branches(branches, K: int) -> tuple[str, ...]:
-    """The K names as a tuple."""
-    if not isinstance(branches, (tuple, list)) or len(branches) != K or not all(isinstance(b, str) for b in branches):
-        raise ValueError(f"branches: expected {K} names, one for each column, got {shortened(branches)}")
-    return tuple(branches)
-
-
-def check_flops(flops, K: int) -> None:
-    """Refuses what is not a `Flops` of K branches with numbers ≥ 0 whose sum is finite and above 0."""
-    if not isinstance(flops, Flops):
-        raise TypeError(f"flops: got {type(flops).__name__}, expected Flops")
-    numbers = (*flops.branches, flops.fixed)
-    good = len(flops.branches) == K and all(map(is_number, numbers)) and min(numbers) >= 0
-    if not good or not 0 < flops.total < math.inf:
-        raise ValueError(f"flops: expected {K} branches' numbers ≥ 0 and a fixed one, got {shortened(flops)}")
-
-
-def check_timesteps(timesteps, T: int) -> tuple[float, ...]:
-    """The T timesteps as a tuple."""
-    if not isinstance(timesteps, (tuple, list)) or len(timesteps) != T or not all(map(is_number, timesteps)):
-        raise ValueError(f"timesteps: expected {T} numbers, one for each row, got {shortened(timesteps)}")
-    return tuple(timesteps)
-
-
-def check_resolution(resolution) -> tuple[int, int] | None:
-    """Height and width as a tuple, or None."""
-    if resolution is None:
-        return None
-    whole = isinstance(resolution, (tuple, list)) and all(type(side) is int and side > 0 for side in resolution)
-    if not whole or len(resolution) != 2:
-        raise ValueError(f"resolution: expected the latents' (height, width), got {shortened(resolution)}")
-    return tuple(resolution)
-
-
-def check_architecture(architecture) -> None:
-    """Refuses what is neither None nor a dict of names and numbers."""
-    if architecture is not None and not (isinstance(architecture, dict) and all(
-            isinstance(key, str) and type(value) in (str, int) for key, value in architecture.items())):
-        raise TypeError(f"architecture: expected a dict such as an adapter's, got {shortened(architecture)}")
-
-
-def is_number(value) -> bool:
-    """Whether value is a finite float or an int that fits in 64 bits, and no bool."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
-
-
-def described(value) -> str:
-    """What value is, for an error message."""
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def shortened(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+            warnings.warn(f"schedule: made for other timesteps ({shorten(self.timesteps)}) than the trajectory's "
+                          f"({shorten(trajectory.timesteps)})", stacklevel=3)

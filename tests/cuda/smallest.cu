@@ -1,6 +1,6 @@
 // The smallest gated graph: a WHILE whose body holds IF nodes whose bodies hold one kernel each. Does CUDA run it, do
 // the conditions hold, and what do idle nodes cost? Needs neither Python nor torch:
-//     nvcc -std=c++17 -O2 -arch=native tests/cuda/smallest.cu csrc/cuda/gate.cu csrc/cuda/graph.cpp -o smallest
+//     nvcc -std=c++17 -O2 -arch=native tests/cuda/smallest.cu csrc/cuda/decide.cu csrc/cuda/graph.cpp -o smallest
 // Prints a line of JSON for each case, before the next begins; ends with 1 where a count is wrong.
 #include <cuda_runtime.h>
 
@@ -64,7 +64,7 @@ float milliseconds(GatedGraph& graph, cudaStream_t stream) {
 
 // K branches with an IF node each over T steps; `share` of the scores lie above the threshold.
 bool run(int K, int T, double share, cudaStream_t stream) {
-    GateMemory m{};
+    DecisionMemory m{};
     m.steps = T, m.branches = K, m.history = 1, m.parts = 1;
     auto scores = device<float>(size_t(T) * K);
     auto threshold = device<double>(1);
@@ -92,7 +92,7 @@ bool run(int K, int T, double share, cudaStream_t stream) {
     graph.fill(0, m.step, 0xFF, sizeof(int32_t), "rewind");
     handles[K] = graph.condition(true);
     int body = graph.conditional(0, handles[K], true, "WHILE");
-    graph.gate(body, m, 0, K, GateRule::scores, "gate");
+    graph.decide(body, m, 0, K, DecisionRule::scores, "decision");
     std::vector<cudaGraph_t> sources;
     for (int k = 0; k < K; ++k) {
         handles[k] = graph.condition(false);

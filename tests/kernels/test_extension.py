@@ -35,7 +35,7 @@ def test_missing_extension_says_what_to_do():
 
 
 def test_missing_triton_says_what_to_do():
-    code = "import sys; sys.modules['triton'] = None; import harmonica_kernels; import harmonica_kernels.triton"
+    code = "import sys; sys.modules['triton'] = None; import harmonica_kernels; import harmonica_kernels.triton_kernels"
     assert "ImportError: harmonica_kernels: CUDA tensors need Triton" in python(code).stderr
 
 

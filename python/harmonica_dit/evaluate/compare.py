@@ -9,8 +9,8 @@ from torch import Tensor
 
 from harmonica_dit.sample import Trajectory, check_labels, sample
 
-from .methods import Method, check_names
 from .metrics import Judge, psnr, rmse
+from .named_methods import Method, check_names
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Tally:
 
 
 def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: float = 1.5, seed: int = 0,
-            batch: int = 64, scheduler="ddim", judge: Callable[[], Judge] | None = Judge,
+            batch: int = 64, scheduler="ddim", judge: Callable[[], Judge] | None = None,
             progress: Callable[[int], None] | None = None) -> list[dict]:
     """Runs the uncached trajectory and every method on the same noise, in turn within each batch.
 
@@ -84,7 +84,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     for first in range(0, len(labels), batch):
         part = labels[first : first + batch]
         for method, tally, ratio in zip(methods, tallies, ratios):
-            images, seconds = timed_sample(net, part, method, first=first, **options)
+            images, seconds = time_sample(net, part, method, first=first, **options)
             if method is methods[0]:
                 uncached, uncached_seconds = images, seconds
             tally.update(images, uncached, part)
@@ -95,7 +95,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     return [tally.row(method, steps, median(ratio), seed) for method, tally, ratio in zip(methods, tallies, ratios)]
 
 
-def timed_sample(net, labels: Tensor, method: Method, **options) -> tuple[Tensor, float]:
+def time_sample(net, labels: Tensor, method: Method, **options) -> tuple[Tensor, float]:
     """The images of `method` on the CPU, and the seconds until they were there."""
     start = time.perf_counter()
     images = sample(net, labels, steps=method.steps, schedule=method.schedule, **options).cpu()

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from harmonica_dit.files import load_tensors
-from harmonica_dit.models.fashion_classifier import REFERENCE, FashionClassifier, load_classifier
 
 MIN_FRECHET = 2000  # fewer samples than this make the covariance of the features, and so the distance, meaningless
 
@@ -29,19 +28,19 @@ def psnr(error: float) -> float:
 
 
 class Judge:
-    """Judges samples of the bundled model by the bundled classifier; batches come in through `update`.
+    """Judges samples by a classifier; batches come in through `update`.
 
     The Fréchet distance (Heusel et al., 2017) is computed by torchmetrics, on the classifier's features in place of
     Inception's and against statistics of the training images, so its scale is this project's own.
 
     Args:
-        classifier: has `features(images)`, `head(features)` and `num_features`; the bundled one by default.
+        classifier: has `features(images)`, `head(features)` and `num_features`.
         reference: a safetensors file with the real images' feature `mean` [F], `covariance` [F, F] and, in its
             metadata, their `count`.
     """
 
-    def __init__(self, classifier: FashionClassifier | None = None, reference: str | os.PathLike = REFERENCE):
-        self.classifier = classifier or load_classifier()
+    def __init__(self, classifier: nn.Module, reference: str | os.PathLike):
+        self.classifier = classifier
         self.frechet = FrechetInceptionDistance(feature=_Given(self.classifier.num_features))
         tensors, metadata = load_tensors(reference)
         mean, covariance, count = tensors["mean"].double(), tensors["covariance"].double(), metadata["count"]

@@ -18,7 +18,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from harmonica_dit.files import replacing
+from harmonica_dit.files import replacement
+from harmonica_dit.router import Router
+from harmonica_dit.schedule import Schedule
 
 INK, FAINT, RULE = "#222222", "#767676", "#d9d9d9"
 COMPUTED, REPEATED, FORECAST = "#0b559f", "#f3efe6", "#e08214"
@@ -36,7 +38,7 @@ PARTS = {"attn": "attention", "attn1": "self-attention", "attn2": "cross-attenti
 
 def _save(draw: Callable[[], Figure], path: str | os.PathLike) -> None:
     """Draws in this module's style and writes `path`, at 150 dots an inch."""
-    with matplotlib.rc_context(STYLE), replacing(path) as temporary:
+    with matplotlib.rc_context(STYLE), replacement(path) as temporary:
         draw().savefig(temporary, dpi=150, bbox_inches="tight", pad_inches=0.15, facecolor="white", format="png")
 
 
@@ -82,6 +84,16 @@ def image_grid(rows: Sequence[Tensor], titles: Sequence[str], path: str | os.Pat
     _save(draw, path)
 
 
+def plot(made: Router | Schedule, path: str | os.PathLike, *, threshold: float | None = None,
+         title: str | None = None) -> None:
+    """Draws a router's scores, or a schedule's table, into a PNG. threshold: in place of a router's own."""
+    if isinstance(made, Router):
+        plot_router(made.scores(), made.threshold if threshold is None else threshold, path, made.branches,
+                    title or f"Router of {made.model or 'a model'}, {made.steps} steps")
+    else:
+        plot_schedule(made, path, title)
+
+
 def plot_router(scores: Tensor, threshold: float, path: str | os.PathLike, branches: Sequence[str],
                 title: str = "Router") -> None:
     """Writes a heat map of a router's scores [T, K]: blues above the threshold (computed), sand below (reused)."""
@@ -109,7 +121,7 @@ def plot_router(scores: Tensor, threshold: float, path: str | os.PathLike, branc
     _save(draw, path)
 
 
-def plot_schedule(schedule, path: str | os.PathLike, title: str | None = None) -> None:
+def plot_schedule(schedule: Schedule, path: str | os.PathLike, title: str | None = None) -> None:
     """Writes a heat map of a `Schedule`: computed, repeated, and forecast entries, these hatched."""
     compute = schedule.compute.cpu().numpy().astype(bool)
     forecast = np.where(compute, 0, schedule.extrapolation.float().cpu().numpy())
@@ -189,7 +201,7 @@ def image_sheet(images: Tensor, path: str | os.PathLike, columns: int = 10, enla
     for i, image in enumerate(pixels):
         top, left = i // columns * high + gap, i % columns * wide + gap
         sheet[top : top + high - gap, left : left + wide - gap] = image
-    with replacing(path) as temporary:
+    with replacement(path) as temporary:
         Image.fromarray(sheet.squeeze(2) if channels == 1 else sheet).save(temporary, "PNG")
 
 

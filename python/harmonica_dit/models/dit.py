@@ -15,6 +15,10 @@ import harmonica_kernels as hk
 from .feed_forward import linear_gelu
 
 HOISTED = 256 << 20  # bytes of modulation rows that are found before the loop, at most
+CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+           for size, width, depth, heads in (("XL", 1152, 28, 16), ("L", 1024, 24, 16), ("B", 768, 12, 12),
+                                             ("S", 384, 12, 6))
+           for patch in (2, 4, 8)}
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -166,18 +170,18 @@ class DiT(nn.Module):
         """The K branches in execution order."""
         return tuple(f"blocks.{i}.{part}" for i in range(len(self.blocks)) for part in ("attn", "mlp"))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, gate: Sequence[bool] | Tensor | None = None,
-                extrapolate: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None,
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, row: Sequence[bool] | Tensor | None = None,
+                forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None,
                 threshold: float = 0.1, modulation: hk.Modulation | None = None) -> Tensor:
         """The model's output [B, C_out, H, W] for x [B, C, H, W] at timesteps t [B] with labels y [B].
 
-        gate, extrapolate, cache, threshold: as in `harmonica_kernels.cached_forward`.
-        modulation: of t, y and gate, where `hoist` has found it before.
+        row, forecast_weights, cache, threshold: as in `harmonica_kernels.cached_forward`.
+        modulation: of t, y and row, where `hoist` has found it before.
         """
         if modulation is None:
-            [modulation] = self.modulations(F.silu(self.t_embedder(t) + self.y_embedder(y))[None], [gate])
-        tokens = hk.cached_forward(self.branches, self.embed(x), modulation, gate=gate, extrapolate=extrapolate,
-                                   cache=cache, threshold=threshold)
+            [modulation] = self.modulations(F.silu(self.t_embedder(t) + self.y_embedder(y))[None], [row])
+        tokens = hk.cached_forward(self.branches, self.embed(x), modulation, row=row,
+                                   forecast_weights=forecast_weights, cache=cache, threshold=threshold)
         return self.head(tokens)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -199,7 +203,7 @@ class DiT(nn.Module):
 
         Args:
             t: [T] timesteps. y: [B] labels, the same at every step.
-            rows: the T hard gate rows, None where everything is computed.
+            rows: the T hard rows, None where everything is computed.
 
         Yields:
             `forward`'s further arguments, step by step.

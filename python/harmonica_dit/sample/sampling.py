@@ -71,9 +71,9 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = N
     cache = None if schedule is None else hk.FeatureCache(schedule.history)
     rows = [None] * trajectory.steps if schedule is None else schedule.rows
     x = trajectory.start(noise)
-    for s, known in enumerate(trajectory.hoist(rows)):
-        row = {} if schedule is None else dict(gate=rows[s], extrapolate=schedule.forecasts[s], cache=cache)
-        x = trajectory.step(x, s, **row, **known)
+    for s, precomputed in enumerate(trajectory.hoist(rows)):
+        row = {} if schedule is None else dict(row=rows[s], forecast_weights=schedule.forecast_weights[s], cache=cache)
+        x = trajectory.step(x, s, **row, **precomputed)
     return x
 
 

@@ -1,4 +1,4 @@
-"""A trajectory: everything between noise and image but the gate rows. Sampler, trainer and λ refresh all walk it."""
+"""A trajectory: everything between noise and image but the rows. Sampler, trainer and λ refresh all walk it."""
 
 import copy
 import inspect
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harmonica_kernels import ops
-from harmonica_kernels.gated import Loop
+from harmonica_kernels.graphs.gated import Loop
 
 from .schedulers import ReferenceDDIM, make_scheduler
 
@@ -40,7 +40,7 @@ class Guided(NamedTuple):
         """The guided output [n, C_out, H, W], in x's dtype, for x [n, C, H, W] at the timestep t [].
 
         rows: the labels [n] or, with guidance, [2n], where the second half is those that stand for none. forward:
-        gate, cache and so on.
+        row, cache and so on.
         """
         conditional, unconditional = (None if o is None else o.to(x.dtype)
                                       for o in self.outputs(x, t, rows, **forward))
@@ -60,10 +60,10 @@ class Guided(NamedTuple):
         return (out, None) if doubled is x else out.chunk(2)
 
 
-def call(function: Callable[..., Any], *args, **kwargs) -> Any:
+def run_eagerly(function: Callable[..., Any], *args, **kwargs) -> Any:
     """function(*args, **kwargs).
 
-    `harmonica_kernels.compile(call)` is an executor for all the functions that it is called with: their graphs share
+    `harmonica_kernels.compile(run_eagerly)` is an executor for all the functions that it is called with: their graphs share
     one pool of memory.
     """
     return function(*args, **kwargs)
@@ -73,7 +73,7 @@ class Trajectory:
     """One batch's way from noise to images: model, labels, guidance and the scheduler's state.
 
     Args:
-        net: a denoiser, `net(x, t, y, gate=, extrapolate=, cache=, threshold=)`, see `harmonica_dit.load`.
+        net: a denoiser, `net(x, t, y, row=, forecast_weights=, cache=, threshold=)`, see `harmonica_dit.load`.
         labels: [n] int64, one for each image: classes or, of a text model, the numbers of its prompts.
         steps: T. scheduler: a name or an instance, see `make_scheduler`; None is the model's own.
         guidance: classifier-free guidance scale; 1 runs no unconditional rows; None is the model's own.
@@ -87,7 +87,7 @@ class Trajectory:
                  guidance_channels: int | None = None, seed: int = 0, first: int = 0,
                  autocast: str | None = None):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
-        self.run = call  # how `predict` runs the model: as it is, or by an executor, `harmonica_kernels.compile(call)`
+        self.executor = run_eagerly  # how `predict` runs the model; or `harmonica_kernels.compile(run_eagerly)`
         guidance = net.guidance if guidance is None else guidance
         if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
@@ -116,8 +116,8 @@ class Trajectory:
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching's schedulers have none
 
     def predict(self, x: Tensor, s: int, **forward) -> Tensor:
-        """The guided model output [n, C_out, H, W] at step s for x [n, C, H, W]; `forward`: gate, cache and so on."""
-        return self.run(self.model, *self.inputs(x, s), **forward)
+        """The guided model output [n, C_out, H, W] at step s for x [n, C, H, W]; `forward`: row, cache and so on."""
+        return self.executor(self.model, *self.inputs(x, s), **forward)
 
     def inputs(self, x: Tensor, s: int) -> tuple[Tensor, Tensor, Tensor]:
         """What `Guided` is called with at step s: x as the model is to see it, the timestep and the labels."""
@@ -137,9 +137,9 @@ class Trajectory:
                                channels=self.model.channels, a=a, b=b)
 
     def hoist(self, rows: Sequence[Sequence[bool] | None]) -> Iterable[dict]:
-        """For each step, what the model can know before the loop, as arguments for `predict`.
+        """For each step, what the model can compute before the loop, as arguments for `predict`.
 
-        rows: the T hard gate rows, None where everything is computed.
+        rows: the T hard rows, None where everything is computed.
         """
         if not hasattr(self.net, "hoist"):
             return [{}] * self.steps

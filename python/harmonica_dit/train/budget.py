@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from harmonica_dit.models.flops import Flops
+from harmonica_dit.flops import Flops
 from harmonica_dit.router import Router
 
 WINDOW = 10  # trajectories that the running mean of the values looks back on

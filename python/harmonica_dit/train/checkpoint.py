@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
-from harmonica_dit.router import Router, check_threshold
-from harmonica_dit.schedule import described, is_number
+from harmonica_dit.router import Router
+from harmonica_dit.validate import check_threshold, describe, is_number
 
 from .budget import Steering
 
@@ -80,7 +80,7 @@ class Training:
 def check_like(name: str, tensor: Tensor, expected: Tensor) -> Tensor:
     """`tensor` on `expected`'s device, if it is finite and has its shape and dtype."""
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype) or not tensor.isfinite().all():
-        raise ValueError(f"{name}: expected finite {described(expected)}, got {described(tensor)}")
+        raise ValueError(f"{name}: expected finite {describe(expected)}, got {describe(tensor)}")
     return tensor.to(expected.device)
 
 

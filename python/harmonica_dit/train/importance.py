@@ -7,12 +7,12 @@ import harmonica_kernels as hk
 from harmonica_dit.router import Router
 from harmonica_dit.sample.trajectory import Trajectory
 
-from .walk import Walk
+from .student import Student
 
 
 @torch.no_grad()
-def importance(router: Router, trajectory: Trajectory, noise: Tensor, *, kind: str = "paper",
-               rows: str = "soft", cache: hk.FeatureCache | None = None) -> Tensor:
+def measure_importance(router: Router, trajectory: Trajectory, noise: Tensor, *, kind: str = "paper",
+                       rows: str = "soft", cache: hk.FeatureCache | None = None) -> Tensor:
     """λ [T]; λ_0 is 0, for row 0 computes everything anyway.
 
     "paper": λ_s = mean((x_final - x_final^(s))²), x_final from the router at every step and x_final^(s) with row s
@@ -29,32 +29,32 @@ def importance(router: Router, trajectory: Trajectory, noise: Tensor, *, kind: s
     T(T-1)/2 guided forwards are run instead of T²; on a CPU the result is the same to the last bit.
 
     Args:
-        router: its rows, threshold and extrapolation. trajectory: a fresh one; where its `run` is an executor, one
+        router: its rows, threshold and extrapolation. trajectory: a fresh one; where its `executor` records, one
             graph serves every soft row and every refresh, and each hard row has one. noise: [n, C, H, W], standard
             normal.
         kind: "paper", "reference" or "gain". rows: "soft" blends, as published; "hard" thresholds, as inference does.
-        cache: to work in, see `Walk`.
+        cache: to work in, see `Student`.
     """
     T, one_by_one = router.steps, kind == "reference"
-    walk = Walk(router, trajectory, noise, hard=rows == "hard", cache=cache)
-    kept = hk.FeatureCache(router.history)  # what the cache holds while another walk is in it
+    student = Student(router, trajectory, noise, hard=rows == "hard", cache=cache)
+    kept = hk.FeatureCache(router.history)  # the cache's contents while the fork works in it
     images, errors = [], []  # for s = 1, 2, …: of the trajectory that leaves the router's at step s
-    walk.advance(walk.predict())
+    student.advance(student.predict())
     for s in range(1, T):
-        other = walk.fork(cached=not one_by_one)  # what only computes everything needs no cache
+        other = student.fork(cached=not one_by_one)  # what only computes everything needs no cache
         if not one_by_one:
-            kept.copy_(walk.cache)
+            kept.copy_(student.cache)
         all_computed = other.predict()
         other.advance(all_computed)
         while other.s < T:
             other.advance(other.predict(None if one_by_one else router.score(other.s)))
         images.append(other.x)
         if not one_by_one:
-            walk.cache.copy_(kept)
-        output = walk.predict(router.score(s))
+            student.cache.copy_(kept)
+        output = student.predict(router.score(s))
         errors.append(_mean_square((output - all_computed)[:, : noise.shape[1]]))  # the channels that reach the image
-        walk.advance(output)
-    with_row = [*images[1:], walk.x] if one_by_one else [walk.x] * len(images)
+        student.advance(output)
+    with_row = [*images[1:], student.x] if one_by_one else [student.x] * len(images)
     changes = [_mean_square(a - b) for a, b in zip(with_row, images, strict=True)]
     found = torch.stack([torch.zeros_like(changes[0]), *changes])
     if kind == "gain":
@@ -66,7 +66,7 @@ def _mean_square(difference: Tensor) -> Tensor:
     return difference.float().square().mean()
 
 
-def normalised(importance: Tensor) -> Tensor:
+def normalise(importance: Tensor) -> Tensor:
     """λ [T] with mean 1 over the rows that learn.
 
     It leaves the loss's balance between steps as it is and gives β a scale that carries over between models and step

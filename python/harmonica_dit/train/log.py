@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from harmonica_dit.files import replacing
+from harmonica_dit.files import replacement
 
 COLUMNS = ("trajectory", "seconds", "loss", "error", "beta", "threshold", "cur", "speedup")
 
@@ -28,7 +28,7 @@ class Log:
         if out is not None:
             path = out / "log.csv"
             kept = path.read_bytes().splitlines(keepends=True)[: first + 1] if first and path.exists() else []
-            with replacing(path) as temporary:
+            with replacement(path) as temporary:
                 temporary.write_bytes(b"".join(kept) or (",".join(COLUMNS) + "\r\n").encode())
             self._file = open(path, "a", newline="")
             self._csv = csv.DictWriter(self._file, COLUMNS)

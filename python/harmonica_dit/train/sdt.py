@@ -7,7 +7,7 @@ from torch import Tensor
 
 from harmonica_dit.router import Router
 
-from .walk import Walk
+from .student import Student
 
 
 class Seen(NamedTuple):
@@ -19,7 +19,7 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def train_trajectory(router: Router, walk: Walk, optimizer: torch.optim.Optimizer, importance: Tensor, costs: Tensor,
+def train_trajectory(router: Router, student: Student, optimizer: torch.optim.Optimizer, importance: Tensor, costs: Tensor,
                      beta: float | None, *, channels: int | None = None, threshold: float = 0.1) -> Seen:
     """Walks from noise to image, updating row s at step s ≥ 1 by L_s = λ_s·mean((ε - ε*)²) + β·Σ_k c_k·r[s,k].
 
@@ -27,7 +27,7 @@ def train_trajectory(router: Router, walk: Walk, optimizer: torch.optim.Optimize
     computes and stores everything.
 
     Args:
-        walk: at its start. optimizer: of the rows, one Parameter each; only the row that has a gradient moves.
+        student: at its start. optimizer: of the rows, one Parameter each; only the row that has a gradient moves.
         importance: λ [T]. costs: c [K], above 0.
         beta: None only measures; nothing is updated.
         channels: how many leading output channels are compared, None for all.
@@ -35,21 +35,21 @@ def train_trajectory(router: Router, walk: Walk, optimizer: torch.optim.Optimize
 
     Source: HarmoniCa (Huang et al., ICML 2025), section 3.2 (SDT) and 3.3 (IEPO).
     """
-    walk.advance(walk.predict())
+    student.advance(student.predict())
     losses, errors, values = [], [], []
     for s in range(1, router.steps):
-        target = walk.teacher()
+        target = student.teacher()
         with torch.enable_grad():
             r = router.score(s)
             cost = (costs * router.score(s)).sum() * (beta or 0.0)
-        output, error, gradient = walk.learn(r, target, importance[s], channels)
+        output, error, gradient = student.learn(r, target, importance[s], channels)
         values.append(-gradient / costs * (1 - threshold) / (1 - r))
         cost.backward()
         if beta is not None:
             optimizer.step()
             router.clamp_(s)
         optimizer.zero_grad(set_to_none=True)
-        walk.advance(output)
+        student.advance(output)
         losses.append(importance[s] * error + cost)
         errors.append(error)
     return Seen(torch.stack(losses), torch.stack(errors), torch.stack(values))

@@ -4,11 +4,11 @@ import json
 import zlib
 from dataclasses import asdict, dataclass
 
+import torch
 from diffusers import SchedulerMixin
 
-from harmonica_dit.router import check_threshold
 from harmonica_dit.sample.schedulers import ReferenceDDIM
-from harmonica_dit.schedule import is_number
+from harmonica_dit.validate import check_threshold, is_number
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Settings:
     importance: str
     importance_rows: str
     refresh: int
-    extrapolate: float | str | None
+    extrapolation: float | str | None
     costs: str
     compare: str
     guidance: float
@@ -62,8 +62,8 @@ class Settings:
                             ("autocast", (None, "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
-        if not (self.extrapolate is None or self.extrapolate == "learned" or is_number(self.extrapolate)):
-            raise ValueError(f"extrapolate: got {self.extrapolate!r}, expected None, a number or 'learned'")
+        if not (self.extrapolation is None or self.extrapolation == "learned" or is_number(self.extrapolation)):
+            raise ValueError(f"extrapolation: got {self.extrapolation!r}, expected None, a number or 'learned'")
 
     @property
     def scheduler_name(self) -> str:
@@ -93,3 +93,10 @@ def fingerprint(net) -> str:
         checksum = zlib.crc32(f"{name}{tuple(parameter.shape)}".encode(), checksum)
         checksum = zlib.crc32(values.numpy().tobytes(), checksum)
     return f"{checksum:08x}"
+
+
+def check_weights(dtype: str | torch.dtype) -> None:
+    """Refuses weights of a dtype that routers cannot be trained with."""
+    if dtype in ("float16", torch.float16):
+        raise ValueError("net: its weights are float16, in which gradients as small as a router's vanish; load it with "
+                         'dtype="bfloat16"')

@@ -1,40 +1,34 @@
-"""Training a router: HarmoniCa's SDT and IEPO, image-free."""
+"""Training a router: HarmoniCa's SDT and IEPO, image-free. This is the loop over trajectories."""
 
 import inspect
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import harmonica_kernels as hk
-from harmonica_dit.models.flops import count_flops, replaced_bodies
-from harmonica_dit.router import LIMIT, Router
-from harmonica_dit.sample.trajectory import Trajectory, call, image_noise
+from harmonica_dit.router import Router
+from harmonica_dit.sample.trajectory import run_eagerly
 
-from .budget import Budget, Steering
 from .checkpoint import Training
-from .importance import importance as measure_importance
-from .importance import normalised
+from .frozen_model import checkpoint_bodies, freeze
+from .importance import measure_importance, normalise
 from .log import Log
 from .sdt import train_trajectory
-from .settings import Settings
-from .walk import Walk, new_executor
-
-FIRST_IMAGE = 1 << 32  # images are numbered from here, so that no sampled image starts from noise trained on
+from .settings import Settings, check_weights
+from .start import make_noise, make_trajectory, start_training
+from .student import Student, new_executor
 
 
 def train_router(net, *, steps: int = 20, target_speedup: float | None = None, target_cur: float | None = None,
                  beta: float | None = None, trajectories: int = 500, batch: int = 32, lr: float = 1e-2,
                  threshold: float = 0.1, importance: str = "paper", importance_rows: str = "soft",
-                 refresh: int = 500, extrapolate: float | str | None = None, costs: str = "flops",
+                 refresh: int = 500, extrapolation: float | str | None = None, costs: str = "flops",
                  compare: str = "all", guidance: float | None = None, guidance_channels: int | None = None,
                  scheduler: str | SchedulerMixin | None = None, autocast: str | None = None,
                  checkpointing: bool = False, executor: str = "captured", seed: int = 0,
@@ -57,7 +51,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         importance: λ's definition, "paper", "reference" or "gain", see `train.importance`; importance_rows: with "soft"
             or "hard" rows.
         refresh: C, the denoising steps after which λ is measured again.
-        extrapolate: None repeats cached outputs; a number is the forecasts' coefficient; "learned" learns one an entry.
+        extrapolation: None repeats cached outputs; a number is the forecasts' coefficient; "learned" learns one an entry.
         costs: c_k by "flops", where every branch has to have some, or "ones"; of mean 1 either way.
         compare: "all" output channels in the loss, the learned variance's too (published code), or the "noise" alone.
         guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own. Of a
@@ -83,27 +77,27 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     Source: HarmoniCa (Huang et al., ICML 2025, arXiv 2410.01723), section 3; targets and forecasts are ours.
     """
     settings = Settings(steps, target_speedup, target_cur, beta, trajectories, batch, lr, threshold, importance,
-                        importance_rows, refresh, extrapolate, costs, compare,
+                        importance_rows, refresh, extrapolation, costs, compare,
                         net.guidance if guidance is None else guidance,
                         net.guidance_channels if guidance_channels is None else guidance_channels,
                         net.scheduler if scheduler is None else scheduler, autocast, seed)
-    _check_weights(next(net.parameters()).dtype)
+    check_weights(next(net.parameters()).dtype)
     if executor not in ("captured", "eager"):
         raise ValueError(f'executor: got {executor!r}, expected "captured" or "eager"')
     out = None if out is None else Path(out)
-    training, budget = _start(net, settings)
-    run = new_executor(net, training.router.steps) if executor == "captured" else call
+    training, budget = start_training(net, settings)
+    run = new_executor(net, training.router.steps) if executor == "captured" else run_eagerly
     cache = hk.FeatureCache(training.router.history)  # one for all trajectories, since graphs know its memory
     if out is not None:
         checkpoint, record = out / "checkpoint.safetensors", settings.record(net)
         if checkpoint.exists():
             training.restore(checkpoint, record)
         training.save(checkpoint, record)  # finds out now whether the folder can be written to
-    recomputed = checkpointed(net) if checkpointing else nullcontext()
-    with frozen(net), recomputed, Log(out, trajectories, training.trajectory, progress) as log:
+    recomputation = checkpoint_bodies(net) if checkpointing else nullcontext()
+    with freeze(net), recomputation, Log(out, trajectories, training.trajectory, progress) as log:
         try:
             while training.trajectory < trajectories:
-                log.line(**_one_trajectory(net, settings, training, run, cache))
+                log.line(**_train_one(net, settings, training, run, cache))
                 if out is not None:
                     training.save(checkpoint, record)
         except KeyboardInterrupt:
@@ -116,8 +110,10 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         budget.freeze(router)
         budget.check(router)
     if out is not None:
+        from harmonica_dit.evaluate.pictures import plot  # here, for matplotlib takes a second to import
+
         router.save(out / "router.safetensors")
-        router.plot(out / "router.png")
+        plot(router, out / "router.png")
     return router
 
 
@@ -127,66 +123,30 @@ def check_arguments(*, dtype: str | torch.dtype = torch.float32, **arguments) ->
     Raises:
         ValueError: an argument is out of range; the message names it.
     """
-    _check_weights(dtype)
+    check_weights(dtype)
     defaults = {name: parameter.default for name, parameter in inspect.signature(train_router).parameters.items()}
     settings = {name: value for name, value in (defaults | arguments).items() if name in Settings.__annotations__}
     Settings(**settings)
 
 
-def _check_weights(dtype: str | torch.dtype) -> None:
-    if dtype in ("float16", torch.float16):
-        raise ValueError("net: its weights are float16, in which gradients as small as a router's vanish; load it with "
-                         'dtype="bfloat16"')
-
-
-def _start(net, settings: Settings) -> tuple[Training, Budget | None]:
-    """The state before the first trajectory, and the budget of a target."""
-    first = _trajectory(net, settings, 0)
-    T, flops = first.steps, count_flops(net)
-    K = len(flops.branches)
-    if settings.costs == "flops" and min(flops.branches) == 0:
-        free = net.branch_names[flops.branches.index(0)]
-        raise ValueError(f'costs: got "flops", by which the branch {free!r} costs nothing; "ones" counts all alike')
-    device = next(net.parameters()).device
-    generator = torch.Generator().manual_seed(settings.seed)
-    logits = torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)
-    learned = settings.extrapolate == "learned"
-    extrapolation = None
-    if settings.extrapolate is not None:
-        extrapolation = torch.full((T, K), 0.0 if learned else float(settings.extrapolate))
-    router = Router(logits, net.branch_names, flops, tuple(first.timesteps), extrapolation=extrapolation,
-                    learn_extrapolation=learned, threshold=settings.threshold, model=net.name,
-                    scheduler=settings.scheduler_name, guidance=settings.guidance, seed=settings.seed,
-                    resolution=net.sample_shape[1:], architecture=getattr(net, "architecture", None)).to(device)
-    # the gradients are as small as β·c, so AdamW's usual eps of 1e-8 would hold the rows back
-    optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-16,
-                                  weight_decay=0)
-    budget = steering = None
-    if settings.beta is None:
-        budget = Budget(flops, T, speedup=settings.target_speedup, cur=settings.target_cur)
-        steering = Steering(budget, T, K, device)
-    return Training(router, optimizer, torch.ones(T, device=device), steering, settings.beta), budget
-
-
-def _one_trajectory(net, settings: Settings, training: Training, run: Callable,
-                    cache: hk.FeatureCache) -> dict[str, float]:
+def _train_one(net, settings: Settings, training: Training, executor: Callable,
+               cache: hk.FeatureCache) -> dict[str, float]:
     """Runs the next trajectory, before it λ where that is due; returns what there is to log.
 
-    run: of the trajectories, see `Trajectory`. cache: to work in.
+    executor: runs its model, see `Trajectory`. cache: to work in.
     """
     begun, n, router = time.monotonic(), training.trajectory, training.router
-    noise = image_noise(settings.seed, FIRST_IMAGE + n * settings.batch, settings.batch, net.sample_shape)
-    noise = noise.to(training.importance.device)
+    noise = make_noise(net, settings, n).to(training.importance.device)
     T, C = router.steps, settings.refresh
     if n == 0 or n * T // C > (n - 1) * T // C:
-        found = measure_importance(router, _trajectory(net, settings, n, run), noise, kind=settings.importance,
+        found = measure_importance(router, make_trajectory(net, settings, n, executor), noise, kind=settings.importance,
                                    rows=settings.importance_rows, cache=cache)
-        training.importance = normalised(_finite(found, "λ", n))
+        training.importance = normalise(_finite(found, "λ", n))
     costs = torch.tensor(router.flops.branches if settings.costs == "flops" else [1.0] * len(router.branches))
     costs = (costs / costs.mean()).to(noise.device)
     beta = training.beta
-    walk = Walk(router, _trajectory(net, settings, n, run), noise, cache=cache)
-    seen = train_trajectory(router, walk, training.optimizer, training.importance, costs, beta,
+    student = Student(router, make_trajectory(net, settings, n, executor), noise, cache=cache)
+    seen = train_trajectory(router, student, training.optimizer, training.importance, costs, beta,
                             threshold=settings.threshold,
                             channels=net.sample_shape[0] if settings.compare == "noise" else None)
     _finite(seen.losses, "the loss", n)
@@ -200,44 +160,7 @@ def _one_trajectory(net, settings: Settings, training: Training, run: Callable,
                 speedup=schedule.speedup)
 
 
-def _trajectory(net, settings: Settings, n: int, run: Callable = call) -> Trajectory:
-    """Trajectory number n at its start; its labels depend on the seed and n alone."""
-    labels = np.random.default_rng((settings.seed, n, 2)).integers(net.num_classes, size=settings.batch)
-    trajectory = Trajectory(net, torch.from_numpy(labels).to(next(net.parameters()).device), steps=settings.steps,
-                            scheduler=settings.scheduler, guidance=settings.guidance, seed=settings.seed,
-                            guidance_channels=settings.guidance_channels, first=FIRST_IMAGE + n * settings.batch,
-                            autocast=settings.autocast)
-    trajectory.run = run
-    return trajectory
-
-
 def _finite(values: Tensor, what: str, n: int) -> Tensor:
     if not values.isfinite().all():
         raise FloatingPointError(f"{what} is not finite in trajectory {n}; the last checkpoint is the one before it")
     return values
-
-
-@contextmanager
-def frozen(net):
-    """The model in evaluation mode and without gradients for its weights; afterwards as it was."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
-        for module, mode in modes:
-            module.training = mode
-
-
-def checkpointed(net):
-    """The model's bodies recomputed in the backward, so that only what enters and leaves them is kept until then."""
-    return replaced_bodies(net, lambda k, body: partial(_recomputed, body))
-
-
-def _recomputed(body, h: Tensor, context) -> Tensor:
-    if not torch.is_grad_enabled():
-        return body(h, context)
-    return checkpoint(body, h, context, use_reentrant=False, preserve_rng_state=False)  # frozen: nothing is random

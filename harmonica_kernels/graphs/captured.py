@@ -1,0 +1,178 @@
+"""The executor that replays recorded calls as CUDA graphs.
+
+When to record, what a recording stands for and which memory it reads is plain bookkeeping, the same on every machine;
+`_Cuda` alone speaks to CUDA, through `recording`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .keys import Call, one_device, tf32, weights
+from .recording import recording, stream_of
+
+
+class Captured:
+    """The executor that replays recorded CUDA graphs, see `compile`."""
+
+    def __init__(self, function: Callable, graphs: int):
+        self.function = function
+        self._limit = graphs
+        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()  # the longest unused first
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()  # calls that came once; no more of them than graphs
+        self._recorder: _Cuda | None = None
+
+    @property
+    def graphs(self) -> int:
+        """How many are alive."""
+        return len(self._recordings)
+
+    def __call__(self, *args, **kwargs) -> Tensor | tuple[Tensor, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("an executor is for inference: call it under torch.no_grad() or inference_mode(); for "
+                               "gradients call the function itself")
+        call = Call.of(args, kwargs)
+        device = one_device(call)
+        recorder = self._recorder_on(device)
+        if recorder is None or None in (cache._state() for cache in call.caches):
+            return self._run(call, call.tensors)
+        key = (call.key, weights(self.function), device, torch.is_autocast_enabled(device.type),
+               torch.get_autocast_dtype(device.type), tf32())
+        if key in self._recordings:
+            self._recordings.move_to_end(key)
+        elif key in self._seen:
+            while len(self._recordings) >= self._limit:
+                self._drop()
+            self._recordings[key] = self._record(call, recorder)
+            del self._seen[key]
+        else:
+            self._seen[key] = None
+            if len(self._seen) > self._limit:
+                self._seen.popitem(last=False)
+            return self._first(call, recorder)
+        return self._recordings[key].replay(call)
+
+    def reset(self) -> None:
+        """Frees every graph; the next calls record anew."""
+        while self._recordings:
+            self._drop()
+        self._seen.clear()
+
+    def _recorder_on(self, device: torch.device) -> "_Cuda | None":
+        """What records there, or None where calls run as they are."""
+        if device.type not in RECORDERS:
+            return None
+        if self._recorder is None or self._recorder.device != device:
+            self.reset()
+            self._recorder = RECORDERS[device.type](device)
+        return self._recorder
+
+    def _run(self, call: "Call", tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """The function itself, with `tensors` for the call's own."""
+        args, kwargs = call.bind(tensors)
+        output = self.function(*args, **kwargs)
+        _check_output(output)
+        return output
+
+    def _first(self, call: "Call", recorder: "_Cuda") -> Tensor | tuple[Tensor, ...]:
+        before = recorder.random_state()
+        output = self._run(call, call.tensors)
+        if not torch.equal(before, recorder.random_state()):
+            raise RuntimeError(f"{_name(self.function)} draws random numbers, which a graph would repeat: pass them as "
+                               'tensors, or call it without an executor (executor="eager" of sample, train_router)')
+        return output
+
+    def _record(self, call: "Call", recorder: "_Cuda") -> "_Recording":
+        with torch.inference_mode(False):  # such buffers can be written to in any mode
+            buffers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in call.tensors]
+        for buffer, tensor in zip(buffers, call.tensors):
+            buffer.copy_(tensor)
+        before = [cache._state() for cache in call.caches]
+        try:
+            graph, output = recorder.record(lambda: self._run(call, buffers), alone=not self._recordings)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"{_name(self.function)} cannot be captured: {error}\nWhat is captured must not wait for the GPU "
+                "(.item(), .tolist(), .cpu(), a tensor in an `if`), copy from ordinary host memory, or draw random "
+                'numbers. Call it without an executor (executor="eager" of sample, train_router), or take that out of '
+                "it."
+            ) from error
+        finally:
+            after = [cache._state() for cache in call.caches]
+            for cache, state in zip(call.caches, before):
+                cache._restore(state)
+        return _Recording(graph, buffers, output, after, (call.bind, [cache._arena for cache in call.caches]))
+
+    def _drop(self) -> None:
+        _, recording = self._recordings.popitem(last=False)
+        self._recorder.free(recording.graph)
+
+
+class _Recording(NamedTuple):
+    """A graph, and the memory that it reads and writes."""
+
+    graph: Any
+    buffers: list[Tensor]  # its inputs
+    output: Tensor | tuple[Tensor, ...]
+    caches: list[tuple]  # the state that the function leaves each cache in
+    alive: tuple  # whatever else the graph has the addresses of: arguments and caches' memory
+
+    def replay(self, call: "Call") -> Tensor | tuple[Tensor, ...]:
+        for buffer, tensor in zip(self.buffers, call.tensors, strict=True):
+            buffer.copy_(tensor)
+        self.graph.replay()
+        for cache, state in zip(call.caches, self.caches, strict=True):
+            cache._restore(state)
+        return self.output.clone() if isinstance(self.output, Tensor) else tuple(o.clone() for o in self.output)
+
+
+class _Cuda:
+    """Recording on one device: one stream, and one pool of memory for all graphs that are alive together."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = stream_of(self, device)
+        self._pool: Any = None
+
+    def random_state(self) -> Tensor:
+        """Of the generators that a function might draw from."""
+        return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(self.device)])
+
+    def record(self, call: Callable[[], Any], alone: bool) -> tuple[torch.cuda.CUDAGraph, Any]:
+        """A graph of what call() launches, not run yet, and call's result: the buffers that a replay fills.
+
+        alone: no other graph is alive, so the pool is gone too and a new one begins.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            if alone:
+                self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # memory outside the pool cannot be used inside
+            torch.clear_autocast_cache()  # a weight that was cast outside would be gone at the replay
+            with torch.cuda.stream(self._stream), recording(graph, self._pool):
+                output = call()
+            torch.clear_autocast_cache()
+        return graph, output
+
+    def free(self, graph: torch.cuda.CUDAGraph) -> None:
+        torch.cuda.synchronize(self.device)  # it may be running
+        graph.reset()
+
+
+RECORDERS = {"cuda": _Cuda}  # where calls are recorded; elsewhere they run as they are
+
+
+def _check_output(output: Any) -> None:
+    for o in output if isinstance(output, tuple) else (output,):
+        if not isinstance(o, Tensor):
+            raise TypeError(f"function: returned {type(o).__name__}, expected a tensor or a tuple of tensors")
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)

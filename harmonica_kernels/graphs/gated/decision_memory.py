@@ -1,0 +1,39 @@
+"""What decides, in the memory of the device: `DecisionMemory` of csrc/kernels.h."""
+
+import torch
+from torch import Tensor
+
+PARTS = 264  # of the sums of the change rule: two for each of an H100's 132 multiprocessors
+
+
+class DecisionMemory:
+    """Scores, extrapolation and threshold, which the host writes between trajectories, and what is decided from them.
+
+    Every tensor stays where it is, so that a graph may know its address.
+
+    Args:
+        steps, branches: T and K. history: cache slots of a branch, 1 or 2. device: of all tensors.
+        parts: of the sums of the change rule.
+    """
+
+    def __init__(self, steps: int, branches: int, history: int, device: torch.device, parts: int = PARTS):
+        T, K = self.steps, self.branches = steps, branches
+        self.history, self.parts = history, parts
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.scores = zeros(T, K, dtype=torch.float32)
+        self.extrapolation = zeros(T, K, dtype=torch.float32)
+        self.threshold = zeros(1, dtype=torch.float64)
+        self.conditions = zeros(K + 1, dtype=torch.int64)
+        self.change = zeros(2, parts, dtype=torch.float64)
+        self.step, self.again, self.reference = zeros(1), zeros(1), zeros(1)
+        self.compute, self.start, self.slot = zeros(K), zeros(K + 1), zeros(K)
+        self.latest_at, self.previous_at = zeros(K), zeros(K)
+        self.forecast_weights = zeros(K, dtype=torch.float32)
+        self.reused = zeros(T, K, dtype=torch.uint8)
+
+    def addresses(self) -> dict[str, int]:
+        """What the compiled decision takes: sizes, and the tensors' addresses."""
+        return {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in vars(self).items()}

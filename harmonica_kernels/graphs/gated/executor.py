@@ -1,0 +1,176 @@
+"""The front of trajectories that are decided on the device."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..keys import tf32, weights
+from .decision_memory import DecisionMemory
+from .norm import norm_on_cpu, norm_on_cuda
+from .on_cpu import walk
+from .on_cuda import GraphLoop, Recorder
+from .parts import Parts
+from .plan import plan
+
+
+class Gated:
+    """Runs whole trajectories whose steps are decided on the device, see `harmonica_kernels.compile`.
+
+    Called as `executor(trajectory, noise, schedule=None)`, with the result of the function that it stands for. The
+    first call with a model, batch and number of steps captures; after it, a call is one launch, whatever router and
+    threshold. Another router, schedule or threshold is a write to the device's memory.
+
+    The trajectory offers
+        graph_parts() -> (key, tensors, rebuild): the hashable rest that decides what it does, the tensors that it
+            holds, and a function from such tensors to the same trajectory holding those;
+        loop() -> Loop; start(noise) -> x_0; steps, T.
+    A router or schedule offers
+        decision_tables() -> (scores, extrapolation): float32 [T, K] each, the second None where it repeats.
+
+    Args:
+        function: what it stands for. rule: "scores" or "change", see `plan`. graphs: how many are kept alive; the one
+            longest unused goes first.
+    """
+
+    def __init__(self, function: Callable, rule: str, graphs: int):
+        plan(2, rule)  # refuses an unknown rule
+        self.function, self.rule = function, rule
+        self._limit = graphs
+        self._threshold = 0.1
+        self._router: Any = None
+        self._tables: tuple[Tensor, Tensor | None] | None = None
+        self._loops: OrderedDict[Hashable, _Loop] = OrderedDict()  # the longest unused first
+        self._last: _Loop | None = None
+
+    @property
+    def graphs(self) -> int:
+        """How many are alive."""
+        return len(self._loops)
+
+    @property
+    def threshold(self) -> float:
+        """τ of the rule: the score above which a branch is computed, or the relative change. May be set at any time."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < float("inf"):
+            raise ValueError(f"threshold: got {threshold!r}, expected a finite number ≥ 0")
+        self._threshold = float(threshold)
+        for loop in self._loops.values():
+            loop.memory.threshold.fill_(self._threshold)
+
+    def load(self, router: Any) -> None:
+        """The trajectories after this follow `router` (or a schedule): a copy of its [T, K] tables to the device."""
+        scores, extrapolation = router.decision_tables()
+        for name, table in (("scores", scores), ("extrapolation", extrapolation)):
+            if table is not None and (table.shape != scores.shape or table.dim() != 2 or table.dtype != torch.float32):
+                raise ValueError(f"router.decision_tables(): {name} are {table.dtype} of shape {tuple(table.shape)}, expected "
+                                 "float32 [T, K]")
+        self._router, self._tables = router, (scores, extrapolation)
+        for loop in self._loops.values():
+            if loop.memory.scores.shape == scores.shape:
+                self._write(loop.memory)
+
+    @property
+    def reused(self) -> Tensor:
+        """What the last trajectory reused, bool [T, K] on the CPU; its mean is the cache utilization ratio (CUR)."""
+        if self._last is None:
+            raise RuntimeError("reused: nothing has run yet")
+        return self._last.memory.reused.bool().cpu()
+
+    @torch.no_grad()
+    def __call__(self, trajectory: Any, noise: Tensor, schedule: Any = None) -> Tensor:
+        """Runs a trajectory from its noise [n, C, ...] to images [n, C, ...], which are the caller's own.
+
+        schedule: loaded where it is another than the last; None keeps what was loaded, and computes everything where
+            nothing was.
+
+        Raises:
+            ValueError: what is loaded is for another T or K.
+            RuntimeError: a part of the model cannot be captured; the message names it, and the node.
+        """
+        if torch.is_autocast_enabled(noise.device.type):
+            raise RuntimeError('mode="gated" does not run under autocast: cast the model instead')
+        if schedule is not None and schedule is not self._router:
+            self.load(schedule)
+        key, tensors, rebuild = trajectory.graph_parts()
+        history = 1 if self._tables is None or self._tables[1] is None else 2
+        key = (key, weights(key), noise.shape, noise.dtype, noise.device, tuple((t.shape, t.dtype) for t in tensors),
+               tf32())
+        loop = self._loops.get(key)
+        if loop is not None and loop.memory.history < history:
+            self._drop(key)
+            loop = None
+        if loop is None:
+            while len(self._loops) >= self._limit:
+                self._drop(next(iter(self._loops)))
+            loop = self._loops[key] = self._build(trajectory, noise, tensors, rebuild, history)
+        self._loops.move_to_end(key)
+        for buffer, tensor in zip(loop.inputs, tensors, strict=True):
+            buffer.copy_(tensor)
+        loop.parts.sample.copy_(trajectory.start(noise))
+        loop.run()
+        self._last = loop
+        return loop.parts.sample.clone()
+
+    def reset(self) -> None:
+        """Frees every graph; the next calls capture anew."""
+        while self._loops:
+            self._drop(next(iter(self._loops)))
+        self._last = None
+
+    def _build(self, trajectory: Any, noise: Tensor, tensors: tuple[Tensor, ...], rebuild: Callable,
+               history: int) -> "_Loop":
+        with torch.inference_mode(False):  # such buffers can be written to in any mode
+            inputs = [t.clone() for t in tensors]
+            loop = rebuild(*inputs).loop()
+            nodes = plan(len(loop.branches), self.rule)
+            memory = DecisionMemory(trajectory.steps, len(loop.branches), history, noise.device)
+            self._write(memory)
+            memory.threshold.fill_(self._threshold)
+            norm = norm_on_cuda if noise.is_cuda else norm_on_cpu
+            parts = Parts(loop, memory, trajectory.start(noise), norm)
+            if builds_graphs(noise.device):
+                graph = GraphLoop(nodes, parts, memory, Recorder(noise.device))
+                return _Loop(inputs, parts, memory, graph.run, graph.close)
+            return _Loop(inputs, parts, memory, lambda: walk(nodes, parts, memory), lambda: None)
+
+    def _write(self, memory: DecisionMemory) -> None:
+        """The loaded tables into a loop's memory; without any, everything is computed."""
+        if self._tables is None:
+            memory.scores.fill_(float("inf"))
+            return
+        scores, extrapolation = self._tables
+        if scores.shape != memory.scores.shape:
+            raise ValueError(f"router: is for {list(scores.shape)} steps and branches, the trajectory has "
+                             f"{list(memory.scores.shape)}")
+        memory.scores.copy_(scores)
+        if extrapolation is None:
+            memory.extrapolation.zero_()
+        elif memory.history == 2:
+            memory.extrapolation.copy_(extrapolation)
+
+    def _drop(self, key: Hashable) -> None:
+        loop = self._loops.pop(key)
+        if loop is self._last:
+            self._last = None
+        loop.close()
+
+
+def builds_graphs(device: torch.device) -> bool:
+    """Whether a trajectory there becomes a CUDA graph, or is walked node by node."""
+    return device.type == "cuda"
+
+
+class _Loop(NamedTuple):
+    """One captured trajectory: its inputs' buffers, its memory, and how to run and free it."""
+
+    inputs: list[Tensor]
+    parts: Parts
+    memory: DecisionMemory
+    run: Callable[[], None]
+    close: Callable[[], None]

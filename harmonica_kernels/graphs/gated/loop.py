@@ -1,0 +1,39 @@
+"""What a trajectory is made of, taken apart so that a graph can hold it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ...forward import Branch, Modulation
+
+
+@dataclass(frozen=True, eq=False)
+class Loop:
+    """T denoising steps: `x_{s+1} = a_s·x_s + b_s·ε_s`, `ε_s` the guided output of a transformer of K branches.
+
+    Its functions are called while a graph is captured: they must launch the same work whenever they are called, on
+    static tensors, wait for nothing, and draw no random numbers.
+
+    Args:
+        branches: the K branches in execution order.
+        modulation: `modulation() -> Modulation` of all steps: rows of shape [T, B or 1, D]. Called once a trajectory.
+        embed: [n, C, ...] latents -> tokens [B, N, D]; B = 2n with guidance, the conditional rows first.
+        head: [B, N, D] after the final norm -> the model's output [B, C', ...], C' ≥ C.
+        updates: [T, 2] float32, the scheduler's a and b.
+        guidance: of classifier-free guidance (Ho & Salimans, 2022); 1 where B = n.
+        channels: how many leading channels are guided; None for all.
+        context: what the bodies are given beside h, see `Branch`.
+        eps: of the final norm.
+    """
+
+    branches: Sequence[Branch]
+    modulation: Callable[[], Modulation]
+    embed: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+    updates: Tensor
+    guidance: float = 1.0
+    channels: int | None = None
+    context: Any = None
+    eps: float = 1e-6

@@ -1,0 +1,30 @@
+"""Runs a plan node by node: what a machine without a GPU does, and what the graph has to equal."""
+
+from collections.abc import Sequence
+
+from ...ops._library import kernels
+from .decision_memory import DecisionMemory
+from .parts import Parts
+from .plan import Captured, Change, Decide, If, Node, Rewind, While
+
+
+def walk(nodes: Sequence[Node], parts: Parts, memory: DecisionMemory) -> None:
+    """Runs the nodes on `parts` and `memory`, which lie in the memory of the CPU."""
+    for node in nodes:
+        match node:
+            case Captured():
+                for op in node.ops:
+                    parts.run(op)
+            case Rewind():
+                memory.step.fill_(-1)
+                memory.again.fill_(1)
+            case Decide():
+                kernels.decide(memory.addresses(), node.first, node.last, node.rule)
+            case Change():
+                parts.change()
+            case If():
+                if memory.compute[node.branch]:
+                    walk(node.body, parts, memory)
+            case While():
+                while memory.again:
+                    walk(node.body, parts, memory)

@@ -1,0 +1,85 @@
+"""What tells one recorded call from another: its arguments taken apart, and the settings that chose its kernels."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import FeatureCache
+
+
+class Call(NamedTuple):
+    """The arguments of one call, taken apart."""
+
+    names: list[str]  # of the tensors
+    tensors: list[Tensor]
+    caches: list[FeatureCache]
+    key: tuple  # all that decides what the call launches, but for the tensors' values
+    bind: Callable[[Sequence[Tensor]], tuple[tuple, dict]]  # from tensors to arguments with these in their places
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict) -> "Call":
+        names, tensors, caches, key, builders = [], [], [], [], []
+        for name, value in (*enumerate(args), *kwargs.items()):
+            constant, held, build = _take_apart(value)
+            if not _is_constant(constant):
+                raise TypeError(f"{_name_of(name)}: got {type(value).__name__}; an executor takes tensors, each as "
+                                "an argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
+            if isinstance(value, FeatureCache):
+                caches.append(value)
+            key.append((name, constant, weights(constant), tuple((t.shape, t.dtype) for t in held)))
+            builders.append((name, build, slice(len(tensors), len(tensors) + len(held))))
+            names += [_name_of(name)] * len(held)
+            tensors += held
+
+        def bind(tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
+            built = {name: build(*tensors[part]) for name, build, part in builders}
+            return tuple(built[i] for i in range(len(args))), {name: built[name] for name in kwargs}
+
+        return cls(names, tensors, caches, tuple(key), bind)
+
+
+def _take_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any]]:
+    """An argument's constant part, the tensors that it holds, and what puts it together from such tensors."""
+    if isinstance(value, Tensor):
+        return None, (value,), lambda tensor: tensor
+    if isinstance(value, FeatureCache):
+        value.commit()
+        return value._state(), (), lambda: value
+    if hasattr(value, "graph_parts"):
+        return value.graph_parts()
+    return tuple(value) if isinstance(value, list) else value, (), lambda: value
+
+
+def _is_constant(constant: Any) -> bool:
+    """Whether it can be hashed and holds no tensors, whose values a graph would keep."""
+    if isinstance(constant, tuple):
+        return all(map(_is_constant, constant))
+    return isinstance(constant, Hashable) and not isinstance(constant, Tensor)
+
+
+def one_device(call: Call) -> torch.device:
+    if not call.tensors:
+        raise ValueError("an executor needs at least one tensor among its arguments, got none")
+    device = call.tensors[0].device
+    for name, tensor in zip(call.names, call.tensors):
+        if tensor.device != device:
+            raise ValueError(f"{name}: is on {tensor.device}, but {call.names[0]} is on {device}; an executor's "
+                             "tensors have to be on one device")
+    return device
+
+
+def tf32() -> tuple[bool, bool]:
+    """Whether matrix products and convolutions in float32 may use TF32: a graph keeps the kernels chosen by it."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def weights(constant: Any) -> tuple:
+    """Where the weights of the modules in `constant` lie, so that a graph is not replayed after they were moved."""
+    parts = constant if isinstance(constant, tuple) else (constant,)
+    return tuple((p.data_ptr(), p.dtype) for part in parts if isinstance(part, nn.Module) for p in part.parameters())
+
+
+def _name_of(argument: int | str) -> str:
+    return argument if isinstance(argument, str) else f"argument {argument}"

@@ -1,1 +1,0 @@
-"""What `harmonica bench` measures: models cached against plain, other caches beside ours, quantized models."""

@@ -1,0 +1,92 @@
+"""Ways to spend less on a trajectory, named so that tables and plots know which belong together."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from harmonica_dit.files import load_tensors
+from harmonica_dit.methods import fora
+from harmonica_dit.router import Router
+from harmonica_dit.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to sample.
+
+    Args:
+        name: of this setting, such as "FORA n=2"; family: of the method, such as "FORA": a line in a plot.
+        steps: how often the model is called; fewer than the uncached run's where steps are dropped.
+        schedule: a `Schedule` for those steps; None computes everything.
+    """
+
+    name: str
+    family: str
+    steps: int
+    schedule: Schedule | None = None
+
+    def speedup(self, uncached_steps: int) -> float:
+        """FLOPs of the uncached trajectory / FLOPs of this one."""
+        return (1.0 if self.schedule is None else self.schedule.speedup) * uncached_steps / self.steps
+
+
+def fewer_steps(steps: int, speedup: float) -> Method:
+    """The baseline that needs no method: the number of steps nearest to a FLOPs speedup, e.g. 12 of 20 for 1.67."""
+    fewer = max(1, round(steps / speedup))
+    return Method(f"{fewer} steps", "fewer steps", fewer)
+
+
+def fora_methods(net, steps: int, every: int) -> list[Method]:
+    """FORA at every n-th step, once repeating and once with first-order forecasts (as TaylorSeer's)."""
+    return [Method(f"FORA n={every}", "FORA", steps, fora(net, steps, every)),
+            Method(f"FORA n={every} + forecast", "FORA + forecast", steps, fora(net, steps, every, 1.0))]
+
+
+def read(path: str | os.PathLike, net=None) -> Router | Schedule:
+    """What a router's or a schedule's file holds; a bare name may be a bundled router's, see `Router.find`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, it holds neither, or its router does not fit `net`.
+    """
+    path = Router.find(path)
+    tensors, metadata = load_tensors(path)
+    if metadata.get("kind") == "router":
+        return Router.from_tensors(tensors, metadata, path, net)
+    return Schedule.from_tensors(tensors, metadata, path)
+
+
+def schedule_of(found: Router | Schedule, threshold: float | None = None) -> Schedule:
+    """The schedule that `read` found; `threshold` replaces a router's own."""
+    if isinstance(found, Router):
+        return found.schedule(threshold)
+    if threshold is not None:
+        raise ValueError("threshold: the file holds a frozen schedule; only a router has one")
+    return found
+
+
+def read_schedule(path: str | os.PathLike, net=None, threshold: float | None = None) -> Schedule:
+    """The schedule in a router's or a schedule's file, see `read`; `threshold` replaces a router's own."""
+    return schedule_of(read(path, net), threshold)
+
+
+def from_file(path: str | os.PathLike, net) -> Method:
+    """A router's or a schedule's file, see `read`, as a method."""
+    return name_after(path, read(path, net))
+
+
+def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
+    """What `read` found as a method named after its file or, if that is `train`'s router.safetensors, its folder."""
+    path = Router.find(path)
+    name = path.absolute().parent.name if path.stem == "router" else path.stem
+    family, schedule = "router" if isinstance(found, Router) else name, schedule_of(found)
+    return Method(name, f"{family} + forecast" if schedule.history > 1 else family, schedule.steps, schedule)
+
+
+def check_names(methods: Iterable[Method]) -> None:
+    """Refuses methods of one name, whose rows could not be told apart."""
+    counts = Counter(method.name for method in methods)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"methods: more than one is called {', '.join(map(repr, twice))}; rename a file or leave one "
+                         "out")

@@ -1,0 +1,50 @@
+"""A comparison in the terminal: a progress bar while it runs, then one table."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .compare import compare
+from .named_methods import Method
+
+COLUMNS = {  # heading -> cell of a row
+    "method": lambda row: row["name"],
+    "CUR": lambda row: f"{row['cur']:.1%}",
+    "FLOPs speedup": lambda row: f"{row['flops_speedup']:.2f}×",
+    "wall-clock speedup": lambda row: f"{row['wall_speedup']:.2f}×",
+    "error": lambda row: f"{row['error']:.4f}",
+    "label accuracy": lambda row: "–" if row["label_accuracy"] is None else f"{row['label_accuracy']:.1%}",
+    "Fréchet distance": lambda row: "–" if row["frechet"] is None else f"{row['frechet']:.2f}",
+}
+
+
+def table(rows: Sequence[dict], title: str) -> Table:
+    """Rows of `compare` as a rich table; a column that no row has a value for is left out."""
+    made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left",
+                 caption="error: RMSE against the uncached images, pixels in [-1, 1]")
+    cells = {heading: [cell(row) for row in rows] for heading, cell in COLUMNS.items()}
+    cells = {heading: column for heading, column in cells.items() if set(column) != {"–"}}
+    for heading in cells:
+        made.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
+    for line in zip(*cells.values()):
+        made.add_row(*line)
+    return made
+
+
+def compare_with_bar(net, methods: Sequence[Method], labels, **options) -> list[dict]:
+    """`compare` behind a progress bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("sampling", total=(len(methods) + 1) * len(labels))
+    with ExitStack() as stack:
+
+        def progress(done: int) -> None:
+            if done == 0:
+                stack.enter_context(bar)  # not before: what is refused leaves no bar above the message
+            bar.update(task, completed=done)
+
+        return compare(net, methods, labels, progress=progress, **options)

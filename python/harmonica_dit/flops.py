@@ -1,0 +1,59 @@
+"""What a forward costs in floating-point operations, branch by branch, counted by torch."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one row's forward: each of the K branches', and what no schedule skips."""
+
+    branches: tuple[float, ...]
+    fixed: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.branches) + self.fixed
+
+
+def count_flops(net) -> Flops:
+    """Counts one row's forward of a denoiser (matrix products and convolutions; a branch's are its body's)."""
+    parameter = next(net.parameters())
+    x = torch.zeros(1, *net.sample_shape, dtype=parameter.dtype, device=parameter.device)
+    zero = torch.zeros(1, dtype=torch.long, device=parameter.device)
+    return count_call(net, lambda: net(x, zero, zero))
+
+
+def count_call(net, call: Callable[[], object]) -> Flops:
+    """Counts a call that runs a forward of `net`, a denoiser or a fused adapter."""
+    counts = [0.0] * len(net.branches)
+    counter = FlopCounterMode(display=False)
+
+    def counted(k, body, h, context):
+        before = counter.get_total_flops()
+        o = body(h, context)
+        counts[k] = float(counter.get_total_flops() - before)
+        return o
+
+    # the math back end, because its matrix products are counted on every device
+    with (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter,
+          replace_bodies(net, lambda k, body: partial(counted, k, body))):
+        call()
+    return Flops(tuple(counts), float(counter.get_total_flops()) - sum(counts))
+
+
+@contextmanager
+def replace_bodies(net, new: Callable[[int, Callable], Callable]):
+    """Body k of the denoiser replaced by new(k, body), until the block ends."""
+    branches = list(net.branches)
+    net.branches[:] = [replace(b, body=new(k, b.body), body_out=None) for k, b in enumerate(branches)]
+    try:
+        yield
+    finally:
+        net.branches[:] = branches

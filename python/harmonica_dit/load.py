@@ -1,0 +1,119 @@
+"""`load`: a denoiser by its name."""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from harmonica_dit.fashion import FASHION, FASHION_WEIGHTS
+from harmonica_dit.models import CONFIGS, DiT, latent_side
+
+
+def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: int | None = None,
+         prompts: Sequence[str] | None = None, embeddings: str | os.PathLike | None = None,
+         dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu", attention: str = "sdpa"):
+    """A denoiser, in evaluation mode and without gradients for its weights.
+
+    A denoiser is a module `net(x, t, y, row=, forecast_weights=, cache=, threshold=)` with `name`, `sample_shape`,
+    `num_classes` (which as a label stands for none), `branches` (a list) and `branch_names`, and what trajectories
+    use unless told otherwise: `guidance`, `guidance_channels` and `scheduler`. Labels are classes, or the numbers of a
+    text model's prompts.
+
+    Args:
+        name: "fashion-dit", the bundled model; a configuration of facebookresearch/DiT such as "DiT-XL/2"; or the
+            folder or repository of a diffusers pipeline (DiT, PixArt-α, PixArt-Σ).
+        checkpoint: a DiT's weights, facebookresearch's `.pt` or safetensors; required for a configuration.
+        image_size: in pixels, by default 256 for a configuration and a pipeline's own; the latent's side is an eighth.
+        prompts: of a text pipeline. They are encoded once, then the text encoder is let go.
+        embeddings: file in which the encoded prompts are kept, and from which they are read the next time.
+        dtype: of the weights: float32, bfloat16 or float16. device: where they are to lie, such as "cuda".
+        attention: back end of a DiT, "sdpa" (PyTorch's choice of flash attention, cuDNN and its own) or "xformers"; a
+            pipeline keeps its own processors.
+
+    Raises:
+        ValueError: the name, back end or device is not known, or the image size, the checkpoint, the prompts or the
+            file of embeddings do not fit the model.
+        ImportError: xformers is asked for and not installed.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    dtype, device = check_dtype(dtype), check_device(device)
+    if name not in ("fashion-dit", *CONFIGS) and (os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+        from harmonica_dit.pipelines.denoiser import load_pipeline
+
+        if checkpoint is not None:
+            raise ValueError(f"checkpoint: {name} is a pipeline, which has its own weights")
+        return load_pipeline(name, prompts=prompts, embeddings=embeddings, image_size=image_size, dtype=dtype,
+                             device=device)
+    if prompts is not None or embeddings is not None:
+        raise ValueError(f"prompts: {name} is conditioned on classes and takes none")
+    if name == "fashion-dit":
+        if image_size is not None:
+            raise ValueError(f"image_size: got {image_size!r}; fashion-dit makes 28 × 28 pixels, nothing else")
+        net, checkpoint = DiT(**FASHION, name=name, attention=attention), checkpoint or FASHION_WEIGHTS
+    elif name in CONFIGS:
+        if checkpoint is None:
+            raise ValueError(f"checkpoint: {name} needs its weights, such as DiT-XL-2-256x256.pt from "
+                             "facebookresearch/DiT")
+        side = latent_side(256 if image_size is None else image_size, CONFIGS[name]["patch_size"])
+        with torch.device("meta"):
+            net = DiT(**CONFIGS[name], input_size=side, name=name, attention=attention)
+        net.to_empty(device="cpu")
+    else:
+        raise ValueError(f'name: got {name!r}, expected "fashion-dit", one of {", ".join(CONFIGS)}, or the folder or '
+                         "repository of a diffusers pipeline")
+    try:
+        net.load_state_dict(read_weights(checkpoint))
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not fit {name}: {error}") from None
+    return net.eval().requires_grad_(False).to(device, dtype)
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known and dtype not in known.values():
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(known)}")
+    return known.get(dtype, dtype)
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device: got {device!r}, expected one of PyTorch\'s, such as "cpu" or "cuda:0"') from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {str(device)!r}, but PyTorch {torch.__version__} sees "
+                         f"{torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """A state dict from safetensors or, without running any code in it, from a `.pt` file."""
+    state = unpickled_tensors(path)
+    if isinstance(state, dict) and "ema" in state:
+        state = state["ema"]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path}: expected a state dict of tensors")
+    return state
+
+
+def unpickled_tensors(path: str | os.PathLike):
+    """What a safetensors or `.pt` file holds: tensors in plain containers. No code in the file is run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of facebookresearch/DiT's training checkpoints
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what its readers raise: pickle, zip and runtime errors
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: {error}") from None

@@ -1,0 +1,89 @@
+"""What branches of any kind return, tuples included, and the cache that keeps it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+Output = Tensor | tuple | None  # of a branch: a tensor, or tensors and None in a tuple
+
+
+class GenericCache:
+    """The memory of one trajectory: what each branch returned in the last `history` forwards that computed it.
+
+    Outputs have any shape, tuples included, and a branch has one for each of its calls in a forward. They are kept as
+    they come, not copied. Same use as `harmonica_kernels.FeatureCache`.
+    """
+
+    def __init__(self, history: int = 1):
+        if isinstance(history, bool) or history not in (1, 2):
+            raise ValueError(f"history: got {history!r}, expected 1 (repeat) or 2 (forecast)")
+        self.history = history
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything; the next trajectory may have any shape."""
+        self._outputs: dict[int, list[list[Output]]] = {}  # per branch, newest first, the outputs of its calls
+        self._meta: dict[nn.Module, Output] = {}  # what stands in for the output of a feeder that is not called
+        self._of: tuple | None = None  # shapes, dtypes and devices of the forward's arguments
+        self._open = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the outputs held."""
+        return sum(t.nbytes for t in tensors_of(list(self._outputs.values())))
+
+    def filled(self, k: int) -> int:
+        """Of how many forwards the cache holds branch k's outputs, 0 to `history`."""
+        return len(self._outputs.get(k, ()))
+
+    def latest(self, k: int) -> list[Output]:
+        """Branch k's newest outputs, one for each of its calls in that forward."""
+        return self._outputs[k][0]
+
+    def previous(self, k: int) -> list[Output] | None:
+        """The outputs that branch k had before the latest, or None where there are none yet."""
+        return self._outputs[k][1] if self.filled(k) == 2 else None
+
+    def copy_(self, other: "GenericCache") -> "GenericCache":
+        """Becomes equal to `other`. Returns itself."""
+        self.history, self._of, self._open = other.history, other._of, other._open
+        self._outputs, self._meta = dict(other._outputs), dict(other._meta)
+        return self
+
+    def commit(self) -> None:
+        """Does nothing: an entry is replaced, never written into, so a backward may still read the old one."""
+
+    def _store(self, k: int, o: Output, first: bool) -> None:
+        """Takes an output of branch k, the first of this forward's or another."""
+        if first:
+            self._outputs[k] = [[], *self._outputs.get(k, ())][: self.history]
+        self._outputs[k][0].append(map_tensors(Tensor.detach, o))
+
+    def _check(self, of: tuple) -> None:
+        if self._open:
+            raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
+                               "call cache.reset() and start the trajectory again")
+        if self._of is not None and self._of != of:
+            raise ValueError(f"cache: holds a forward of {self._of}, got {of}; every call of a step (such as the one "
+                             "with and the one without prompt) needs a cache of its own, and another trajectory "
+                             "cache.reset()")
+
+
+def map_tensors(f: Callable, *outputs: Output) -> Output:
+    """f over the tensors of outputs of one form."""
+    first = outputs[0]
+    if isinstance(first, (tuple, list)):
+        return tuple(map_tensors(f, *parts) for parts in zip(*outputs, strict=True))
+    return None if first is None else f(*outputs)
+
+
+def tensors_of(o: Output) -> list[Tensor]:
+    if isinstance(o, (tuple, list)):
+        return [t for part in o for t in tensors_of(part)]
+    return [] if o is None else [o]
+
+
+def is_output(o: Any) -> bool:
+    tensors = tensors_of(o)
+    return bool(tensors) and all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)

@@ -1,0 +1,101 @@
+"""diffusers' `PixArtTransformer2DModel` (PixArt-α and Σ, Chen et al., 2023 and 2024) through `cached_forward`.
+
+Three branches a block. Cross-attention has neither norm nor gate: it is given x itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import harmonica_kernels as hk
+
+from .fused import AttentionBody, Context, FeedForwardBody, FusedAdapter, attention_options, finish, unpatchify
+
+
+class PixArtAdapter(FusedAdapter):
+    def __call__(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+                 timestep: Tensor | None = None, added_cond_kwargs: dict[str, Tensor] | None = None,
+                 cross_attention_kwargs: dict[str, Any] | None = None, attention_mask: Tensor | None = None,
+                 encoder_attention_mask: Tensor | None = None, return_dict: bool = True, *,
+                 row: Sequence[bool] | Tensor | None = None,
+                 forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None, threshold: float = 0.1, text: Tensor | None = None,
+                 keys_values: dict[nn.Module, tuple[Tensor, Tensor]] | None = None):
+        """As `PixArtTransformer2DModel.forward`; row, forecast_weights, cache, threshold as in `cached_forward`.
+
+        text, keys_values: of `hoist`, the projected text states and what cross-attention makes of them.
+
+        Raises:
+            ValueError: the model wants micro-conditions and `added_cond_kwargs` is None.
+        """
+        model = self.transformer
+        if model.use_additional_conditions and added_cond_kwargs is None:
+            raise ValueError("added_cond_kwargs: got None, but this model is conditioned on resolution and aspect "
+                             "ratio as well")
+        batch = len(hidden_states)
+        patch = model.config.patch_size
+        height, width = (side // patch for side in hidden_states.shape[-2:])
+        mask, text_mask = (bias(m, hidden_states.dtype) for m in (attention_mask, encoder_attention_mask))
+        x = model.pos_embed(hidden_states)
+        rows, embedded = model.adaln_single(timestep, added_cond_kwargs, batch_size=batch, hidden_dtype=x.dtype)
+        if text is None:
+            text = self._text(encoder_hidden_states, batch)
+        x = hk.cached_forward(self.branches, x, self._modulation(rows, embedded), row=row,
+                              forecast_weights=forecast_weights, cache=cache, threshold=threshold, eps=model.norm_out.eps,
+                              context=Context(mask, text, text_mask, attention_options(cross_attention_kwargs),
+                                              keys_values or {}))
+        return finish(unpatchify(model.proj_out(x), height, width, patch), return_dict)
+
+    def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float], hidden_states: Tensor,
+              encoder_hidden_states: Tensor | None = None, *_, **__) -> Iterator[dict[str, Any]]:
+        """The projected text, and its keys and values for each cross-attention that a row computes."""
+        text = self._text(encoder_hidden_states, len(hidden_states))
+        if text is None:
+            yield from [{}] * len(rows)
+            return
+        bodies = [branch.body for branch, column in zip(self.branches, zip(*rows)) if any(column)]
+        keys_values = {body.attn: body.keys_values(text) for body in bodies
+                       if isinstance(body, AttentionBody) and body.cross and body.plain(text, None, Context())}
+        yield from [dict(text=text, keys_values=keys_values)] * len(rows)
+
+    def _text(self, states: Tensor | None, batch: int) -> Tensor | None:
+        """The text states [B, tokens, D] as cross-attention sees them."""
+        project = self.transformer.caption_projection
+        return states if project is None else project(states).view(batch, -1, self.transformer.inner_dim)
+
+    def _branches(self, block: nn.Module):
+        attention, feed_forward = AttentionBody(block.attn1), FeedForwardBody(block.ff)
+        branches = [("attn1", hk.Branch(attention, attention.write, eps=block.norm1.eps)),
+                    ("ff", hk.Branch(feed_forward, feed_forward.write, eps=block.norm2.eps))]
+        if block.attn2 is not None:
+            cross = AttentionBody(block.attn2, cross=True)
+            branches.insert(1, ("attn2", hk.Branch(cross, cross.write, norm=False, gate=False)))
+        return branches
+
+    def _passed_by(self, block: nn.Module) -> tuple[str, ...]:
+        return "norm1", "norm2"
+
+    def _modulation(self, rows: Tensor, embedded: Tensor) -> hk.Modulation:
+        """adaLN-single: the step's rows [B, 6·D] are shared by all blocks, each of which adds its own table [6, D]."""
+        blocks = self.transformer.transformer_blocks
+        tables = torch.stack([block.scale_shift_table for block in blocks])
+        shift, scale, gate = [], [], []
+        for block, six in zip(blocks, (tables[:, None] + rows.unflatten(1, (6, -1))).unbind()):  # [B, 6, D] each
+            six = six.unbind(1)
+            cross = [] if block.attn2 is None else [None]
+            shift += [six[0], *cross, six[3]]
+            scale += [six[1], *cross, six[4]]
+            gate += [six[2], *cross, six[5]]
+        final_shift, final_scale = (self.transformer.scale_shift_table + embedded[:, None]).unbind(1)
+        return hk.Modulation([*shift, final_shift], [*scale, final_scale], gate)
+
+
+def bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """An attention mask [B, tokens], 1 to keep and 0 to discard, as the bias [B, 1, tokens] that diffusers makes of it.
+
+    What has three dimensions is a bias already.
+    """
+    if mask is None or mask.dim() != 2:
+        return mask
+    return ((1 - mask.to(dtype)) * -10000.0)[:, None]

@@ -1,0 +1,90 @@
+"""A diffusers pipeline's transformer as a denoiser: what routers are trained on, through its adapter."""
+
+import inspect
+import os
+from collections.abc import Sequence
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from harmonica_dit.models import VAE_FACTOR, latent_side
+
+from .adapters import adapt, model_name
+from .prompts import Prompts, prepare
+
+PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+
+class PipelineDenoiser(nn.Module):
+    """The transformer of a class- or text-conditional pipeline behind the denoisers' signature.
+
+    Args:
+        transformer: diffusers', of a class that has a fused adapter.
+        scheduler: the pipeline's. guidance: its default scale.
+        name: what routers trained on it call it.
+        prompts: of a text model; its "labels" are their numbers. None: a class-conditional one.
+        image_size: in pixels; None is the size that the transformer was made for.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+
+    def __init__(self, transformer: nn.Module, scheduler: SchedulerMixin, *, name: str, guidance: float,
+                 prompts: Prompts | None = None, image_size: int | None = None):
+        super().__init__()
+        config = transformer.config
+        self.transformer, self.adapter = transformer, adapt(transformer)
+        self.name, self.scheduler, self.guidance, self.prompts = name, scheduler, guidance, prompts
+        self.branches, self.branch_names = self.adapter.branches, self.adapter.branch_names
+        self.architecture = self.adapter.architecture
+        size = config.sample_size if image_size is None else latent_side(image_size, config.patch_size)
+        self.sample_shape = (config.in_channels, size, size)
+        self.tokens = (size // config.patch_size) ** 2
+        self.guidance_channels = config.in_channels  # a learned variance behind them is not guided, nor used
+        self.num_classes = config.num_embeds_ada_norm if prompts is None else len(prompts.texts)
+        self._found: tuple[Tensor, dict] | None = None  # the last call's numbers and their prompts
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, **run) -> Tensor:
+        """The transformer's output [B, C_out, H, W] for x [B, C, H, W] at timesteps t [B].
+
+        y: [B] classes, or prompts' numbers; `num_classes` stands for none. run: row, forecast_weights, cache, threshold as
+        in `harmonica_kernels.cached_forward`.
+        """
+        x = x.to(self.transformer.dtype)
+        if self.prompts is None:
+            return self.adapter(x, timestep=t, class_labels=y, return_dict=False, **run)[0]
+        if self._found is None or self._found[0] is not y:
+            self._found = y, self.prompts.rows(y, x.dtype) | self._micro_conditions(len(y), x)
+        return self.adapter(x, timestep=t, return_dict=False, **self._found[1], **run)[0]
+
+    def _micro_conditions(self, rows: int, x: Tensor) -> dict:
+        """PixArt-α's at 1024 pixels: the image's size and aspect ratio."""
+        if not self.transformer.use_additional_conditions:
+            return dict(added_cond_kwargs=dict(resolution=None, aspect_ratio=None))
+        pixels = float(VAE_FACTOR * self.sample_shape[1])
+        return dict(added_cond_kwargs=dict(resolution=x.new_full((rows, 2), pixels),
+                                           aspect_ratio=x.new_ones(rows, 1)))
+
+
+def load_pipeline(source: str, *, prompts: Sequence[str] | None, embeddings: str | os.PathLike | None,
+                  image_size: int | None, dtype: torch.dtype, device: str | torch.device) -> PipelineDenoiser:
+    """The denoiser in a diffusers pipeline's folder or repository, see `harmonica_dit.load`; neither text encoder nor
+    VAE stay in memory."""
+    config = DiffusionPipeline.load_config(source)
+    kind = config.get("_class_name")
+    if kind not in PIPELINES:
+        raise ValueError(f"name: {source} is a {kind}; routers can be trained for {', '.join(PIPELINES)}")
+    cls, name, texts = getattr(diffusers, kind), model_name(source), None
+    if "text_encoder" in config:
+        if prompts is None:
+            raise ValueError(f"prompts: {name} is conditioned on text; give some, such as those it will be used with")
+        texts = prepare(name, cls, source, prompts, dtype, device, embeddings)
+    elif prompts is not None or embeddings is not None:
+        raise ValueError(f"prompts: {name} is conditioned on classes and takes none")
+    unused = {part: None for part in ("vae", "text_encoder", "tokenizer") if part in config}
+    pipe = cls.from_pretrained(source, dtype=dtype, **unused)
+    guidance = inspect.signature(cls.__call__).parameters["guidance_scale"].default
+    return PipelineDenoiser(pipe.transformer, pipe.scheduler, name=name, guidance=guidance, prompts=texts,
+                            image_size=image_size).eval().requires_grad_(False).to(device)

@@ -1,0 +1,243 @@
+"""bench/gpu.sh runs through on a machine without a GPU, at tiny sizes: no Python error is left for the GPU to find."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from bench.gpu import commands, models  # noqa: E402
+from bench.gpu.__main__ import PARTS, run  # noqa: E402
+from bench.gpu.commands import call, findings  # noqa: E402
+from bench.gpu.merge import merge  # noqa: E402
+from bench.gpu.record import Record  # noqa: E402
+from bench.gpu.reference_way import ReferenceWay  # noqa: E402
+from harmonica_dit.sample import denoise  # noqa: E402
+
+MEASURED = ("kernels", "trajectory", "compiled", "attention", "sdt")
+
+
+@pytest.mark.parametrize("part", MEASURED)
+def test_dry_run(part, tmp_path):
+    assert run(part, tmp_path, tiny=True), json.loads((tmp_path / f"{part}.json").read_text())["failed"]
+    found = json.loads((tmp_path / f"{part}.json").read_text())
+    assert found["finished"] and found["machine"]["dry_run"]
+    assert found["rows"] and found["samples"]
+    assert all(sample["median"] > 0 and sample["count"] > 0 for sample in found["samples"].values())
+    assert found["checks"], "results are compared before they are timed"
+
+
+def test_the_reference_way_gives_the_same_images():
+    cpu = torch.device("cpu")
+    net = models.model(True, cpu).float()
+    noise, steps = models.noise(net, 2, cpu), 4
+    for schedule in models.schedules(net, steps).values():
+        ours = models.trajectory(net, 2, cpu, steps)
+        way = ReferenceWay(models.Plain(net, torch.float32, models.TINY), schedule, ours.timesteps)
+        with torch.inference_mode():
+            theirs = denoise(models.trajectory(way, 2, cpu, steps), noise)
+            torch.testing.assert_close(theirs, denoise(ours, noise, schedule), rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(theirs, denoise(ours, noise), rtol=1e-3, atol=1e-3), "nothing was reused"
+
+
+def test_the_schedules_at_full_size():
+    """Learning-to-Cache's, by its own rule, and the other one's."""
+    net = models.DiT(**models.TINY | dict(depth=28))
+    ltc, random = models.schedules(net, 20).values()
+    assert ltc.compute.shape == (20, 56) and round(100 * ltc.cur, 1) == 22.1 and random.cur == 0.375
+
+
+@pytest.mark.parametrize("part", ["build", "tests", "sanitizer", "gated"])
+def test_commands_can_be_called(part, tmp_path):
+    assert run(part, tmp_path, tiny=True), json.loads((tmp_path / f"{part}.json").read_text())["failed"]
+    notes = json.loads((tmp_path / f"{part}.json").read_text())["notes"]
+    assert notes and all(note["output"] for note in notes.values())
+
+
+def test_without_cuda_where_the_build_fails_with_it(tmp_path, monkeypatch):
+    called = []
+
+    def call(record, steps, **_):
+        [(step, command)] = steps.items()
+        called.append((step, "-DCMAKE_CUDA_COMPILER=" in command))
+        return step != "compile"
+
+    monkeypatch.setattr(commands, "call", call)
+    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_cmake_dir=str))  # builds here have their own
+    with Record("build", tmp_path, tiny=True) as record:
+        record.tiny = False
+        commands.build(record)
+    assert called == [("configure", False), ("compile", False), ("configure, without CUDA", True),
+                      ("compile, without CUDA", False), ("install, without CUDA", False), ("info", False)]
+    assert "WITHOUT CUDA" in record.content["rows"][0]["warning"]
+
+
+def test_a_command_that_hangs_is_ended(tmp_path):
+    with Record("build", tmp_path, tiny=True) as record:
+        assert not call(record, {"hangs": [sys.executable, "-c", "import time; time.sleep(60)"]}, limit=0.5)
+        assert call(record, {"works": [sys.executable, "-c", ""]}, limit=60)
+    assert list(record.failed) == ["hangs"]
+
+
+def test_the_tests_of_a_gpu_are_found():
+    found = commands.gpu_tests()
+    assert {"tests/test_graph.py", "tests/kernels/test_triton.py", "tests/gated/test_gated_gpu.py"} <= {*found}
+    assert "tests/test_schedule.py" not in found
+
+
+@pytest.fixture
+def gpu_gated(monkeypatch):
+    """bench/gpu_gated.py on the CPU, with a tiny model; a list of what it reports."""
+    path = [*sys.path]
+    spec = importlib.util.spec_from_file_location("gpu_gated", ROOT / "bench/gpu_gated.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, module.reported = models.model, []
+    monkeypatch.setattr(models, "model", lambda tiny, device: model(True, device))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 2))
+    module.DEVICE, module.TRAJECTORIES = torch.device("cpu"), 102
+    module.milliseconds = lambda call, repeats=1: call() is None or 1.0
+    module.report = lambda **facts: module.reported.append(facts)
+    yield module
+    sys.path[:] = path
+
+
+@pytest.mark.parametrize("step", ["dit", "bodies", "change", "memory"])
+def test_the_steps_of_the_gated_benchmark(gpu_gated, step):
+    getattr(gpu_gated, step)()
+    assert gpu_gated.reported and all(facts["step"] == step for facts in gpu_gated.reported)
+    ratios = [facts["rows"] for facts in gpu_gated.reported if "gated_by_captured" in facts]
+    assert ratios == ([2, 16] if step == "dit" else [])
+
+
+def test_a_gated_trajectory_that_is_wrong_has_no_ratio(gpu_gated):
+    agree = gpu_gated.agree
+    gpu_gated.agree = lambda found, *args, **facts: agree(found * 1.1, *args, **facts)
+    gpu_gated.switch = gpu_gated.calls = lambda *_: None
+    with pytest.raises(AssertionError):
+        gpu_gated.dit()
+    assert not any("gated_by_captured" in facts for facts in gpu_gated.reported)
+    assert {facts["rows"] for facts in gpu_gated.reported if "difference" in facts} == {2, 16}
+    nan = torch.tensor([1.0, float("nan")])
+    assert not agree(nan, torch.ones(2), 0.02) and not agree(torch.ones(2), nan, 0.02)
+
+
+def test_a_step_that_hangs_or_fails_is_ended():
+    """And the next one runs."""
+    done = python("""
+        import time, gpu_gated
+        gpu_gated.LIMITS = dict(hangs=2, fails=20, works=20)
+        gpu_gated.hangs, gpu_gated.fails = lambda: time.sleep(60), lambda: 1 / 0
+        gpu_gated.works = lambda: gpu_gated.report(found=1)
+        gpu_gated.main()
+    """)
+    assert [(f.get("step"), f.get("ended")) for f in findings(done.stdout.splitlines())] == [
+        ("hangs", "no end within 2 s"), ("fails", 1), (None, None), ("works", 0)]
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_a_part_that_is_stopped_has_time_to_say_so(tmp_path):
+    """It gets its signal twice, from `timeout`, which also signals its group."""
+    done = python(f"""
+        import os, signal, sys, time
+        from bench.gpu import __main__ as gpu, commands
+
+        def tests(record):
+            record.stage("waiting")
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            finally:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+                record.note("farewell", "said")
+
+        commands.tests = tests
+        sys.argv = ["gpu", "--tiny", "tests", {str(tmp_path)!r}]
+        gpu.main()
+    """)
+    found = json.loads((tmp_path / "tests.json").read_text())
+    assert done.returncode == 1 and " in tests\n" in done.stderr, "where it was"
+    assert not found["finished"] and "waiting" in found["failed"] and found["notes"]["farewell"] == "said"
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(["bench", *sys.path])})
+
+
+def test_a_command_that_fails_is_a_failure(tmp_path):
+    with Record("tests", tmp_path, tiny=True) as record:
+        call(record, {"bad": [sys.executable, "-c", "raise SystemExit('what went wrong')"]})
+    assert "what went wrong" in record.failed["bad"]
+
+
+def test_findings_are_lines_of_json():
+    assert findings(['{"step": "dit", "rows": 2}', "warning: x", "12", "{"]) == [{"step": "dit", "rows": 2}]
+
+
+def test_the_command(tmp_path):
+    results = set((ROOT / "bench/results").iterdir())
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "attention"], capture_output=True,
+                          text=True, env=os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== attention (at most 25 s)" in done.stdout and "no measurement" in done.stdout
+    merged = json.loads((tmp_path / "dry-run.json").read_text())
+    assert merged["dry_run"] and merged["parts"]["attention"]["finished"]
+    assert "attention" in (tmp_path / "gpu.log").read_text()
+    assert set((ROOT / "bench/results").iterdir()) == results
+
+
+def test_an_unknown_part_is_refused():
+    done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "kernel"], capture_output=True, text=True)
+    assert done.returncode == 2 and "there are: build kernels" in done.stderr
+
+
+def test_the_limits_name_the_parts():
+    table = (ROOT / "bench/gpu.sh").read_text().split('parts="')[1].split('"')[0]
+    assert {line.split()[0] for line in table.strip().splitlines()} == set(PARTS)
+
+
+def test_a_stopped_part_leaves_what_it_had(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Record("kernels", tmp_path, tiny=True) as record:
+        record.row(case="first")
+        with record.attempt("second"):
+            raise ValueError("wrong")
+        record.stage("third")
+        assert json.loads((tmp_path / "kernels.json").read_text())["rows"] == [{"case": "first"}]
+        raise KeyboardInterrupt
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert not found["finished"] and found["stage"] == "third" and "wrong" in found["failed"]["second"]
+
+
+def test_what_is_wrong_is_not_timed(tmp_path):
+    with Record("kernels", tmp_path, tiny=True) as record:
+        for error in (0.2, float("nan")):
+            with pytest.raises(ValueError, match="relative error"):
+                record.check("h", error, 0.1)
+
+
+def test_merging_keeps_the_parts_that_were_not_run_again(tmp_path, capsys):
+    for part in ("kernels", "attention"):
+        with Record(part, tmp_path, tiny=True) as record:
+            record.ratio("speed", 0.9, 1.0)
+        merge(tmp_path, tmp_path / "results", tiny=True)
+        (tmp_path / f"{part}.json").unlink()
+    [path] = (tmp_path / "results").glob("*.json")
+    assert json.loads(path.read_text())["parts"].keys() == {"kernels", "attention"}
+    assert "SHORT" in capsys.readouterr().out
+
+
+def test_a_dry_run_is_never_merged_into_results(tmp_path):
+    with Record("kernels", tmp_path, tiny=True):
+        pass
+    assert merge(tmp_path, tmp_path / "results", tiny=False) == [] and not (tmp_path / "results").exists()

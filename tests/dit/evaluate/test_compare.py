@@ -1,0 +1,105 @@
+"""Comparisons: rows that must come out as they do, and methods made from files."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import harmonica_dit
+from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file
+from harmonica_dit.flops import count_flops
+from harmonica_dit.methods import uncached
+from harmonica_dit.router import Router
+
+
+@pytest.fixture(scope="module")
+def net():
+    return harmonica_dit.load("fashion-dit")
+
+
+def test_a_schedule_that_computes_everything_costs_nothing_and_saves_nothing(net):
+    done = []
+    rows = compare(net, [Method("all", "all", 4, uncached(net, 4))], [0, 1, 2], steps=4, batch=2, judge=None,
+                   progress=done.append)
+    assert [row["name"] for row in rows] == ["uncached", "all"] and done == [0, 2, 4, 5, 6]
+    for row in rows:
+        assert (row["error"], row["psnr"], row["cur"], row["flops_speedup"]) == (0, None, 0, 1)
+        assert row["label_accuracy"] is row["frechet"] is None
+        assert row["samples"] == 3 and row["wall_speedup"] > 0
+    assert rows[0]["wall_speedup"] == 1
+    json.dumps(rows)
+
+
+def test_rows_say_what_the_methods_do(net):
+    methods = [*fora_methods(net, 4, 2), fewer_steps(4, 2.0)]
+    _, repeated, forecast, fewer = compare(net, methods, [0, 1, 2], steps=4, batch=3, judge=None)
+    assert repeated["cur"] == forecast["cur"] == 0.5
+    assert repeated["flops_speedup"] == methods[0].schedule.speedup > 1.5
+    assert (fewer["name"], fewer["flops_speedup"], fewer["cur"]) == ("2 steps", 2, 0)
+    assert min(repeated["error"], forecast["error"], fewer["error"]) > 0
+    assert repeated["error"] != forecast["error"]
+    split = compare(net, methods[:1], [0, 1, 2], steps=4, batch=1, judge=None)[1]
+    assert split["error"] == pytest.approx(repeated["error"], rel=1e-4)
+
+
+def test_the_bundled_model_is_judged(net):
+    rows = compare(net, [], torch.arange(10), steps=4)
+    assert 0 <= rows[0]["label_accuracy"] <= 1 and rows[0]["frechet"] is None
+
+
+@pytest.mark.parametrize("methods, options, message", [
+    ([], dict(labels=[10]), "labels"), ([], dict(labels=[]), "labels"), ([], dict(batch=0), "batch: got 0"),
+    ([], dict(batch=2.0), "batch"), ([Method("0 steps", "fewer steps", 0)], {}, "steps: got 0"),
+    ([Method("a", "a", 2), Method("b", "b", 2), Method("a", "c", 2)], {}, "more than one is called 'a'"),
+    ([Method("uncached", "mine", 2)], {}, "'uncached'"), ([], dict(scheduler="nonsense"), "scheduler"),
+])
+def test_what_cannot_be_compared_is_refused_before_the_first_batch(net, monkeypatch, methods, options, message):
+    monkeypatch.setattr(sys.modules[compare.__module__], "sample", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(ValueError, match=message):
+        compare(net, methods, **dict(labels=[0], steps=2, judge=None) | options)
+
+
+def test_a_schedule_that_does_not_fit_is_refused_before_the_first_batch(net, monkeypatch):
+    monkeypatch.setattr(sys.modules[compare.__module__], "sample", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(ValueError, match="4 steps, the trajectory has 3"):
+        compare(net, [Method("all", "all", 3, uncached(net, 4))], [0], steps=3, judge=None)
+
+
+@pytest.mark.parametrize("extrapolation, family", [(None, "router"), (1.0, "router + forecast")])
+def test_routers_and_schedules_are_read_from_files(net, tmp_path, extrapolation, family):
+    logits = torch.tensor([5.0, 5, -5, -5])[:, None].repeat(1, len(net.branch_names))
+    table = None if extrapolation is None else torch.full_like(logits, extrapolation)
+    router = Router(logits, net.branch_names, count_flops(net), (999, 666, 333, 0), extrapolation=table, model=net.name)
+    router.save(tmp_path / "mine.safetensors")
+    router.schedule().save(tmp_path / "frozen.safetensors")
+    mine, frozen = (from_file(tmp_path / f"{name}.safetensors", net) for name in ("mine", "frozen"))
+    assert (mine.name, mine.family, mine.steps) == ("mine", family, 4)
+    router.save(tmp_path / "run" / "router.safetensors")
+    assert from_file(tmp_path / "run" / "router.safetensors", net).name == "run"
+    assert frozen.family.startswith("frozen") and mine.speedup(4) == frozen.speedup(4) > 1
+
+
+def test_the_curve_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    script = Path(__file__).parents[3] / "bench" / "curve.py"
+    out = tmp_path / "curve.json"
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["curve.py", "--samples", "4", "--steps", "3", "--batch", "2", "--fewer", "2",
+                                          "--threads", str(torch.get_num_threads()), "--out", str(out), "--work",
+                                          str(tmp_path / "work"), *more])
+        runpy.run_path(str(script), run_name="__main__")
+        return json.loads(out.read_text())["rows"]
+
+    first = run("--fora")
+    assert [row["name"] for row in first] == ["uncached", "2 steps"]
+    second = run("--fora", "2")
+    timed = {row.pop("wall_speedup") for row in (*first, *second)}  # all named methods are timed anew
+    assert all(ratio > 0 for ratio in timed) and second[:2] == first
+    assert [row["name"] for row in second[2:]] == ["FORA n=2", "FORA n=2 + forecast"]
+    with pytest.raises(ValueError, match="more than one is called 'FORA n=2'"):
+        run("--fora", "2", "2")
+    with pytest.raises(SystemExit, match="other settings"):
+        run("--guidance", "2")

@@ -1,0 +1,71 @@
+"""Pictures are written whole, in sane sizes; what cannot be drawn is refused."""
+
+import pytest
+import torch
+from PIL import Image
+
+from harmonica_dit.evaluate.pictures import image_grid, image_sheet, plot_router, plot_schedule, plot_tradeoff
+from harmonica_dit.flops import Flops
+from harmonica_dit.schedule import Schedule
+
+NAMES = tuple(f"blocks.{i}.{part}" for i in range(3) for part in ("attn", "mlp"))
+
+
+def size(path):
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        return image.size
+
+
+def test_image_grid(tmp_path):
+    path = tmp_path / "deep" / "grid.png"  # the folder is made
+    image_grid([torch.rand(4, channels, 6, 6) for channels in (1, 1)], ["one", "two\nmore"], path, "abcd")
+    width, height = size(path)
+    assert 300 < width < 1500 and 150 < height < 800
+    with pytest.raises(ValueError, match="rows"):
+        image_grid([torch.rand(4, 1, 6, 6), torch.rand(3, 1, 6, 6)], ["one", "two"], path)
+    with pytest.raises(ValueError, match="titles"):
+        image_grid([torch.rand(4, 1, 6, 6)], ["one", "two"], path)
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
+def test_image_sheet_keeps_every_pixel(tmp_path, channels, mode):
+    images = torch.rand(3, channels, 4, 5) * 2 - 1
+    image_sheet(images, tmp_path / "sheet.png", columns=2, enlarge=1)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.mode == mode and sheet.size == (2 * 7 + 2, 2 * 6 + 2)
+        top_left = torch.tensor(list(sheet.crop((2, 2, 7, 6)).tobytes())).view(4, 5, channels).permute(2, 0, 1)
+    assert torch.equal(top_left, ((images[0] + 1) * 127.5).round().long())
+    with pytest.raises(ValueError, match="channels"):
+        image_sheet(torch.rand(1, 4, 4, 4), tmp_path / "latents.png")
+
+
+@pytest.mark.parametrize("T, K, threshold", [(1, 1, 0.0), (2, 4, 1.0), (20, 6, 0.1), (50, 56, 0.5)])
+def test_router(tmp_path, T, K, threshold):
+    plot_router(torch.rand(T, K), threshold, tmp_path / "router.png", [f"blocks.{k}.attn" for k in range(K)])
+    width, height = size(tmp_path / "router.png")
+    assert 300 < width < 2500 and 200 < height < 2500
+
+
+@pytest.mark.parametrize("extrapolation", [None, torch.ones(4, 6), torch.rand(4, 6)])
+def test_schedule(tmp_path, extrapolation):
+    compute = torch.rand(4, 6) > 0.5
+    compute[0] = True
+    schedule = Schedule(compute, NAMES, Flops((1.0,) * 6, 1.0), extrapolation, origin="a test")
+    plot_schedule(schedule, tmp_path / "schedule.png")
+    width, height = size(tmp_path / "schedule.png")
+    assert 300 < width < 1500 and 200 < height < 1500
+
+
+def test_tradeoff(tmp_path):
+    def row(name, family, speedup, seed, frechet):
+        return dict(name=name, family=family, flops_speedup=speedup, seed=seed, error=0.1 * (speedup - 1),
+                    label_accuracy=0.9, frechet=frechet)
+
+    small = [row("uncached", "uncached", 1, 0, None), row("mine", "another method", 1.5, 0, None)]
+    large = [row(f"FORA n={n}", "FORA", n, seed, 8.0 + seed) for n in (2, 3) for seed in (0, 1)]
+    plot_tradeoff({"small": small}, tmp_path / "one.png")
+    plot_tradeoff({"small": small, "large": large}, tmp_path / "two.png", "title")
+    (w1, h1), (w2, h2) = size(tmp_path / "one.png"), size(tmp_path / "two.png")
+    assert 600 < w1 < w2 < 2500 and 300 < h1 < h2 < 2000

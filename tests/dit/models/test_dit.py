@@ -1,0 +1,270 @@
+"""The DiT through `cached_forward` equals the plain one, and loads facebookresearch's layout."""
+
+import argparse
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import harmonica_dit
+import harmonica_kernels as hk
+import harmonica_kernels.ops as ops
+from harmonica_dit.files import save_tensors
+from harmonica_dit.flops import count_flops
+from harmonica_dit.load import read_weights
+from harmonica_dit.models import DiT, dit
+from harmonica_dit.sample import Trajectory, denoise
+from support.plain_dit import PlainDiT
+
+SMALL = dict(input_size=8, patch_size=2, in_channels=2, hidden_size=24, depth=3, num_heads=3, num_classes=5)
+
+
+def pair(**changes):
+    """A plain DiT with random weights and the DiT that loaded its state dict."""
+    plain = PlainDiT(**(SMALL | changes)).eval().requires_grad_(False)
+    for p in plain.parameters():
+        p.normal_(std=0.2)
+    net = DiT(**(SMALL | changes)).eval().requires_grad_(False)
+    net.load_state_dict(plain.state_dict())
+    return plain, net
+
+
+def inputs(B=4):
+    return torch.randn(B, 2, 8, 8), torch.randint(0, 1000, (B,)), torch.arange(B) % 6
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_nothing_reused_equals_the_plain_model(learn_sigma, grad):
+    plain, net = pair(learn_sigma=learn_sigma)
+    x, t, y = inputs()
+    with torch.set_grad_enabled(grad):
+        expected = plain(x, t, y)
+        cache = hk.FeatureCache()
+        for options in ({}, dict(cache=cache), dict(cache=cache, row=(True,) * 6)):
+            torch.testing.assert_close(net(x, t, y, **options), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_trains_like_the_plain_model():
+    """Gradients of every parameter: the recipe trains through the same call that serves."""
+    plain, net = pair()
+    x, t, y = inputs()
+    for model in (plain, net):
+        model.requires_grad_(True)
+        model(x, t, y).square().mean().backward()
+    for p, q in zip(plain.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_reused_branch_keeps_its_new_gate():
+    """adaLN's residual gate follows the present timestep although the branch's output is the old one."""
+    plain, net = pair()
+    x, t, y = inputs()
+    cache = hk.FeatureCache()
+    net(x, t, y, cache=cache)
+    now = net(x, t - 1, y, cache=cache, row=(True, False) * 3)
+    other = net(x, (t + 400) % 1000, y, cache=cache, row=(False,) * 6)
+    again = net(x, t - 1, y, cache=cache, row=(False,) * 6)
+    assert (now - other).abs().max() > 1e-3
+    torch.testing.assert_close(again, now, rtol=1e-4, atol=1e-4)  # the outputs computed a line ago, the same gates
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_hoisted_modulation(monkeypatch, at_once):
+    """Of all steps together, or of slices of them: as found step by step, and of reused branches the gate alone."""
+    _, net = pair()
+    x, _, y = inputs()
+    t = torch.tensor([999, 500, 30, 7, 0])
+    table = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    monkeypatch.setattr(dit, "HOISTED", at_once * 4 * (3 * 6 + 2) * 24 * x.element_size())
+    sizes, modulations = [], net.modulations
+    monkeypatch.setattr(net, "modulations", lambda c, rows: sizes.append(len(c)) or modulations(c, rows))
+    for rows in ([None] * 5, [None, *(tuple(row) for row in table[1:].tolist())]):
+        sizes.clear()
+        hoisted = list(net.hoist(t, y, rows))
+        assert max(sizes) == min(at_once, 5) and sum(sizes) == 5
+        caches = [hk.FeatureCache(), hk.FeatureCache()]
+        for s, (row, known) in enumerate(zip(rows, hoisted, strict=True)):
+            mod = known["modulation"]
+            assert [r is not None for r in mod.shift] == [*(row or (True,) * 6), True]
+            assert [r is None for r in mod.scale] == [r is None for r in mod.shift]
+            now, again = t[s].expand(4), torch.zeros(4, dtype=torch.long)  # t and y are not read with a modulation
+            want = net(x, now, y, row=row, cache=caches[0])
+            got = net(x, again, again, row=row, cache=caches[1], **known)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reused_step_takes_no_memory_for_shift_and_scale():
+    _, net = pair()
+    _, _, y = inputs()
+    t, rows = torch.arange(8), [None] + [(False,) * 6] * 7
+    found = [known["modulation"] for known in net.hoist(t, y, rows)]
+    storages = {row.untyped_storage().data_ptr(): row.untyped_storage().nbytes()
+                for mod in found for part in mod for row in part if row is not None}
+    assert sum(storages.values()) == 4 * 24 * (18 + 7 * 6 + 8 * 2) * 4
+
+
+def test_xformers(monkeypatch):
+    """By name; it is given [B, N, heads, D/heads]. Here a stand-in, for the package itself needs a GPU."""
+    seen = []
+
+    def memory_efficient_attention(q, k, v):
+        seen.append(q.shape)
+        weights = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+        return torch.einsum("bhnm,bmhd->bnhd", weights.softmax(-1), v)
+
+    ops = types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    plain, _ = pair()
+    net = DiT(**SMALL, attention="xformers").eval().requires_grad_(False)
+    net.load_state_dict(plain.state_dict())
+    x, t, y = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, t, y, cache=hk.FeatureCache()), plain(x, t, y), rtol=1e-4, atol=1e-4)
+    assert seen == [(4, 16, 3, 8)] * 3
+    assert harmonica_dit.load("fashion-dit", attention="xformers").blocks[0].attn.back_end is memory_efficient_attention
+
+
+def test_attention_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
+    with pytest.raises(ImportError, match='"xformers" needs the package xformers .*"sdpa"'):
+        harmonica_dit.load("fashion-dit", attention="xformers")
+    with pytest.raises(ValueError, match="attention: got 'flash', expected"):
+        DiT(**SMALL, attention="flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["sdpa", "xformers"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_back_ends_on_a_gpu(name, dtype):
+    """DiT-XL's head dim, 72, included."""
+    if name == "xformers":
+        pytest.importorskip("xformers.ops")
+    for d in (64, 72):
+        qkv = torch.randn(2, 50, 3, 4, d, device="cuda", dtype=dtype)
+        q, k, v = qkv.unbind(2)
+        want = F.scaled_dot_product_attention(*(part.double().transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        torch.testing.assert_close(dit.attention_back_end(name)(q, k, v).double(), want, rtol=0.02, atol=0.02)
+
+
+def test_bad_rows():
+    _, net = pair()
+    x, t, y = inputs()
+    cache = hk.FeatureCache()
+    net(x, t, y, cache=cache)
+    for row in ((True,), (False,) * 7):
+        with pytest.raises(ValueError, match=f"gate: got {len(row)} entries, expected 6"):
+            net(x, t, y, cache=cache, row=row)
+
+
+def test_bfloat16_weights():
+    """A model in bfloat16 samples from float32 noise."""
+    plain, net = pair(learn_sigma=False)
+    exact = harmonica_dit.sample(net, [0, 1, 2], steps=3)
+    images = harmonica_dit.sample(net.bfloat16(), [0, 1, 2], steps=3)
+    assert images.dtype == torch.float32 and (images - exact).norm() / exact.norm() < 0.1
+
+
+def test_flops():
+    """Counted by torch; here by hand."""
+    _, net = pair()
+    flops, N, D = count_flops(net), 16, 24
+    attention = 2 * N * D * 4 * D + 2 * 2 * N * N * D
+    assert flops.branches == (float(attention), float(2 * N * D * 4 * D * 2)) * 3
+    embed = 2 * N * (2 * 2 * 2) * D
+    rows = 2 * D * (256 + D) + 3 * 2 * D * 6 * D + 2 * D * 2 * D
+    assert flops.fixed == embed + rows + 2 * N * D * (2 * 2 * 4)
+
+
+def test_loads_facebookresearch_layout(tmp_path):
+    """DiT-S/8 weights under the published names, from .pt (plain or with ema) and safetensors."""
+    plain = PlainDiT(32, 8, 4, 384, 12, 6)
+    torch.save(plain.state_dict(), tmp_path / "a.pt")
+    torch.save({"ema": plain.state_dict(), "args": argparse.Namespace(lr=1e-4)}, tmp_path / "b.pt")
+    save_file(plain.state_dict(), tmp_path / "c.safetensors", {"format": "pt"})
+    for name in ("a.pt", "b.pt", "c.safetensors"):
+        net = harmonica_dit.load("DiT-S/8", tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values()))
+    keys = set(net.state_dict())
+    assert {"x_embedder.proj.weight", "t_embedder.mlp.2.bias", "y_embedder.embedding_table.weight", "pos_embed",
+            "blocks.11.attn.qkv.weight", "blocks.0.mlp.fc1.bias", "blocks.0.adaLN_modulation.1.weight",
+            "final_layer.linear.weight", "final_layer.adaLN_modulation.1.bias"} <= keys
+
+
+def test_hostile_checkpoints(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"w": Trap()}, tmp_path / "trap.pt")
+    with pytest.raises(ValueError, match="trap.pt"):
+        read_weights(tmp_path / "trap.pt")
+    assert not (tmp_path / "sprung").exists()
+    (tmp_path / "cut.safetensors").write_bytes(b"\xff" * 40)
+    with pytest.raises(ValueError, match="cut.safetensors"):
+        read_weights(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError):
+        harmonica_dit.load("DiT-S/8", tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="checkpoint"):
+        harmonica_dit.load("DiT-XL/2")
+    with pytest.raises(ValueError, match="name: got"):
+        harmonica_dit.load("nothing")
+    save_tensors(tmp_path / "other.safetensors", {"w": torch.zeros(3)}, {})
+    with pytest.raises(ValueError, match="does not fit DiT-S/8"):
+        harmonica_dit.load("DiT-S/8", tmp_path / "other.safetensors")
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """bias_gelu as where there is a kernel for it; the number of calls of each."""
+    calls, op = [], ops.bias_gelu
+    monkeypatch.setattr(ops, "FUSED", ("cpu",))
+    monkeypatch.setattr(ops, "bias_gelu", lambda *args: calls.append(1) or op(*args))
+    return calls
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(fused, autocast):
+    """In bodies that return and in those that write into the cache; not where a gradient is wanted."""
+    plain, net = pair()
+    x, t, y = inputs()
+    tolerance = 2e-1 if autocast else 1e-4
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            expected, cache = plain(x, t, y), hk.FeatureCache()
+            row = (True,) * 5 + (False,)
+            for calls, options in ((3, {}), (6, dict(cache=cache)), (8, dict(cache=cache, row=row))):
+                torch.testing.assert_close(net(x, t, y, **options).float(), expected.float(), rtol=tolerance,
+                                           atol=tolerance)
+                assert len(fused) == calls
+        net(x, t, y)
+        assert len(fused) == 8
+
+
+def test_the_fused_feed_forward_compiles(fused):
+    _, net = pair()
+    x, t, y = inputs()
+    with torch.no_grad():
+        expected = net(x, t, y)
+        got = torch.compile(net, fullgraph=True, backend="aot_eager")(x, t, y)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_fused_feed_forward_in_a_gated_trajectory(fused):
+    _, net = pair(learn_sigma=False)
+    net.guidance_channels = 2
+    noise = torch.randn(2, 2, 8, 8)
+
+    def trajectory():
+        return Trajectory(net, torch.tensor([0, 3]), steps=4)
+
+    images = hk.compile(denoise, mode="gated")(trajectory(), noise)
+    assert len(fused) >= 4 * 3
+    torch.testing.assert_close(images, denoise(trajectory(), noise), rtol=1e-3, atol=1e-3)

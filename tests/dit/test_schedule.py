@@ -1,0 +1,218 @@
+"""Schedules: the table and what follows from it, FORA, files."""
+
+import dataclasses
+import os
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.flops import Flops
+from harmonica_dit.methods import fora, uncached
+from harmonica_dit.models.dit import DiT
+from harmonica_dit.sample.trajectory import Trajectory
+from harmonica_dit.schedule import Schedule, forecast_ratios
+
+FLOPS = Flops((3.0, 5.0), 2.0)
+NAMES = ("a", "b")
+
+
+def table(*rows):
+    return torch.tensor([[c == "1" for c in row] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=4,
+               name="tiny")
+
+
+def naive_ratio(column, s):
+    """The ratio for step s of one branch whose decisions are `column`, by going back step for step."""
+    computed = [i for i in range(s) if column[i]]
+    return (s - computed[-1]) / (computed[-1] - computed[-2]) if len(computed) > 1 else 0.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 8), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_forecast_ratios_equal_a_naive_loop(s, K, rng):
+    compute = torch.tensor([[rng.random() < 0.5 for _ in range(K)] for _ in range(s)], dtype=torch.bool).view(s, K)
+    expected = [naive_ratio(compute[:, k].tolist(), s) for k in range(K)]
+    assert forecast_ratios(compute).tolist() == torch.tensor(expected, dtype=torch.float32).tolist()
+
+
+def test_numbers_by_hand():
+    schedule = Schedule(table("11", "01", "10", "00"), NAMES, FLOPS)
+    assert schedule.steps == 4
+    assert schedule.cur == 4 / 8
+    assert schedule.speedup == pytest.approx(4 * 10 / (8 + 2 + 5 + 2 + 3 + 2 + 2))
+    assert schedule.rows == ((True, True), (False, True), (True, False), (False, False))
+    assert schedule.forecast_weights == (None,) * 4 and schedule.history == 1
+
+
+def test_forecasts_by_hand():
+    a = torch.tensor([[9.0, 9], [9, 9], [1, 0], [0.5, 0.25], [0, 1]])
+    schedule = Schedule(table("11", "11", "01", "00", "10"), NAMES, FLOPS, a)
+    # branch a was computed at 0 and 1: two steps later the ratio is 2; branch b at 1 and 2: one step later 1
+    assert schedule.forecast_weights == (None, None, (1.0, 0.0), (1.0, 0.25), (0.0, 2.0))
+    assert schedule.history == 2
+
+
+def test_a_coefficient_without_two_outputs_forecasts_nothing():
+    schedule = Schedule(table("11", "00", "00"), NAMES, FLOPS, torch.ones(3, 2))
+    assert schedule.forecast_weights == (None,) * 3 and schedule.history == 1
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(compute=table("10", "11")), ValueError, r"row 0 .* reuses \[1\]"),
+    (dict(compute=torch.ones(2, 2)), TypeError, "compute: got torch.float32"),
+    (dict(compute=torch.ones(4, dtype=torch.bool)), TypeError, r"expected a bool tensor \[T, K\]"),
+    (dict(compute=torch.ones(0, 2, dtype=torch.bool)), TypeError, "compute"),
+    (dict(branches=("a",)), ValueError, "branches: expected 2 names"),
+    (dict(flops=Flops((1.0,), 2.0)), ValueError, "flops: expected 2"),
+    (dict(flops=Flops((1.0, float("nan")), 2.0)), ValueError, "flops"),
+    (dict(flops=Flops((1e308, 1e308), 2.0)), ValueError, "flops"),
+    (dict(flops=Flops((10**400, 1.0), 2.0)), ValueError, "flops"),
+    (dict(flops=3), TypeError, "flops"),
+    (dict(extrapolation=torch.zeros(2, 3)), TypeError, r"extrapolation: .*\[2, 2\]"),
+    (dict(extrapolation=torch.zeros(2, 2, dtype=torch.float64)), TypeError, "extrapolation"),
+    (dict(extrapolation=torch.full((2, 2), float("nan"))), ValueError, "extrapolation: has entries"),
+    (dict(timesteps=(1,)), ValueError, "timesteps: expected 2"),
+    (dict(timesteps=(10**400, 1)), ValueError, "timesteps: expected 2"),
+    (dict(timesteps=(True, 1)), ValueError, "timesteps: expected 2"),
+    (dict(origin=None), TypeError, "origin"),
+])
+def test_what_is_no_schedule_is_refused(change, error, message):
+    good = dict(compute=table("11", "01"), branches=NAMES, flops=FLOPS)
+    Schedule(**good)
+    with pytest.raises(error, match=message):
+        Schedule(**good | change)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Schedule(table("11"), NAMES, FLOPS).origin = "other"
+
+
+def test_fora_recomputes_every_nth_step(net):
+    schedule = fora(net, 7, 3)
+    assert [all(row) for row in schedule.rows] == [True, False, False, True, False, False, True]
+    assert [any(row) for row in schedule.rows] == [True, False, False, True, False, False, True]
+    assert schedule.branches == net.branch_names and schedule.history == 1
+    total, fixed = schedule.flops.total, schedule.flops.fixed
+    assert schedule.speedup == pytest.approx(7 * total / (3 * total + 4 * fixed))
+
+
+def test_taylorseer_forecasts_linearly(net):
+    schedule = fora(net, 7, 3, extrapolation=1.0)
+    K = len(net.branch_names)
+    assert schedule.forecast_weights[:4] == (None,) * 4  # one output is no line yet
+    assert schedule.forecast_weights[4:6] == (pytest.approx((1 / 3,) * K), pytest.approx((2 / 3,) * K))
+    assert schedule.history == 2
+
+
+@pytest.mark.parametrize("arguments, name", [((0, 2), "steps"), ((5, 0), "every"), ((5, 2.0), "every"),
+                                             ((True, 2), "steps"), ((5, 2, float("nan")), "extrapolate")])
+def test_fora_refuses(net, arguments, name):
+    with pytest.raises(ValueError, match=name):
+        fora(net, *arguments)
+
+
+def test_uncached_computes_everything(net):
+    schedule = uncached(net, 3)
+    assert schedule.cur == 0 and schedule.speedup == 1
+
+
+def test_check_names_what_does_not_fit(net):
+    trajectory = Trajectory(net, torch.tensor([0]), steps=4)
+    fora(net, 4, 2).check(net, trajectory)
+    with pytest.raises(ValueError, match="5 steps, the trajectory has 4"):
+        fora(net, 5, 2).check(net, trajectory)
+    with pytest.raises(ValueError, match="2 branches"):
+        Schedule(table("11", "01", "11", "11"), NAMES, FLOPS).check(net, trajectory)
+    renamed = dataclasses.replace(fora(net, 4, 2), branches=("x", *net.branch_names[1:]))
+    with pytest.raises(ValueError, match="branch 0 is 'x'"):
+        renamed.check(net, trajectory)
+    with pytest.warns(UserWarning, match="model 'other'"):
+        dataclasses.replace(fora(net, 4, 2), model="other").check(net, trajectory)
+    with pytest.warns(UserWarning, match="other timesteps"):
+        dataclasses.replace(fora(net, 4, 2), timesteps=(4, 3, 2, 1)).check(net, trajectory)
+
+
+def test_round_trip(tmp_path):
+    rng = random.Random(0)
+    compute = torch.tensor([[True] * 3] + [[rng.random() < 0.5 for _ in range(3)] for _ in range(5)])
+    schedule = Schedule(compute, ("a", "b", "c"), Flops((1.0, 2.5, 3.0), 0.1), torch.randn(6, 3), "made up", "tiny",
+                        (5, 4, 3, 2, 1, 0.5))
+    schedule.save(tmp_path / "new" / "s.safetensors")
+    loaded = Schedule.load(tmp_path / "new" / "s.safetensors")
+    for field in dataclasses.fields(Schedule):
+        mine, theirs = getattr(schedule, field.name), getattr(loaded, field.name)
+        assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+    assert loaded.forecast_weights == schedule.forecast_weights and loaded.speedup == schedule.speedup
+
+
+def test_hostile_files_are_refused_by_name(tmp_path):
+    path = tmp_path / "s.safetensors"
+    Schedule(table("11", "01"), NAMES, FLOPS).save(path)
+    whole = path.read_bytes()
+    tensors, metadata = load_tensors(path)
+
+    def refused(message):
+        with pytest.raises(ValueError, match=message) as error:
+            Schedule.load(path)
+        assert str(path) in str(error.value)
+
+    for damaged in (b"", whole[:7], whole[:-1], b"\xff" * 8 + whole[8:], b"\x00" * 100,
+                    whole.replace(b"BOOL", b"BOOM")):
+        path.write_bytes(damaged)
+        refused("not a whole safetensors file")
+    save_file({"compute": tensors["compute"]}, path)
+    refused("expected a schedule")
+    for name, value, message in (("kind", "router", "expected a schedule"), ("format", 2, "format version 1, got 2"),
+                                 ("flops", 3, "flops"), ("flops", [["x", 1], 2], "flops"),
+                                 ("branches", "ab", "branches"),
+                                 ("timesteps", [1], "timesteps"), ("timesteps", {"a": 1}, "timesteps")):
+        save_tensors(path, tensors, metadata | {name: value})
+        refused(message)
+    save_tensors(path, tensors, {name: value for name, value in metadata.items() if name != "flops"})
+    refused("has to hold flops")
+    save_tensors(path, {"compute": tensors["compute"]}, metadata)
+    refused("has to hold extrapolation")
+    save_tensors(path, tensors | {"extrapolation": torch.full((2, 2), float("nan"))}, metadata)
+    refused("not finite")
+    save_file(tensors, path, {name: "[" * 100_000 for name in metadata})
+    refused("not JSON")
+    save_file(tensors, path, {name: "9" * 10_000 for name in metadata})
+    refused("not JSON")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        Schedule.load(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_allows(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        Schedule(table("11", "01"), NAMES, FLOPS).save(tmp_path / "s.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "s.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "s.safetensors"
+    Schedule(table("11", "01"), NAMES, FLOPS, origin="old").save(path)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Schedule(table("11", "11"), NAMES, FLOPS, origin="new").save(path)
+    assert Schedule.load(path).origin == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]

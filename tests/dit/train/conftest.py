@@ -1,0 +1,48 @@
+"""A denoiser small enough to train a router on in a test, and what tests of the trainer share."""
+
+import pytest
+import torch
+
+from harmonica_dit.flops import count_flops
+from harmonica_dit.models.dit import DiT
+from harmonica_dit.router import Router
+from harmonica_dit.sample.trajectory import Trajectory, image_noise
+
+
+@pytest.fixture(scope="session")
+def net():
+    """Random weights throughout, so that every branch matters; a learned variance, so that the loss has a choice."""
+    torch.manual_seed(0)
+    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=4,
+              name="tiny")
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() > 1:
+                p.normal_(0, p.shape[-1] ** -0.5)
+    return net.eval()
+
+
+@pytest.fixture
+def make_router(net):
+    """A router with random logits for T steps; `coefficients` gives it random extrapolation."""
+
+    def make(T=5, coefficients=False, learned=False, scale=2.0, **options):
+        generator = torch.Generator().manual_seed(1)
+        K = len(net.branch_names)
+        logits = scale * torch.randn(T, K, generator=generator)
+        extrapolation = torch.rand(T, K, generator=generator) if coefficients else None
+        return Router(logits, net.branch_names, count_flops(net), tuple(range(T, 0, -1)), extrapolation=extrapolation,
+                      learn_extrapolation=learned, threshold=options.pop("threshold", 0.5), **options)
+
+    return make
+
+
+@pytest.fixture
+def make_trajectory(net):
+    """Two images' trajectory of T steps, with guidance."""
+    return lambda T=5, **options: Trajectory(net, torch.tensor([0, 3]), steps=T, seed=1, **options)
+
+
+@pytest.fixture
+def noise(net):
+    return image_noise(1, 0, 2, net.sample_shape)

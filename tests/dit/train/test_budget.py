@@ -1,0 +1,88 @@
+"""Targets: the cut, the threshold it freezes, the β it steers by."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harmonica_dit.flops import Flops
+from harmonica_dit.router import Router
+from harmonica_dit.train.budget import Budget, Steering
+
+FLOPS = Flops((1.0, 2.0, 3.0), 1.5)
+
+
+def router_of(scores):
+    logits = torch.logit(torch.cat([torch.full_like(scores[:1], 0.5), scores]))
+    return Router(logits, ("a", "b", "c"), FLOPS, tuple(range(len(logits))))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.floats(1.01, 2.5), st.sampled_from([1, 2, 20]))
+def test_the_frozen_schedule_is_the_nearest_one_above_the_target(seed, target, levels):
+    """Against every threshold that could differ, ties among the scores included."""
+    scores = torch.rand(5, 3, generator=torch.Generator().manual_seed(seed))
+    scores = (scores * levels).round() / levels * 0.9 + 0.05
+    router = router_of(scores)
+    Budget(FLOPS, 6, speedup=target).freeze(router)
+    found = router.schedule().speedup
+    possible = [router.schedule(t).speedup for t in [0.0, *router.scores()[1:].flatten().tolist()]]
+    assert found >= target - 1e-9
+    assert found == min(p for p in possible if p >= target - 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.01, 0.8))
+def test_cur_as_well(seed, target):
+    router = router_of(torch.rand(5, 3, generator=torch.Generator().manual_seed(seed)) * 0.98 + 0.01)
+    Budget(FLOPS, 6, cur=target).freeze(router)
+    assert target - 1e-6 <= router.schedule().cur < target + 1 / 18 + 1e-6
+
+
+def test_impossible_targets_are_refused_with_the_limit():
+    most = 6 * 7.5 / (7.5 + 5 * 1.5)
+    Budget(FLOPS, 6, speedup=most)
+    Budget(FLOPS, 6, cur=5 / 6)
+    for speedup in (most * 1.001, 1.0, 0.5, float("nan")):
+        with pytest.raises(ValueError, match="target_speedup: .* up to 3,"):
+            Budget(FLOPS, 6, speedup=speedup)
+    for cur in (0.84, 0.0, -1, float("nan")):
+        with pytest.raises(ValueError, match="target_cur: .* up to 0.8333"):
+            Budget(FLOPS, 6, cur=cur)
+
+
+def test_the_extremes_are_reached():
+    router = router_of(torch.rand(5, 3, generator=torch.Generator().manual_seed(0)) * 0.98 + 0.01)
+    Budget(FLOPS, 6, cur=5 / 6).freeze(router)
+    assert router.schedule().cur == pytest.approx(5 / 6)
+    Budget(FLOPS, 6, cur=1e-9).freeze(router)
+    assert router.schedule().cur == pytest.approx(1 / 18)  # from above: one entry at least
+
+
+def test_a_target_between_ties_is_missed_with_a_warning():
+    router, budget = router_of(torch.full((5, 3), 0.3)), Budget(FLOPS, 6, cur=0.5)
+    budget.freeze(router)
+    with pytest.warns(UserWarning, match="target_cur=0.5: .* has 0.8333"):
+        budget.check(router)
+    router = router_of(torch.linspace(0.1, 0.9, 15).view(5, 3))
+    budget.freeze(router)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        budget.check(router)
+
+
+def test_steering_settles_where_the_values_pay_for_the_budget():
+    """β lies between the value of the last entry that the budget pays for and of the first that it does not."""
+    budget, values = Budget(FLOPS, 6, cur=0.5), torch.arange(1.0, 16).view(5, 3)
+    steering = Steering(budget, 6, 3, torch.device("cpu"))
+    for n in range(300):
+        noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(n)) / 10
+        beta = steering.observe(values + noise)
+    assert 9 < beta < 10  # 3 + 6 of 18 entries are computed: the values 10 to 15
+    assert steering.seen == 300
+
+
+def test_beta_is_never_negative():
+    assert Steering(Budget(FLOPS, 6, cur=0.5), 6, 3, torch.device("cpu")).observe(-torch.ones(5, 3)) == 0

@@ -1,0 +1,184 @@
+"""The plan, walked on the CPU with the compiled gate, against trajectories step by step through `cached_forward`."""
+
+import random
+
+import pytest
+import torch
+
+import harmonica_kernels as hk
+from harmonica_kernels.graphs.gated.plan import Captured, Change, Gate, If, Op, Rewind, While, plan
+from harmonica_kernels.ops import residual_norm
+from support.loops import Table, Trajectory
+
+
+def gated(rule="scores"):
+    return hk.compile(Trajectory.run, mode="gated", rule=rule)
+
+
+def random_table(T, K, forecast):
+    """Scores of any density, among them rows that compute everything or nothing."""
+    scores = torch.rand(T, K) ** random.choice((0.3, 1, 3))
+    for s in range(1, T):
+        if random.random() < 0.3:
+            scores[s] = random.choice((0.0, 1.0))
+    coefficients = torch.randn(T, K) * (torch.rand(T, K) < 0.7) if forecast else None
+    return Table(scores, coefficients)
+
+
+def stepwise(trajectory, noise, table, threshold):
+    compute, weights = table.rows(threshold)
+    image = trajectory.run(noise, lambda s, tokens, rows: (tuple(compute[s].tolist()), weights[s]))
+    return image, compute
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_equals_cached_forward_on_random_schedules(part):
+    """2,000 schedules: with and without forecasts, each at its own threshold, on one executor for each model."""
+    for _ in range(25):
+        T, K = random.randint(1, 6), random.randint(1, 7)
+        trajectory = Trajectory(T, K, n=random.randint(1, 2), tokens=random.randint(1, 3))
+        executor = gated()
+        for i in range(10):
+            table = random_table(T, K, forecast=i % 2 == 1)
+            executor.load(table)
+            executor.threshold = threshold = random.choice((0.1, random.random()))
+            noise = torch.randn(trajectory.shape)
+            image, compute = stepwise(trajectory, noise, table, threshold)
+            torch.testing.assert_close(executor(trajectory, noise), image, rtol=0, atol=0)
+            assert torch.equal(executor.reused, ~compute)
+        assert executor.graphs == 1
+
+
+def test_bfloat16_bodies():
+    for _ in range(20):
+        trajectory = Trajectory(4, 5, dtype=torch.bfloat16)
+        table, noise = random_table(4, 5, True), torch.randn(trajectory.shape)
+        executor = gated()
+        executor.load(table)
+        torch.testing.assert_close(executor(trajectory, noise), stepwise(trajectory, noise, table, 0.1)[0], rtol=0,
+                                   atol=0)
+
+
+def test_a_changed_router_threshold_or_label_equals_a_fresh_executor_to_the_bit():
+    trajectory = Trajectory(5, 6)
+    used = gated()
+    for i in range(40):
+        table, threshold = random_table(5, 6, forecast=i > 20), random.random()
+        trajectory.labels = torch.randint(7, (2,))
+        noise = torch.randn(trajectory.shape)
+        fresh = gated()
+        for executor in (used, fresh):
+            executor.load(table)
+            executor.threshold = threshold
+        assert torch.equal(used(trajectory, noise), fresh(trajectory, noise))
+        assert torch.equal(used.reused, fresh.reused)
+    assert used.graphs == 1
+
+
+def test_threshold_decides_in_double_precision():
+    """In float32, 0.1 is not above 0.1; as a Python float, float32's 0.1 is above 0.1, as everywhere else here."""
+    trajectory, executor = Trajectory(2, 1), gated()
+    executor.load(Table(torch.full((2, 1), 0.1)))
+    for threshold, reused in ((0.1, False), (float(torch.tensor(0.1)), True)):
+        executor.threshold = threshold
+        executor(trajectory, torch.randn(trajectory.shape))
+        assert executor.reused[1].item() is reused
+
+
+def first_output(trajectory, tokens, rows):
+    """Branch 0's output for a step's tokens."""
+    branch = trajectory.branches[0]
+    h = residual_norm(tokens, [], rows.shift[0], rows.scale[0], norm=branch.norm, eps=branch.eps)
+    return branch.body(h, 0.01)
+
+
+class ByDefinition:
+    """The change rule by its definition, step by step."""
+
+    def __init__(self, trajectory, threshold, coefficients):
+        self.trajectory, self.threshold, self.coefficients = trajectory, threshold, coefficients
+        self.reference, self.rows = None, []
+
+    def __call__(self, s, tokens, modulation):
+        o = first_output(self.trajectory, tokens, modulation).double()
+        moved = s == 0 or (o - self.reference).abs().sum() > self.threshold * self.reference.abs().sum()
+        if moved:
+            self.reference = o
+        self.rows.append((True, *[bool(moved)] * (self.trajectory.K - 1)))
+        known = None if self.coefficients is None else self.coefficients[:s + 1]
+        return self.rows[-1], Table(torch.tensor(self.rows).float(), known).rows(0.5)[1][s]
+
+
+def test_change_rule_decides_as_its_definition():
+    """Branch 0 always; the others where |o - reference| exceeds τ·|reference|, o being the reference from then on."""
+    decisions = set()
+    for _ in range(150):
+        T, K = random.randint(1, 7), random.randint(2, 6)
+        trajectory, executor = Trajectory(T, K), gated("change")
+        coefficients = random.choice((None, torch.randn(T, K)))
+        executor.load(Table(torch.rand(T, K), coefficients))
+        executor.threshold = random.random() * 0.6
+        decide, noise = ByDefinition(trajectory, executor.threshold, coefficients), torch.randn(trajectory.shape)
+        image = trajectory.run(noise, decide)
+        torch.testing.assert_close(executor(trajectory, noise), image, rtol=0, atol=0)
+        assert torch.equal(executor.reused, ~torch.tensor(decide.rows))
+        decisions |= {row[1] for row in decide.rows[1:]}
+    assert decisions == {True, False}
+
+
+def test_plan_of_a_router():
+    branch = [If(k, (Captured(f"branch {k}", (Op("norm", k), Op("body", k))),)) for k in range(3)]
+    head = Captured("head", (Op("norm", 3), Op("head"), Op("update")))
+    assert plan(3) == (
+        Captured("modulation", (Op("modulation"),)), Rewind(),
+        While((Gate(0, 3, "scores"), Captured("embedding", (Op("embed"),)), *branch, head)))
+    loop = plan(3, "change")[-1]
+    assert [type(node) for node in loop.body] == [Gate, Captured, If, Change, Gate, If, If, Captured]
+    assert loop.body[4] == Gate(1, 3, "change")
+
+
+@pytest.mark.parametrize("rule", ["scores", "change"])
+def test_every_condition_is_written_once_a_step_and_before_it_is_read(rule):
+    body = plan(9, rule)[-1].body
+    written = []
+    for node in body:
+        if isinstance(node, Gate):
+            written += range(node.first, node.last)
+        if isinstance(node, If):
+            assert node.branch in written
+            assert all(not isinstance(inner, (Gate, If, While)) for inner in node.body)
+    assert written == list(range(9))
+
+
+def test_tf32_is_another_graph():
+    trajectory, executor = Trajectory(2, 2), hk.compile(Trajectory.run, mode="gated")
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            executor(trajectory, torch.randn(trajectory.shape))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert executor.graphs == 2
+
+
+def test_refusals():
+    executor = gated()
+    trajectory = Trajectory(3, 4)
+    noise = torch.randn(trajectory.shape)
+    with pytest.raises(RuntimeError, match="nothing has run yet"):
+        executor.reused  # noqa: B018
+    executor.load(Table(torch.rand(4, 4)))
+    with pytest.raises(ValueError, match=r"router: is for \[4, 4\].*trajectory has \[3, 4\]"):
+        executor(trajectory, noise)
+    with pytest.raises(ValueError, match="threshold: got -1"):
+        executor.threshold = -1
+    with pytest.raises(ValueError, match="float32"):
+        executor.load(Table(torch.rand(3, 4).double()))
+    with pytest.raises(ValueError, match="rule: got 'first'"):
+        gated("first")
+    with pytest.raises(ValueError, match="at least 2"):
+        gated("change")(Trajectory(2, 1), noise)
+    executor.load(Table(torch.rand(3, 4)))
+    with torch.autocast("cpu"), pytest.raises(RuntimeError, match="autocast"):
+        executor(trajectory, noise)
