@@ -19,10 +19,10 @@ import torch
 
 import harmonica_dit
 import harmonica_kernels as hk
+from harmonica_dit.methods import fora
 from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.sample import Trajectory, denoise, image_noise
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.methods import fora
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.plain_dit import PlainDiT  # noqa: E402  (the tests' reference model is this benchmark's too)

@@ -35,8 +35,8 @@ from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, image_noise
 from harmonica_dit.sample.trajectory import call
 from harmonica_dit.train.sdt import train_trajectory
-from harmonica_dit.train.train import checkpointed
 from harmonica_dit.train.student import Student, new_executor
+from harmonica_dit.train.train import checkpointed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.plain_dit import PlainDiT, modulate  # noqa: E402  (the tests' reference model is this benchmark's too)

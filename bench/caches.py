@@ -16,8 +16,8 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline
 from torch import Tensor, nn
 
-from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.flops import Flops, count_call
+from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
 
 from .classes import MODELS

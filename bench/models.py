@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmonica_dit.flops import count_call
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
-from harmonica_dit.flops import count_call
 from harmonica_dit.schedule import Schedule
 
 from .classes import MODELS, Model

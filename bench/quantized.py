@@ -8,9 +8,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from torch import Tensor, nn
 
-from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.flops import count_call
 from harmonica_dit.pipelines import apply
+from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
 
 from .classes import MODELS

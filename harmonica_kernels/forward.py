@@ -285,8 +285,8 @@ def _check_forecast_weights(K, weights, cache, compute, soft) -> None:
             raise ValueError(f"forecast_weights[{k}]: got {e}, expected a finite number")
         if e != 0 and (soft or not compute[k]) and (cache is None or cache.filled(k) < 2):
             held = 0 if cache is None else cache.filled(k)
-            raise ValueError(f"forecast_weights[{k}]: a forecast needs the branch's last two computed outputs, the cache "
-                             f"holds {held}" + (" (FeatureCache(history=2) keeps two)"
+            raise ValueError(f"forecast_weights[{k}]: a forecast needs the branch's last two computed outputs, the "
+                             f"cache holds {held}" + (" (FeatureCache(history=2) keeps two)"
                                                 if cache is None or cache.history == 1 else ""))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harmonica_kernels.graphs.recording import recording
+from harmonica_kernels.graphs.recording import record_into
 
 WARMUP = 2
 
@@ -68,7 +68,7 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], o
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with recording(graph, torch.cuda.graph_pool_handle()):
+    with record_into(graph, torch.cuda.graph_pool_handle()):
         call()
     return Replay(graph, call)
 

@@ -40,7 +40,7 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
     Args:
         function: returns a tensor or a tuple of tensors; its only side effects may be those on its caches.
         mode: "captured", or "gated": decided on the device. Then `function(trajectory, noise, schedule)` is a whole
-            trajectory (`harmonica_dit.denoise`), and the executor a `harmonica_kernels.graphs.gated.Gated`: one graph serves
+            trajectory (`harmonica_dit.denoise`), and the executor a `harmonica_kernels.graphs.Gated`: one graph serves
             every router, schedule and threshold, and changing them is a memory write.
         rule: of "gated", what decides: "scores" (of a router or schedule), or "change", a test of how far the first
             branch's output has moved.

@@ -1,7 +1,7 @@
 """The executor that replays recorded calls as CUDA graphs.
 
 When to record, what a recording stands for and which memory it reads is plain bookkeeping, the same on every machine;
-`_Cuda` alone speaks to CUDA, through `recording`.
+`_Cuda` alone speaks to CUDA, through `record_into`.
 """
 
 from collections import OrderedDict
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .keys import Call, one_device, tf32, weights
-from .recording import recording, stream_of
+from .recording import record_into, stream_of
 
 
 class Captured:
@@ -155,7 +155,7 @@ class _Cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # memory outside the pool cannot be used inside
             torch.clear_autocast_cache()  # a weight that was cast outside would be gone at the replay
-            with torch.cuda.stream(self._stream), recording(graph, self._pool):
+            with torch.cuda.stream(self._stream), record_into(graph, self._pool):
                 output = call()
             torch.clear_autocast_cache()
         return graph, output

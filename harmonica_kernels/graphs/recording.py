@@ -26,7 +26,7 @@ def stream_of(owner: Any, device: torch.device) -> torch.cuda.Stream:
 
 
 @contextmanager
-def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+def record_into(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     """Records into `graph` what is launched inside on the current stream; other threads may go on using the device.
 
     pool: of the memory that is allocated meanwhile, from `torch.cuda.graph_pool_handle`.

@@ -84,7 +84,7 @@ class Arguments:
         return None
 
     def terms(self, latest: Sequence[Tensor], previous: Tensors, weights: Sequence[float], gate: Tensors) -> list:
-        """A run: (latest, previous, forecast weight, gate) of each term. A previous output of weight 0 is packed as well."""
+        """A run: (latest, previous, forecast weight, gate) of each term, a previous output of weight 0 included."""
         if not len(latest) == len(previous) == len(weights) == len(gate):
             raise ValueError(f"{self.op}: a run of {len(latest)} terms needs as many previous outputs and gates (or "
                              f"None) and forecast weights, got {len(previous)}, {len(gate)} and {len(weights)}")
@@ -100,8 +100,8 @@ class Arguments:
         if not isfinite(weight):
             raise ValueError(f"{self.op}: forecast_weights[{j}] must be finite, got {weight}")
         if previous is None:
-            raise ValueError(f"{self.op}: forecast_weights[{j}] is {weight}, but run[{j}].previous, which the forecast needs, "
-                             "is None")
+            raise ValueError(f"{self.op}: forecast_weights[{j}] is {weight}, but run[{j}].previous, which the forecast "
+                             "needs, is None")
 
     def _refuse(self, t: Tensor, name: str, term: int | None, expected: str) -> None:
         raise ValueError(f"{self.op}: {_full(name, term)} must be {expected}, got {list(t.shape)}")

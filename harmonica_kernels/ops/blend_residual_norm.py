@@ -17,8 +17,8 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
                         eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x', h, o): `x' = x + Σ gate·o` over the run, in x's dtype, and `h = LN(x')·(1 + scale) + shift`.
 
-    Differentiable in x, every latest and gate, fresh, r, forecast_weights, shift and scale, not in previous; one pass over memory
-    forward and one backward, sums in float32 (in float64 where x is).
+    Differentiable in x, every latest and gate, fresh, r, forecast_weights, shift and scale, not in previous; one pass
+    over memory forward and one backward, sums in float32 (in float64 where x is).
 
     x: [B, N, D]. run: terms whose latest and previous are [B, N, D], gate [B or 1, D] or None for 1.
     shift, scale: [B or 1, D], or None for 0.
@@ -32,8 +32,8 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
     On CUDA, r and forecast_weights are read there, without waiting for them: the weight of a term without previous
     output counts as 0 (on the CPU it is an error). Activations that are not contiguous are copied first.
 
-    Raises ValueError (shapes, forecast weights, a device beside x's), TypeError (dtypes), NotImplementedError (neither CPU
-    nor CUDA).
+    Raises ValueError (shapes, forecast weights, a device beside x's), TypeError (dtypes), NotImplementedError (neither
+    CPU nor CUDA).
     """
     if (fresh is None) != (r is None):
         raise ValueError(f"blend_residual_norm: fresh and r go together, got {'r' if fresh is None else 'fresh'} alone")
@@ -47,8 +47,8 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
     gate, has_gate = _present([term.gate for term in run])
     if torch.is_grad_enabled() and any(t.requires_grad for t in previous):
         raise ValueError("blend_residual_norm: run[j].previous is a cached output and has no gradient here; detach it")
-    problem = _Problem(x, [term.latest for term in run], previous, forecasts, forecast_weights, gate, has_gate, fresh, r,
-                       shift, scale, norm, eps)
+    problem = _Problem(x, [term.latest for term in run], previous, forecasts, forecast_weights, gate, has_gate, fresh,
+                       r, shift, scale, norm, eps)
     x_new, h, o = _op(*problem, h_dtype if makes_h else None)
     if not run:
         x_new = x
@@ -178,7 +178,8 @@ def _backward_cpu(dx_new, dh, *arguments) -> list[Tensor]:
         tuple(problem.x.shape), pack.activation(dx_new, "dx_new"), pack.activation(dh, "dh"),
         pack.activation(problem.x, "x_new"), *packed, pack.activation(d.x, "dx"), pack.activation(d.fresh, "dfresh"),
         [pack.activation(t, "dlatest", j) for j, t in enumerate(d.latest)], pack.rows(d.shift, "dshift"),
-        pack.rows(d.scale, "dscale"), [pack.rows(t, "dgate", j) for j, t in enumerate(_spread(d.gate, problem.has_gate))],
+        pack.rows(d.scale, "dscale"), [pack.rows(t, "dgate", j) for j, t in enumerate(_spread(d.gate,
+                                                                                              problem.has_gate))],
         d.r is not None or d.forecast_weights is not None, torch.get_num_threads())
     if d.r is not None:
         d.r.fill_(sum_r)

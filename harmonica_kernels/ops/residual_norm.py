@@ -64,7 +64,8 @@ def _requires_grad(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: 
 # x = None: in place. h = None: no norm.
 library.define(
     "residual_norm(Tensor? x, Tensor(a!)? x_out, Tensor(b!)? h, Tensor(c!)? store, Tensor[] latest, "
-    "Tensor?[] previous, float[] forecast_weights, Tensor?[] gate, Tensor? shift, Tensor? scale, bool norm, float eps) -> ()")
+    "Tensor?[] previous, float[] forecast_weights, Tensor?[] gate, Tensor? shift, Tensor? scale, bool norm, "
+    "float eps) -> ()")
 _op = torch.ops.harmonica.residual_norm.default
 
 
@@ -74,7 +75,8 @@ def _pack(kind: type[Arguments], x, x_out, h, store, latest, previous, weights, 
     like = x_out if x is None else x
     pack = kind("residual_norm", like)
     if store is not None and (not latest or (kind is not Arguments and weights[0] != 0)):
-        raise ValueError("residual_norm: store receives run[0].latest, so the run must not be empty and its forecast weight 0")
+        raise ValueError("residual_norm: store receives run[0].latest, so the run must not be empty and its "
+                         "forecast weight must be 0")
     out = pack.activation(x_out, "x_out", out=True)
     return pack, (
         tuple(like.shape), out if x is None else pack.activation(x, "x"), out, pack.activation(h, "h", out=True),

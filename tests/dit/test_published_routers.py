@@ -9,11 +9,13 @@ from diffusers import DiTTransformer2DModel
 from typer.testing import CliRunner
 
 import harmonica_dit.cli
+from harmonica_dit.flops import count_flops
 from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.pipelines.adapters import adapt
-from harmonica_dit.published_routers import _branches_and_flops, _empty
+from harmonica_dit.published_routers import _branches_and_flops, _empty, load_published_router
 from harmonica_dit.router import Router
-from harmonica_dit.schedule import Schedule, check_fits
+from harmonica_dit.schedule import Schedule
+from harmonica_dit.validate import check_fits
 
 T, DEPTH = 6, 2
 SMALL = dict(input_size=8, patch_size=4, in_channels=1, hidden_size=16, num_heads=2, num_classes=4)

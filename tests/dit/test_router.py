@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from harmonica_dit import load
+from harmonica_dit.evaluate.pictures import plot
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
 from harmonica_dit.models.dit import DiT
@@ -165,6 +166,6 @@ def test_a_bare_name_is_a_file_or_a_bundled_router(net, tmp_path, monkeypatch):
 
 def test_picture(net, tmp_path):
     router = make(net)
-    router.plot(tmp_path / "router.png")
-    router.schedule().plot(tmp_path / "schedule.png")
+    plot(router, tmp_path / "router.png")
+    plot(router.schedule(), tmp_path / "schedule.png")
     assert (tmp_path / "router.png").stat().st_size > 1000 and (tmp_path / "schedule.png").stat().st_size > 1000

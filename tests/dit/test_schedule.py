@@ -117,7 +117,7 @@ def test_taylorseer_forecasts_linearly(net):
 
 
 @pytest.mark.parametrize("arguments, name", [((0, 2), "steps"), ((5, 0), "every"), ((5, 2.0), "every"),
-                                             ((True, 2), "steps"), ((5, 2, float("nan")), "extrapolate")])
+                                             ((True, 2), "steps"), ((5, 2, float("nan")), "extrapolation")])
 def test_fora_refuses(net, arguments, name):
     with pytest.raises(ValueError, match=name):
         fora(net, *arguments)

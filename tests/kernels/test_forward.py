@@ -11,7 +11,7 @@ import harmonica_kernels.forward as forward_module
 
 EPS = (1e-6, 1e-5)
 NORM = (True, True, False, True)  # branch 2 takes x itself, as PixArt's cross-attention does
-GATED = (True, True, False, True)
+GATE = (True, True, False, True)
 K = 4
 
 
@@ -21,11 +21,11 @@ class Toy:
     def __init__(self, B=2, N=3, D=8, dtype=torch.float64, out=True):
         self.w = [torch.randn(D, D, dtype=dtype) / D**0.5 for _ in range(K)]
         rows = lambda present: [torch.randn(B, 3 * D, dtype=dtype)[:, D : 2 * D] if p else None for p in present]
-        self.mod = hk.Modulation(rows((*NORM, True)), rows((*NORM, True)), rows(GATED))
+        self.mod = hk.Modulation(rows((*NORM, True)), rows((*NORM, True)), rows(GATE))
         self.context = torch.randn(D, dtype=dtype)
         self.x = torch.randn(B, N, D, dtype=dtype)
         self.calls = []
-        self.branches = [hk.Branch(self.body(k), self.body_out(k) if out and k % 2 == 0 else None, NORM[k], GATED[k],
+        self.branches = [hk.Branch(self.body(k), self.body_out(k) if out and k % 2 == 0 else None, NORM[k], GATE[k],
                                    EPS[k % 2]) for k in range(K)]
 
     def body(self, k):
@@ -43,25 +43,25 @@ class Toy:
     def __call__(self, x, **options):
         return hk.cached_forward(self.branches, x, self.mod, context=self.context, **options)
 
-    def naive(self, x, store, row=None, extrapolation=None, threshold=0.1):
+    def naive(self, x, store, row=None, forecast_weights=None, threshold=0.1):
         """`store`: per branch the list of outputs stored so far, newest last; extended here."""
-        soft = isinstance(gate, torch.Tensor)
+        soft = isinstance(row, torch.Tensor)
         for k in range(K):
             h = layer_norm(x, x.shape[-1:], eps=EPS[k % 2]) if NORM[k] else x
             if NORM[k]:
                 h = h * (1 + self.mod.scale[k].unsqueeze(1)) + self.mod.shift[k].unsqueeze(1)
             reuse = None
-            if gate is not None and (soft or not gate[k]):
+            if row is not None and (soft or not row[k]):
                 reuse = store[k][-1]
-                e = 0 if extrapolate is None else extrapolate[k]
+                e = 0 if forecast_weights is None else forecast_weights[k]
                 if len(store[k]) > 1:
                     reuse = (1 + e) * reuse - e * store[k][-2]
             if reuse is None:
                 o = torch.tanh(h @ self.w[k] + self.context)
                 store[k].append(o.detach())
             elif soft:
-                o = gate[k] * torch.tanh(h @ self.w[k] + self.context) + (1 - gate[k]) * reuse
-                if gate[k] > threshold:
+                o = row[k] * torch.tanh(h @ self.w[k] + self.context) + (1 - row[k]) * reuse
+                if row[k] > threshold:
                     store[k].append(o.detach())
             else:
                 o = reuse
@@ -99,7 +99,7 @@ def test_forecast_trajectory_equals_naive(grad):
             x = torch.randn_like(toy.x, requires_grad=grad)
             e = [0.0 if torch.rand(()) < 0.3 else torch.randn(()).item() for _ in range(K)]
             e = None if row is None else e
-            torch.testing.assert_close(toy(x, row=row, cache=cache, extrapolate=e), toy.naive(x, store, row, e))
+            torch.testing.assert_close(toy(x, row=row, cache=cache, forecast_weights=e), toy.naive(x, store, row, e))
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -108,57 +108,56 @@ def test_soft_trajectory_equals_naive(history, backward):
     toy, cache, store = Toy(), hk.FeatureCache(history), [[] for _ in range(K)]
     for step in range(8):
         x = torch.randn_like(toy.x)
-        gate = None if step == 0 else torch.rand(K, dtype=torch.float64, requires_grad=backward)
+        row = None if step == 0 else torch.rand(K, dtype=torch.float64, requires_grad=backward)
         e = None if history == 1 or step == 0 else torch.randn(K, dtype=torch.float64, requires_grad=backward)
         with torch.set_grad_enabled(backward):
-            y = toy(x, row=gate, cache=cache, extrapolate=e, threshold=0.5)
-            expected = toy.naive(x, [s[-history:] for s in store], gate, e, threshold=0.5)
+            y = toy(x, row=row, cache=cache, forecast_weights=e, threshold=0.5)
+            expected = toy.naive(x, [s[-history:] for s in store], row, e, threshold=0.5)
         torch.testing.assert_close(y, expected)
         if backward and step > 1:
             weights = torch.randn_like(y)
-            leaves = (gate,) if e is None else (gate, e)
+            leaves = (row,) if e is None else (row, e)
             got = torch.autograd.grad((y * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
             want = torch.autograd.grad((expected * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
             torch.testing.assert_close(got, want)
-        toy.naive(x, store, None if gate is None else gate.detach(), None if e is None else e.detach(), threshold=0.5)
+        toy.naive(x, store, None if row is None else row.detach(), None if e is None else e.detach(), threshold=0.5)
 
 
-def test_soft_gate_gradcheck():
+def test_soft_row_gradcheck():
     """gradcheck in x, scores, forecast weights and modulation at once."""
     toy, cache = Toy(B=2, N=2, D=3, out=False), hk.FeatureCache(2)
     with torch.no_grad():
         toy(toy.x, cache=cache)
         toy(torch.randn_like(toy.x), cache=cache)
-    gate = (torch.rand(K, dtype=torch.float64) * 0.8 + 0.1).requires_grad_()
+    row = (torch.rand(K, dtype=torch.float64) * 0.8 + 0.1).requires_grad_()
     e = torch.randn(K, dtype=torch.float64, requires_grad=True)
     x = toy.x.requires_grad_()
     rows = [t.clone().requires_grad_() for part in toy.mod for t in part if t is not None]
 
-    def run(x, gate, e, *rows):
+    def run(x, row, e, *rows):
         given = iter(rows)
         mod = hk.Modulation(*([None if t is None else next(given) for t in part] for part in toy.mod))
         frozen = hk.FeatureCache(2).copy_(cache)
-        return hk.cached_forward(toy.branches, x, mod, row=gate, extrapolate=e, cache=frozen, context=toy.context)
+        return hk.cached_forward(toy.branches, x, mod, row=row, forecast_weights=e, cache=frozen, context=toy.context)
 
-    assert torch.autograd.gradcheck(run, (x, gate, e, *rows))
+    assert torch.autograd.gradcheck(run, (x, row, e, *rows))
 
 
-@pytest.mark.parametrize("gate", [None, (True, False, False, True), (False,) * K])
-def test_hard_gate_gradients(gate):
-    """Also without a soft gate the forward is differentiable, in x, modulation and a tensor of forecast weights."""
+@pytest.mark.parametrize("row", [None, (True, False, False, True), (False,) * K])
+def test_hard_row_gradients(row):
+    """Also without a soft row the forward is differentiable, in x, modulation and a tensor of forecast weights."""
     toy, cache = Toy(out=False), hk.FeatureCache(2)
     store = [[] for _ in range(K)]
     with torch.no_grad():
         for x in torch.randn(2, *toy.x.shape, dtype=toy.x.dtype):
             toy(x, cache=cache), toy.naive(x, store)
-    for row in (row for part in toy.mod for row in part if row is not None):
-        row.requires_grad_()
+    modulation = [t.requires_grad_() for part in toy.mod for t in part if t is not None]
     e = torch.randn(K, dtype=torch.float64, requires_grad=True)
-    leaves = [toy.x.requires_grad_(), e, *(row for part in toy.mod for row in part if row is not None)]
+    leaves = [toy.x.requires_grad_(), e, *modulation]
     weights = torch.randn_like(toy.x)
-    got = torch.autograd.grad((toy(toy.x, row=gate, cache=cache, extrapolate=e) * weights).sum(), leaves,
+    got = torch.autograd.grad((toy(toy.x, row=row, cache=cache, forecast_weights=e) * weights).sum(), leaves,
                               materialize_grads=True, allow_unused=True)
-    want = torch.autograd.grad((toy.naive(toy.x, store, gate, e) * weights).sum(), leaves,
+    want = torch.autograd.grad((toy.naive(toy.x, store, row, e) * weights).sum(), leaves,
                                materialize_grads=True, allow_unused=True)
     torch.testing.assert_close(got, want)
 
@@ -168,8 +167,8 @@ def test_renewal_waits_for_backward_and_obeys_threshold():
     with torch.no_grad():
         toy(toy.x, cache=cache)
     before = [cache.latest(k).clone() for k in range(K)]
-    gate = torch.tensor([0.05, 0.1, 0.11, 0.9], dtype=torch.float64, requires_grad=True)
-    y = toy(toy.x + 1, row=gate, cache=cache, threshold=0.1)
+    row = torch.tensor([0.05, 0.1, 0.11, 0.9], dtype=torch.float64, requires_grad=True)
+    y = toy(toy.x + 1, row=row, cache=cache, threshold=0.1)
     assert all(torch.equal(cache.latest(k), before[k]) for k in range(K))
     y.sum().backward()
     cache.commit()
@@ -207,9 +206,9 @@ def test_fused_calls(monkeypatch, op):
             assert len(calls) == sum(row) + 1 and sum(calls) == K
 
 
-@pytest.mark.parametrize("gate", [None, (True, False, True, False), (False,) * K, "soft"])
+@pytest.mark.parametrize("row", [None, (True, False, True, False), (False,) * K, "soft"])
 @pytest.mark.parametrize("first_norm", [False, True])
-def test_the_callers_x_is_never_changed(gate, first_norm):
+def test_the_callers_x_is_never_changed(row, first_norm):
     toy, cache = Toy(), hk.FeatureCache()
     if not first_norm:
         toy.branches[0] = hk.Branch(toy.body(0), None, norm=False)
@@ -217,7 +216,7 @@ def test_the_callers_x_is_never_changed(gate, first_norm):
     with torch.no_grad():
         toy(toy.x, cache=cache)
         before, version = toy.x.clone(), toy.x._version
-        toy(toy.x, row=torch.rand(K).double() if gate == "soft" else gate, cache=cache)
+        toy(toy.x, row=torch.rand(K).double() if row == "soft" else row, cache=cache)
     assert torch.equal(toy.x, before) and toy.x._version == version
 
 
@@ -253,7 +252,7 @@ def on_cuda():
 @pytest.mark.parametrize("promise", [
     lambda: test_hard_trajectory_equals_naive((2, 3, 8), True), lambda: test_forecast_trajectory_equals_naive(True),
     lambda: test_forecast_trajectory_equals_naive(False), lambda: test_soft_trajectory_equals_naive(1, True),
-    lambda: test_soft_gate_gradcheck(), lambda: test_storage_dtypes(torch.bfloat16),
+    lambda: test_soft_row_gradcheck(), lambda: test_storage_dtypes(torch.bfloat16),
     lambda: test_a_reused_body_is_never_called_and_body_out_writes_the_slot(), lambda: test_non_contiguous_x()])
 def test_on_cuda(on_cuda, promise):
     promise()
@@ -266,26 +265,27 @@ def test_soft_forecasts_on_cuda(on_cuda):
     with torch.no_grad():
         for step in range(8):
             x, e = torch.randn_like(toy.x), torch.randn(K, dtype=torch.float64)
-            gate = None if step == 0 else torch.rand(K, dtype=torch.float64)
-            y = toy(x, row=gate, cache=cache, extrapolation=None if gate is None else e, threshold=0.5)
-            torch.testing.assert_close(y, toy.naive(x, store, gate, e, threshold=0.5))
+            row = None if step == 0 else torch.rand(K, dtype=torch.float64)
+            y = toy(x, row=row, cache=cache, forecast_weights=None if row is None else e, threshold=0.5)
+            torch.testing.assert_close(y, toy.naive(x, store, row, e, threshold=0.5))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("history", [1, 2])
 def test_nothing_waits_for_the_device(on_cuda, history):
     toy, cache = Toy(dtype=torch.float32), hk.FeatureCache(history)
-    gate, e = torch.rand(K, requires_grad=True), torch.rand(K, requires_grad=True) if history == 2 else None
+    row, e = torch.rand(K, requires_grad=True), torch.rand(K, requires_grad=True) if history == 2 else None
     weights = torch.ones_like(toy.x)
 
     def trajectory():
         with torch.no_grad():
             toy(toy.x, cache=cache)
             toy(toy.x, cache=cache)
-            toy(toy.x, row=(True, False, False, True), cache=cache, extrapolate=(0.5,) * K if history == 2 else None)
-            toy(toy.x, row=(True, False, False, True), cache=cache, extrapolate=e)
-        y = toy(toy.x, row=gate, cache=cache, extrapolate=e)
-        torch.autograd.grad(y, [gate] if e is None else [gate, e], weights)
+            toy(toy.x, row=(True, False, False, True), cache=cache,
+                forecast_weights=(0.5,) * K if history == 2 else None)
+            toy(toy.x, row=(True, False, False, True), cache=cache, forecast_weights=e)
+        y = toy(toy.x, row=row, cache=cache, forecast_weights=e)
+        torch.autograd.grad(y, [row] if e is None else [row, e], weights)
         cache.commit()
 
     trajectory()
@@ -356,8 +356,8 @@ def test_compile_one_graph_a_row():
     rows = [(True,) * 5, *list(product((True, False), repeat=5))[1:20]]
     counter = CompileCounterWithBackend("aot_eager")
 
-    def model(x, gate, cache):
-        return hk.cached_forward(branches, x, mod, row=gate, cache=cache, context=2.0)
+    def model(x, row, cache):
+        return hk.cached_forward(branches, x, mod, row=row, cache=cache, context=2.0)
 
     compiled = torch.compile(model, fullgraph=True, backend=counter, recompile_limit=len(rows))
     x = torch.randn(2, 4, 8)
@@ -386,16 +386,16 @@ def test_compile_with_forecasts():
     rows = [((s % 2 == 0,) * 3, (0.5,) * 3 if s % 2 and s > 1 else None) for s in range(10)]
     counter = CompileCounterWithBackend("aot_eager")
 
-    def model(x, gate, e, cache):
-        return hk.cached_forward(branches, x, mod, row=gate, extrapolate=e, cache=cache)
+    def model(x, row, e, cache):
+        return hk.cached_forward(branches, x, mod, row=row, forecast_weights=e, cache=cache)
 
     compiled = torch.compile(model, fullgraph=True, backend=counter, recompile_limit=10)
     x = torch.randn(2, 4, 8)
 
     def trajectory(call):
         cache, y = hk.FeatureCache(2), x
-        for gate, e in rows:
-            y = call(y, gate, e, cache)
+        for row, e in rows:
+            y = call(y, row, e, cache)
         return y
 
     with torch.no_grad():
@@ -412,12 +412,13 @@ def test_what_is_pending_counts():
     toy, cache, store = Toy(), hk.FeatureCache(2), [[] for _ in range(K)]
     with torch.no_grad():
         toy(toy.x, cache=cache), toy.naive(toy.x, store)
-    gate = torch.full((K,), 0.5, dtype=torch.float64, requires_grad=True)
-    toy(toy.x + 1, row=gate, cache=cache).sum().backward()
+    row = torch.full((K,), 0.5, dtype=torch.float64, requires_grad=True)
+    toy(toy.x + 1, row=row, cache=cache).sum().backward()
     with torch.no_grad():
-        toy.naive(toy.x + 1, store, gate.detach())
+        toy.naive(toy.x + 1, store, row.detach())
         row, e = (True, False, False, False), (0.0, 1.0, 1.0, 0.5)
-        torch.testing.assert_close(toy(toy.x, row=row, cache=cache, extrapolate=e), toy.naive(toy.x, store, row, e))
+        torch.testing.assert_close(toy(toy.x, row=row, cache=cache, forecast_weights=e), toy.naive(toy.x, store, row,
+                                                                                                   e))
 
 
 def test_body_out_is_passed_over_where_the_cache_has_another_dtype():
@@ -440,7 +441,7 @@ def test_copies_of_caches():
         toy(toy.x + 1, cache=cache)
         torch.testing.assert_close(toy(toy.x, row=(False,) * K, cache=other), toy(toy.x, cache=None))
         with pytest.raises(ZeroDivisionError):
-            hk.cached_forward([hk.Branch(lambda h, c: 1 / 0, None, n, g) for n, g in zip(NORM, GATED)], toy.x, toy.mod,
+            hk.cached_forward([hk.Branch(lambda h, c: 1 / 0, None, n, g) for n, g in zip(NORM, GATE)], toy.x, toy.mod,
                               cache=(failed := hk.FeatureCache()))
         failed.copy_(cache)
         assert torch.equal(failed.latest(2), cache.latest(2)) and failed.filled(2) == 2
@@ -490,20 +491,21 @@ def bad(x=None, mod=None, branches=None, fill=True, history=1, **options):
      TypeError, r"mod.shift\[0\]: got torch.float32"),
     (dict(x=torch.randn(2, 3, 8).to(torch.float8_e5m2)), TypeError, "x: got torch.float8"),
     (dict(x=torch.randn(2, 3, 8, device="meta")), NotImplementedError, "x: is on meta"),
-    (dict(row=(True,) * 3), ValueError, "gate: got 3 entries, expected 4"),
-    (dict(row=(True, 1, True, True)), TypeError, r"gate\[1\]"),
+    (dict(row=(True,) * 3), ValueError, "row: got 3 entries, expected 4"),
+    (dict(row=(True, 1, True, True)), TypeError, r"row\[1\]"),
     (dict(row=torch.tensor([True] * K)), TypeError, "tolist"),
-    (dict(row=torch.rand(3)), ValueError, "gate: got shape"),
+    (dict(row=torch.rand(3)), ValueError, "row: got shape"),
     (dict(row=torch.tensor([0.1, float("nan"), 0.2, 0.3])), ValueError, "finite"),
     (dict(row=torch.tensor([0.1, float("inf"), 0.2, 0.3])), ValueError, "finite"),
     (dict(row=(True, False, True, True), cache=None), ValueError, "FeatureCache"),
     (dict(row=torch.rand(K), cache=None), ValueError, "FeatureCache"),
-    (dict(row=(True, False, True, True), fill=False), ValueError, r"gate\[1\]: the cache holds no output"),
+    (dict(row=(True, False, True, True), fill=False), ValueError, r"row\[1\]: the cache holds no output"),
     (dict(row=torch.rand(K), fill=False), ValueError, "holds no output"),
-    (dict(extrapolate=(1.0,) * 3), ValueError, "extrapolate: got 3"),
-    (dict(row=(True, False, True, True), extrapolate=(0.0, float("nan"), 0.0, 0.0)), ValueError, r"extrapolate\[1\]"),
-    (dict(row=(True, False, True, True), extrapolate=(0.0, 1.0, 0.0, 0.0)), ValueError, "history=2"),
-    (dict(row=(True, False, True, True), extrapolate=(0.0, 1.0, 0.0, 0.0), history=2), ValueError, "holds 1"),
+    (dict(forecast_weights=(1.0,) * 3), ValueError, "forecast_weights: got 3"),
+    (dict(row=(True, False, True, True), forecast_weights=(0.0, float("nan"), 0.0, 0.0)), ValueError,
+     r"forecast_weights\[1\]"),
+    (dict(row=(True, False, True, True), forecast_weights=(0.0, 1.0, 0.0, 0.0)), ValueError, "history=2"),
+    (dict(row=(True, False, True, True), forecast_weights=(0.0, 1.0, 0.0, 0.0), history=2), ValueError, "holds 1"),
     (dict(threshold=float("nan")), ValueError, "threshold"),
     (dict(mod=lambda toy: hk.Modulation(toy.mod.shift[:-1], toy.mod.scale, toy.mod.gate)), ValueError, "mod.shift"),
     (dict(mod=lambda toy: hk.Modulation(toy.mod.shift, toy.mod.scale, [None] * K)), ValueError, r"mod.gate\[0\]"),
@@ -532,9 +534,9 @@ def test_a_cache_of_another_model():
     with torch.no_grad():
         hk.cached_forward(small.branches[:2], small.x, hk.Modulation(small.mod.shift[:3], small.mod.scale[:3],
                                                                      small.mod.gate[:2]), cache=cache, context=0)
-        for gate in (None, (True, False, True, False), torch.rand(K)):
+        for row in (None, (True, False, True, False), torch.rand(K)):
             with pytest.raises(ValueError, match="cache: holds 2 branches"):
-                small(small.x, row=gate, cache=cache)
+                small(small.x, row=row, cache=cache)
 
 
 @pytest.mark.parametrize("history", [0, 3, True, "2"])

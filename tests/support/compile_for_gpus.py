@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import triton
-from harmonica_kernels.graphs.gated.steps import Parts
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -21,7 +20,8 @@ import harmonica_kernels as hk
 import harmonica_kernels.triton_kernels as kernels
 from harmonica_kernels.graphs.gated import Loop
 from harmonica_kernels.graphs.gated.decision_memory import DecisionMemory
-from harmonica_kernels.triton_kernels.gated_norm import gated_norm
+from harmonica_kernels.graphs.gated.norm import norm_on_cuda
+from harmonica_kernels.graphs.gated.parts import Parts
 
 ARCHES = (80, 90, 100)
 B, N, D = 2, 8, 1152
@@ -92,7 +92,7 @@ def gated(history: int) -> None:
     loop = Loop([hk.Branch(lambda h, context: h.clone())] * branches, lambda: modulation,
                 lambda x: activation(), lambda y: y, torch.zeros(steps, 2))
     memory = DecisionMemory(steps, branches, history, torch.device("cpu"))
-    gated_norm(Parts(loop, memory, torch.zeros(B, 1)), 2)
+    norm_on_cuda(Parts(loop, memory, torch.zeros(B, 1), norm_on_cuda), 2)
 
 
 CALLS = {

@@ -5,6 +5,7 @@ from weakref import WeakSet
 import torch
 
 from harmonica_kernels import FeatureCache
+from harmonica_kernels.graphs import captured
 
 
 class CpuRecorder:

@@ -1,16 +1,17 @@
-"""The norm that finds its run on the device, against the one that is told it, on random states of the gate.
+"""The norm that finds its run on the device, against the one that is told it, on random states of what decides.
 
-`TRITON_INTERPRET=1 python check_norm.py 100` runs it in Triton's interpreter (a process of its own, for Triton decides
-at import), `python check_norm.py 100 cuda` on a GPU.
+`TRITON_INTERPRET=1 python -m support.gated_norm_check 100` in tests/ runs it in Triton's interpreter (a process of its
+own, for Triton reads the variable when it is imported), `python -m support.gated_norm_check 100 cuda` on a GPU.
 """
 
 import random
 import sys
 
 import torch
-from harmonica_kernels.graphs.gated.steps import Parts
 
 from harmonica_kernels.graphs.gated.decision_memory import DecisionMemory
+from harmonica_kernels.graphs.gated.norm import norm_on_cpu, norm_on_cuda, point
+from harmonica_kernels.graphs.gated.parts import Parts
 from harmonica_kernels.ops._library import kernels
 from support.loops import Trajectory
 
@@ -18,7 +19,7 @@ WIDTHS = (2, 8, 16, 24, 96, 130)
 
 
 def decided(steps: int, branches: int, history: int) -> tuple[DecisionMemory, int]:
-    """The gate's memory after a random number of steps of random decisions; and k, a branch computed there or K."""
+    """The memory after a random number of steps of random decisions; and k, a branch computed there or K."""
     memory = DecisionMemory(steps, branches, history, torch.device("cpu"), parts=1)
     memory.scores.copy_(torch.rand(steps, branches))
     memory.extrapolation.copy_(torch.randn(steps, branches) * (torch.rand(steps, branches) < 0.7))
@@ -39,13 +40,11 @@ def on(device: torch.device, memory: DecisionMemory) -> DecisionMemory:
 
 def check(device: torch.device) -> None:
     """One random problem; the kernel of `device` has to agree with the op on the CPU."""
-    from harmonica_kernels.triton_kernels.gated_norm import gated_norm
-
     T, K = random.randint(1, 5), random.randint(1, 11)
     dtype = random.choice((torch.float32, torch.bfloat16, torch.float16))
     memory, k = decided(T, K, random.choice((1, 2)))
     trajectory = Trajectory(T, K, tokens=random.randint(1, 3), width=random.choice(WIDTHS), dtype=dtype)
-    expected = Parts(trajectory.loop(), memory, torch.randn(trajectory.shape))
+    expected = Parts(trajectory.loop(), memory, torch.randn(trajectory.shape), norm_on_cpu)
     for buffer in (expected.x, expected.tokens, expected.arena):
         buffer.copy_(torch.randn(buffer.shape))
     start = int(memory.start[k])
@@ -55,16 +54,17 @@ def check(device: torch.device) -> None:
         fresh[start % K] = expected.arena[0, start % K]
     expected.fresh = fresh
 
-    found = Parts(trajectory.to(device).loop(), on(device, memory), torch.randn(trajectory.shape).to(device))
+    found = Parts(trajectory.to(device).loop(), on(device, memory), torch.randn(trajectory.shape).to(device),
+                  norm_on_cuda)
     for name in ("x", "tokens", "arena"):
         getattr(found, name).copy_(getattr(expected, name))
     outputs = [t.to(device) for t in fresh]
     if in_slot:
         outputs[start % K] = found.arena[0, start % K]
-    found.point([t.data_ptr() for t in outputs])
+    point(found, [t.data_ptr() for t in outputs])
 
-    gated_norm(found, k)
-    expected.norm_here(k)
+    norm_on_cuda(found, k)
+    norm_on_cpu(expected, k)
     tolerance = dict(rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
     torch.testing.assert_close(found.arena.cpu(), expected.arena, rtol=0, atol=0)
     if k < K:

@@ -96,8 +96,8 @@ class Trajectory:
         for s in range(self.steps):
             rows = hk.Modulation(*([None if row is None else row[s] for row in part] for part in mod))
             tokens = self.embed(x)
-            gate, extrapolate = decide(s, tokens, rows)
-            y = hk.cached_forward(self.branches, tokens, rows, row=gate, extrapolation=extrapolate, cache=cache,
+            row, weights = decide(s, tokens, rows)
+            y = hk.cached_forward(self.branches, tokens, rows, row=row, forecast_weights=weights, cache=cache,
                                   context=0.01, eps=self.eps)
             output = self.head(y)
             x = guided_step(x, output[:n], output[n:] if len(output) > n else None, guidance=self.guidance,

@@ -78,12 +78,12 @@ def names_of(transformer):
     return tuple(f"transformer_blocks.{i}.{part}" for i in range(len(transformer.transformer_blocks)) for part in parts)
 
 
-def random_schedule(transformer, steps=6, share=0.5, extrapolate=True, seed=0, **made_for):
+def random_schedule(transformer, steps=6, share=0.5, forecast=True, seed=0, **made_for):
     generator = torch.Generator().manual_seed(seed)
     names = names_of(transformer)
     compute = torch.rand(steps, len(names), generator=generator) < share
     compute[0] = True
-    a = torch.randn(steps, len(names), generator=generator) * 0.3 if extrapolate else None
+    a = torch.randn(steps, len(names), generator=generator) * 0.3 if forecast else None
     return Schedule(compute, names, Flops((1.0,) * len(names), 1.0), a, **made_for)
 
 

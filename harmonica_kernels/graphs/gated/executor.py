@@ -68,8 +68,8 @@ class Gated:
         scores, extrapolation = router.decision_tables()
         for name, table in (("scores", scores), ("extrapolation", extrapolation)):
             if table is not None and (table.shape != scores.shape or table.dim() != 2 or table.dtype != torch.float32):
-                raise ValueError(f"router.decision_tables(): {name} are {table.dtype} of shape {tuple(table.shape)}, expected "
-                                 "float32 [T, K]")
+                raise ValueError(f"router.decision_tables(): {name} are {table.dtype} of shape {tuple(table.shape)}, "
+                                 "expected float32 [T, K]")
         self._router, self._tables = router, (scores, extrapolation)
         for loop in self._loops.values():
             if loop.memory.scores.shape == scores.shape:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..._info import why_not_gated
 from ...ops._arguments import dtype_number
 from ...ops._library import kernels
-from ..recording import recording, stream_of
+from ..recording import record_into, stream_of
 from .decision_memory import DecisionMemory
 from .norm import point
 from .parts import Parts
@@ -62,7 +62,7 @@ class Recorder:
         """What call() launches as a cudaGraph_t, which is valid as long as this object."""
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         try:
-            with torch.cuda.device(self.device), torch.cuda.stream(self._stream), recording(graph, self._pool):
+            with torch.cuda.device(self.device), torch.cuda.stream(self._stream), record_into(graph, self._pool):
                 call()
         except torch.OutOfMemoryError:
             raise

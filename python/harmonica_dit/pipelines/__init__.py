@@ -1,4 +1,4 @@
-"""diffusers' pipelines and transformers: a schedule on a pipeline, on a loop of your own, and as a denoiser to train on.
+"""diffusers' pipelines and transformers: a schedule on a pipeline or on a loop of your own, and denoisers to train on.
 
     apply.py      `apply`, a schedule on a pipeline
     scheduled.py  `scheduled`, a schedule on whoever calls a transformer

@@ -49,8 +49,8 @@ class PipelineDenoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, **run) -> Tensor:
         """The transformer's output [B, C_out, H, W] for x [B, C, H, W] at timesteps t [B].
 
-        y: [B] classes, or prompts' numbers; `num_classes` stands for none. run: row, forecast_weights, cache, threshold as
-        in `harmonica_kernels.cached_forward`.
+        y: [B] classes, or prompts' numbers; `num_classes` stands for none. run: row, forecast_weights, cache, threshold
+        as in `harmonica_kernels.cached_forward`.
         """
         x = x.to(self.transformer.dtype)
         if self.prompts is None:

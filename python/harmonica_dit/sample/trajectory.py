@@ -63,8 +63,8 @@ class Guided(NamedTuple):
 def run_eagerly(function: Callable[..., Any], *args, **kwargs) -> Any:
     """function(*args, **kwargs).
 
-    `harmonica_kernels.compile(run_eagerly)` is an executor for all the functions that it is called with: their graphs share
-    one pool of memory.
+    `harmonica_kernels.compile(run_eagerly)` is an executor for all the functions that it is called with: their graphs
+    share one pool of memory.
     """
     return function(*args, **kwargs)
 

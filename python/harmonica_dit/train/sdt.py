@@ -19,8 +19,8 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def train_trajectory(router: Router, student: Student, optimizer: torch.optim.Optimizer, importance: Tensor, costs: Tensor,
-                     beta: float | None, *, channels: int | None = None, threshold: float = 0.1) -> Seen:
+def train_trajectory(router: Router, student: Student, optimizer: torch.optim.Optimizer, importance: Tensor,
+                     costs: Tensor, beta: float | None, *, channels: int | None = None, threshold: float = 0.1) -> Seen:
     """Walks from noise to image, updating row s at step s ≥ 1 by L_s = λ_s·mean((ε - ε*)²) + β·Σ_k c_k·r[s,k].
 
     The student's ε, blended by the row and detached, takes the step; it is from before the row's update. Step 0

@@ -51,7 +51,8 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         importance: λ's definition, "paper", "reference" or "gain", see `train.importance`; importance_rows: with "soft"
             or "hard" rows.
         refresh: C, the denoising steps after which λ is measured again.
-        extrapolation: None repeats cached outputs; a number is the forecasts' coefficient; "learned" learns one an entry.
+        extrapolation: None repeats cached outputs; a number is the coefficient a of the forecasts; "learned" learns
+            one for each entry.
         costs: c_k by "flops", where every branch has to have some, or "ones"; of mean 1 either way.
         compare: "all" output channels in the loss, the learned variance's too (published code), or the "noise" alone.
         guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own. Of a

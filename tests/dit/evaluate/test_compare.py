@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import harmonica_dit
+from harmonica_dit.demo import fashion_judge
 from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import uncached
@@ -46,7 +47,7 @@ def test_rows_say_what_the_methods_do(net):
 
 
 def test_the_bundled_model_is_judged(net):
-    rows = compare(net, [], torch.arange(10), steps=4)
+    rows = compare(net, [], torch.arange(10), steps=4, judge=fashion_judge)
     assert 0 <= rows[0]["label_accuracy"] <= 1 and rows[0]["frechet"] is None
 
 

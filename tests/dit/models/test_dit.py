@@ -159,7 +159,7 @@ def test_bad_rows():
     cache = hk.FeatureCache()
     net(x, t, y, cache=cache)
     for row in ((True,), (False,) * 7):
-        with pytest.raises(ValueError, match=f"gate: got {len(row)} entries, expected 6"):
+        with pytest.raises(ValueError, match=f"row: got {len(row)} entries, expected 6"):
             net(x, t, y, cache=cache, row=row)
 
 

@@ -130,7 +130,7 @@ def test_only_computed_branches_are_called(pipe):
 
 def test_the_text_is_projected_once_a_trajectory(sigma):
     """Its keys and values too."""
-    schedule = random_schedule(sigma.transformer, 40, extrapolate=False)
+    schedule = random_schedule(sigma.transformer, 40, forecast=False)
     expected = hooked(sigma, schedule, steps=40)
     harmonica_dit.apply(sigma, schedule)
     called = []

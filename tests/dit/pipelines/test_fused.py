@@ -149,13 +149,13 @@ def walk(forward, inputs, steps, dtype):
     return torch.stack(outputs).double()
 
 
-@pytest.mark.parametrize("extrapolate", [False, True])
+@pytest.mark.parametrize("forecast", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_schedule_equals_hooks_on_diffusers(small, extrapolate, seed):
+def test_a_schedule_equals_hooks_on_diffusers(small, forecast, seed):
     """Reuse, forecast and computing anew, in float32 to rounding and in bfloat16 as near the truth as diffusers is."""
     model, inputs = small
     inputs["timestep"] = torch.tensor([950, 500, 900])
-    schedule = random_schedule(model, 7, 0.4, extrapolate, seed)
+    schedule = random_schedule(model, 7, 0.4, forecast, seed)
     results = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         net = copy.deepcopy(model).to(dtype)
@@ -168,7 +168,7 @@ def test_a_schedule_equals_hooks_on_diffusers(small, extrapolate, seed):
         with torch.no_grad():
             results["ours", dtype] = walk(
                 lambda s, now, adapter=adapter, cache=cache: adapter(
-                    **now, row=schedule.rows[s], extrapolate=schedule.forecast_weights[s], cache=cache).sample,
+                    **now, row=schedule.rows[s], forecast_weights=schedule.forecast_weights[s], cache=cache).sample,
                 inputs, 7, dtype)
     truth = results["hooks", torch.float64]
     close(results["ours", torch.float32], truth)
@@ -216,7 +216,7 @@ def test_hoisted_modulation_is_the_steps_own(plain):
                     made = list(adapter.hoist(schedule.rows[window], timesteps[window], **inputs))
                 more = made.pop(0) if hoisted else {}
                 results.append(adapter(**inputs, **more, cache=cache, row=schedule.rows[s],
-                                       extrapolate=schedule.forecast_weights[s]).sample)
+                                       forecast_weights=schedule.forecast_weights[s]).sample)
                 if hoisted:
                     close(results[-1], results[s])
                     for k, compute in enumerate(schedule.rows[s]):

@@ -13,7 +13,8 @@ from torch import nn
 
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter, GenericCache, flop_counter
-from support.generic_models import MODELS, make, moved, row, state, values
+from support.generic_models import MODELS, make, moved, state, values
+from support.generic_models import row as row_of
 
 NAMES = list(MODELS)
 
@@ -75,9 +76,9 @@ def test_computing_everything_is_the_plain_forward_to_the_bit(model):
     assert type(adapter) is GenericAdapter and adapter.transformer is transformer
     plain = transformer(**arguments)
     K = len(adapter.branch_names)
-    for gate, cache in ((None, None), (None, adapter.new_cache()), ((True,) * K, adapter.new_cache(2)),
+    for row, cache in ((None, None), (None, adapter.new_cache()), ((True,) * K, adapter.new_cache(2)),
                         ((True,) * K, None)):
-        output = adapter(**arguments, row=gate, cache=cache)
+        output = adapter(**arguments, row=row, cache=cache)
         assert type(output) is type(plain) and torch.equal(values(output), values(plain))
     assert state(transformer) == before
 
@@ -91,18 +92,18 @@ def test_hard_rows_equal_the_oracle_and_reused_modules_do_not_run(model):
     names, K, before = adapter.branch_names, len(adapter.branch_names), state(transformer)
     cache, oracle = adapter.new_cache(2), Oracle(transformer, names)
     for s in range(5):
-        gate = (True,) * K if s < 2 else row(K, s)
-        e = tuple(0.0 if compute or k % 2 else 0.3 * s for k, compute in enumerate(gate)) if s > 2 else None
+        row = (True,) * K if s < 2 else row_of(K, s)
+        e = tuple(0.0 if compute or k % 2 else 0.3 * s for k, compute in enumerate(row)) if s > 2 else None
         step = moved(arguments, s)
 
-        def decide(k, fresh, held, row=gate, e=e):
-            if gate[k]:
+        def decide(k, fresh, held, row=row, e=e):
+            if row[k]:
                 return fresh, True
             return (forecast(e[k], *held) if e is not None and e[k] else held[-1]), False
 
         expected = oracle(step, decide)
-        assert torch.equal(values(adapter(**step, row=gate, extrapolate=e, cache=cache)), expected), s
-    for last in (gate, (False,) * K):
+        assert torch.equal(values(adapter(**step, row=row, forecast_weights=e, cache=cache)), expected), s
+    for last in (row, (False,) * K):
         reused = [transformer.get_submodule(name) for name, compute in zip(names, last) if not compute]
         reused += [transformer.get_submodule(name.replace("proj_out", "attn")) for name, compute in zip(names, last)
                    if name.endswith(".proj_out") and not compute]
@@ -144,7 +145,7 @@ def test_soft_rows_and_their_gradients_equal_the_oracle(model):
             return over(lambda f, o: r[k] * f + (1 - r[k]) * o, fresh, old), r[k].item() > 0.5
 
         expected = oracle(step, decide)
-        soft = {} if s == 0 else dict(row=mine[0], extrapolate=mine[1], threshold=0.5)
+        soft = {} if s == 0 else dict(row=mine[0], forecast_weights=mine[1], threshold=0.5)
         result = values(adapter(**step, cache=cache, **soft))
         assert torch.equal(result, expected), s
         if s:
@@ -169,7 +170,7 @@ def test_gradients_of_a_soft_row(name):
 
     def forward(r, e):
         cache = adapter.new_cache().copy_(filled)
-        return values(adapter(**moved64(arguments, 2), row=r, extrapolate=e, cache=cache))
+        return values(adapter(**moved64(arguments, 2), row=r, forecast_weights=e, cache=cache))
 
     inputs = [torch.rand(K, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     assert torch.autograd.gradcheck(forward, inputs, fast_mode=True)
@@ -230,7 +231,7 @@ class Toy(nn.Module):
 
 
 @torch.no_grad()
-def test_trace_orders_branches_and_leaves_out_what_cannot_be_gated():
+def test_trace_orders_branches_and_leaves_out_what_cannot_be_reused():
     toy = Toy(None, "skipped", "in place", "output", "twice")
     toy.blocks.append(toy.blocks[0])  # one block at two places
     adapter = GenericAdapter(toy)
@@ -243,12 +244,12 @@ def test_trace_orders_branches_and_leaves_out_what_cannot_be_gated():
                                 "blocks.2.attn": "its output is changed in place",
                                 "blocks.3.attn": "its output is not float tensors"}
     cache, oracle = adapter.new_cache(), Oracle(toy, adapter.branch_names)
-    gate = (False, False, True, True, False, True, False)  # blocks.0 and blocks.4.ff run twice in a forward
-    for s, now in enumerate(((True,) * 7, gate, gate)):
+    row = (False, False, True, True, False, True, False)  # blocks.0 and blocks.4.ff run twice in a forward
+    for s, now in enumerate(((True,) * 7, row, row)):
         x = torch.randn(2, 4)
         expected = oracle_of(oracle, toy, x, now)
         assert torch.equal(adapter(x, row=now, cache=cache), expected), s
-    with pytest.raises(TypeError, match="none of its branches can be gated"):
+    with pytest.raises(TypeError, match="none of its branches can be reused"):
         GenericAdapter(Toy("skipped"), ["blocks.0.attn"]).trace(x)
 
 
@@ -261,18 +262,18 @@ def test_trace_sees_in_inference_mode_what_is_changed_in_place():
         adapter.trace(x)
         assert adapter.left_out == {"blocks.0.attn": "its output is changed in place"}
         cache = adapter.new_cache()
-        for gate in (None, (False,) * 3, (False,) * 3):
-            assert torch.equal(adapter(x, row=gate, cache=cache), plain)
+        for row in (None, (False,) * 3, (False,) * 3):
+            assert torch.equal(adapter(x, row=row, cache=cache), plain)
 
 
-def oracle_of(oracle, toy, x, gate):
+def oracle_of(oracle, toy, x, row):
     class Listed(nn.Module):  # values() takes what a diffusers model returns
         def forward(self):
             return [toy(x)]
 
     oracle.transformer = wrapped = Listed()
     wrapped.get_submodule = toy.get_submodule
-    return oracle({}, lambda k, fresh, held: (fresh, True) if gate[k] else (held[-1], False)).view_as(x)
+    return oracle({}, lambda k, fresh, held: (fresh, True) if row[k] else (held[-1], False)).view_as(x)
 
 
 @torch.no_grad()
@@ -315,16 +316,16 @@ def test_arguments_are_checked_before_anything_runs():
         with pytest.raises(error, match=said):
             adapter(**arguments, **options)
 
-    refused(ValueError, "gate: got 2 entries", row=(True, False), cache=cache)
+    refused(ValueError, "row: got 2 entries", row=(True, False), cache=cache)
     refused(ValueError, "reuses branches; pass cache", row=(False,) * K)
     refused(ValueError, "holds no output of branch 0", row=(False,) * K, cache=cache)
     refused(TypeError, "cache: got int", cache=3)
     refused(ValueError, "threshold: got 2", threshold=2)
-    refused(ValueError, "extrapolate: got 1 weights", cache=cache, extrapolate=(1.0,))
+    refused(ValueError, "forecast_weights: got 1", cache=cache, forecast_weights=(1.0,))
     adapter(**arguments, cache=cache)
     held = cache.nbytes
     assert held > 0
-    refused(ValueError, "last two computed outputs", row=(False,) * K, extrapolate=(1.0,) * K, cache=cache)
+    refused(ValueError, "last two computed outputs", row=(False,) * K, forecast_weights=(1.0,) * K, cache=cache)
     doubled = {name: torch.cat([value, value]) for name, value in arguments.items()}
     refused(ValueError, "cache: holds a forward of", doubled, row=(False,) * K, cache=cache)
     cache.reset()
@@ -348,11 +349,11 @@ def test_compiled_blocks_and_gradient_checkpointing_are_refused():
     cache, K = adapter.new_cache(), len(adapter.branch_names)
     transformer.enable_gradient_checkpointing()
     adapter(**arguments, cache=cache)
-    for gate in (torch.rand(K), row(K, 0)):
+    for row in (torch.rand(K), row_of(K, 0)):
         with pytest.raises(ValueError, match="disable_gradient_checkpointing"):
-            adapter(**arguments, row=gate, cache=cache)
+            adapter(**arguments, row=row, cache=cache)
     with torch.no_grad():
-        adapter(**arguments, row=row(K, 0), cache=cache)
+        adapter(**arguments, row=row_of(K, 0), cache=cache)
     transformer.transformer_blocks[1].compile()
     with pytest.raises(ValueError, match="transformer_blocks.1: has been compiled"):
         adapter(**arguments, cache=adapter.new_cache())
@@ -376,7 +377,7 @@ def test_an_error_inside_leaves_nothing_behind_and_other_hooks_stay():
 
     handle = transformer.single_transformer_blocks[1].register_forward_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        adapter(**arguments, row=row(len(adapter.branch_names), 1), cache=cache)
+        adapter(**arguments, row=row_of(len(adapter.branch_names), 1), cache=cache)
     handle.remove()
     assert state(transformer) == before and torch.equal(values(transformer(**arguments)), plain)
     with pytest.raises(RuntimeError, match="did not finish"):
@@ -394,7 +395,7 @@ def test_threads_share_a_transformer():
         if i == 2:  # one that knows nothing of gates
             return [values(transformer(**moved(arguments, s))) for s in range(12)]
         cache = adapters[i].new_cache()
-        return [values(adapters[i](**moved(arguments, s), row=row(K, 10 * i + s) if s else None, cache=cache))
+        return [values(adapters[i](**moved(arguments, s), row=row_of(K, 10 * i + s) if s else None, cache=cache))
                 for s in range(12)]
 
     expected = [walk(i) for i in range(3)]

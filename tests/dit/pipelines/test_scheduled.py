@@ -43,8 +43,8 @@ def test_a_denoising_loop_follows_a_schedule():
 
     def by_hand():
         caches = [adapter.new_cache(2), adapter.new_cache(2)]
-        return loop(lambda s, i, step: adapter(**step, row=schedule.rows[s], extrapolate=schedule.forecast_weights[s],
-                                               cache=caches[i]).sample)
+        return loop(lambda s, i, step: adapter(**step, row=schedule.rows[s],
+                                               forecast_weights=schedule.forecast_weights[s], cache=caches[i]).sample)
 
     plain = loop(lambda s, i, step: transformer(**step).sample)
     with scheduled(transformer, schedule, calls=2):

@@ -19,7 +19,7 @@ from harmonica_dit.models import DiT
 from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, image_noise, make_scheduler
 from harmonica_dit.train import train_router
-from harmonica_dit.train.importance import importance
+from harmonica_dit.train.importance import measure_importance
 
 BETAS = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 T = 5
@@ -142,7 +142,7 @@ def test_importance_is_the_naive_one(net, name):
 
     whole = image(range(1, T))
     naive = [(whole - image([i for i in range(1, T) if i != s])).square().mean() for s in range(1, T)]
-    found = importance(router, trajectory_of(net, name), noise)
+    found = measure_importance(router, trajectory_of(net, name), noise)
     assert torch.equal(found, torch.stack([torch.tensor(0.0), *naive])) and (found[1:] > 0).all()
 
 

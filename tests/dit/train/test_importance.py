@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
-from harmonica_dit.train.importance import importance, normalise
+from harmonica_dit.train.importance import measure_importance, normalise
 
 
 def generate(router, trajectory, noise, routed, rows):
@@ -20,9 +20,9 @@ def generate(router, trajectory, noise, routed, rows):
             if router.coefficients is not None:
                 e = [router.coefficients[s - 1][k].item() * ratio(decisions, s, k) for k in range(len(row))]
             if rows == "hard":
-                forward = dict(row=row, extrapolate=e and [0.0 if c else v for c, v in zip(row, e, strict=True)])
+                forward = dict(row=row, forecast_weights=e and [0.0 if c else v for c, v in zip(row, e, strict=True)])
             else:
-                forward = dict(row=r, threshold=router.threshold, extrapolate=e and torch.tensor(e))
+                forward = dict(row=r, threshold=router.threshold, forecast_weights=e and torch.tensor(e))
         decisions.append(row)
         x = trajectory.advance(trajectory.predict(x, s, cache=cache, **forward), s, x)
     return x
@@ -56,7 +56,7 @@ def test_equals_the_naive_computation_bit_for_bit(make_router, make_trajectory, 
     def new_trajectory():
         return make_trajectory(scheduler=scheduler)
 
-    found = importance(router, new_trajectory(), noise, kind=kind, rows=rows)
+    found = measure_importance(router, new_trajectory(), noise, kind=kind, rows=rows)
     assert torch.equal(found, naive(router, new_trajectory, noise, kind, rows))
     assert (found[1:] > 0).any() and found[0] == 0
 
@@ -71,7 +71,7 @@ def test_gain_is_the_papers_importance_by_the_error_at_its_step(make_router, mak
         if s:
             errors.append((output - everything)[:, :1].square().mean())  # channel 1, the variance, moves no pixel
         x = trajectory.advance(output, s, x)
-    gains, raw = (importance(router, make_trajectory(), noise, kind=kind) for kind in ("gain", "paper"))
+    gains, raw = (measure_importance(router, make_trajectory(), noise, kind=kind) for kind in ("gain", "paper"))
     torch.testing.assert_close(gains, raw / torch.stack(errors), rtol=1e-3, atol=0)
 
 
@@ -80,7 +80,7 @@ def test_gain_is_the_papers_importance_by_the_error_at_its_step(make_router, mak
 def test_forwards(net, make_router, make_trajectory, noise, kind, T):
     router, calls = make_router(T), []
     handle = net.register_forward_hook(lambda *_: calls.append(1))
-    importance(router, make_trajectory(T), noise, kind=kind)
+    measure_importance(router, make_trajectory(T), noise, kind=kind)
     handle.remove()
     assert len(calls) == T + T * (T - 1) // 2
 
@@ -90,8 +90,8 @@ def test_a_row_that_computes_everything_has_no_importance_when_hard(make_router,
     with torch.no_grad():
         router.logits[1].fill_(5)
     for kind in ("paper", "reference"):
-        assert importance(router, make_trajectory(), noise, kind=kind, rows="hard")[2] == 0
-        assert importance(router, make_trajectory(), noise, kind=kind, rows="soft")[2] > 0
+        assert measure_importance(router, make_trajectory(), noise, kind=kind, rows="hard")[2] == 0
+        assert measure_importance(router, make_trajectory(), noise, kind=kind, rows="soft")[2] > 0
 
 
 def test_normalised_to_mean_one_over_the_rows_that_learn():

@@ -13,17 +13,18 @@ import harmonica_kernels as hk
 from harmonica_dit.flops import count_flops
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.router import Router
-from harmonica_dit.sample.trajectory import Guided, Trajectory, call, image_noise
+from harmonica_dit.sample.trajectory import Guided, Trajectory, image_noise, run_eagerly
 from harmonica_dit.train import train_router
-from harmonica_dit.train.importance import importance
+from harmonica_dit.train.frozen_model import checkpoint_bodies, freeze
+from harmonica_dit.train.importance import measure_importance
 from harmonica_dit.train.sdt import train_trajectory
 from harmonica_dit.train.student import Student, new_executor, student_step
-from harmonica_dit.train.train import checkpointed, frozen
 from harmonica_kernels import forward
 from support.cpu_recorder import CpuRecorder
 
 SETTINGS = dict(steps=5, batch=2, lr=0.1, refresh=10, progress=False, trajectories=8, beta=1e-4)
-CASES = [dict(), dict(importance="gain"), dict(extrapolation="learned"), dict(extrapolation=0.5, importance="reference"),
+CASES = [dict(), dict(importance="gain"), dict(extrapolation="learned"), dict(extrapolation=0.5,
+                                                                              importance="reference"),
          dict(autocast="bfloat16", compare="noise"), dict(checkpointing=True, guidance=1.0),
          dict(importance_rows="hard", importance="reference"), dict(scheduler="DPMSolverMultistepScheduler")]
 
@@ -80,7 +81,7 @@ def test_nothing_is_recorded_anew_as_the_router_learns(net, recorder, executors,
         train_router(net, **SETTINGS | dict(trajectories=n, refresh=5), **options)
         counts[n] = [what for what, _ in recorder.log].count("pool") + 1
     assert counts[3] == counts[8] == executors[-1].graphs == 5 * history
-    students = [key for key in executors[-1]._recordings if (0, compared, (), ()) in key[0]]
+    students = [key for key in executors[-1]._recordings if (0, student_step, (), ()) in key[0]]
     assert len(students) == history
 
 
@@ -103,9 +104,9 @@ def trained(net, router, new_trajectory, noise, run):
     T, K = router.steps, len(router.branches)
     for i in range(3):
         trajectory = new_trajectory()
-        trajectory.run = run
+        trajectory.executor = run
         walk = Student(router, trajectory, noise + i, cache=cache)
-        with frozen(net):
+        with freeze(net):
             seen.append(train_trajectory(router, walk, optimizer, torch.arange(float(T), device=noise.device),
                                          torch.linspace(0.5, 1.5, K, device=noise.device), 1e-3))
     return seen, optimizer.found, walk.x
@@ -115,7 +116,7 @@ def trained(net, router, new_trajectory, noise, run):
 def test_gradients_and_losses(net, make_router, make_trajectory, noise, monkeypatch, coefficients):
     """Of each row, in trajectories where nearly everything is replayed."""
     router = make_router(coefficients=coefficients, learned=coefficients)
-    seen, gradients, image = trained(net, router, make_trajectory, noise, call)
+    seen, gradients, image = trained(net, router, make_trajectory, noise, run_eagerly)
     CpuRecorder.install(monkeypatch)
     monkeypatch.setattr(forward, "HOST", ())
     run = new_executor(net, 5)
@@ -134,14 +135,14 @@ def test_gradients_and_losses(net, make_router, make_trajectory, noise, monkeypa
 def test_importance_of_changing_routers_from_one_executor(net, make_router, make_trajectory, noise, monkeypatch, kind,
                                                           rows):
     routers = [make_router(coefficients=True, scale=scale) for scale in (1.0, 2.0, 3.0, 4.0)]
-    eager = [importance(router, make_trajectory(), noise, kind=kind, rows=rows) for router in routers]
+    eager = [measure_importance(router, make_trajectory(), noise, kind=kind, rows=rows) for router in routers]
     CpuRecorder.install(monkeypatch)
     monkeypatch.setattr(forward, "HOST", ())
     run, cache, graphs = new_executor(net, 5), hk.FeatureCache(2), []
     for router, expected in zip(routers, eager, strict=True):
         trajectory = make_trajectory()
-        trajectory.run = run
-        assert torch.equal(importance(router, trajectory, noise, kind=kind, rows=rows, cache=cache), expected)
+        trajectory.executor = run
+        assert torch.equal(measure_importance(router, trajectory, noise, kind=kind, rows=rows, cache=cache), expected)
         graphs.append(run.graphs)
     assert rows == "hard" or graphs[2] == graphs[3] <= 8
     assert 0 < graphs[3] <= 5 + 16
@@ -176,9 +177,9 @@ def test_the_student_reads_no_value(net, recorder, monkeypatch):
         target = model(x, t, rows, cache=cache)
         for outputs in (3, 4):  # a second output to forecast from is there at the second step
             assert len(student_step(model, x, t, rows, target, r, e, one, cache, 0.5, None, True)) == outputs
-        model(x, t, rows, row=r, extrapolate=e, cache=cache, threshold=0.5)
+        model(x, t, rows, row=r, forecast_weights=e, cache=cache, threshold=0.5)
 
-    with frozen(net), torch.no_grad():
+    with freeze(net), torch.no_grad():
         with mode:
             steps()
         monkeypatch.setattr(forward, "HOST", ("cpu",))
@@ -191,7 +192,7 @@ def test_the_student_needs_no_more_memory_of_autograd_than_it_gives_back(net):
     """Nothing that it returns keeps what the backward was made of."""
     model, cache = Guided(net, 1.5, 3), hk.FeatureCache()
     x, t, rows = torch.randn(2, *net.sample_shape), torch.tensor(500), torch.tensor([0, 3, 4, 4])
-    with frozen(net), torch.no_grad(), checkpointed(net):
+    with freeze(net), torch.no_grad(), checkpoint_bodies(net):
         target = model(x, t, rows, cache=cache)
         found = student_step(model, x, t, rows, target, torch.rand(4), None, torch.ones(()), cache, 0.5, None, False)
     assert len(found) == 3 and not any(o.requires_grad or o.grad_fn for o in found) and not cache._pending
@@ -201,7 +202,7 @@ def test_models_that_look_up_prompts_and_bad_executors(net):
     class Prompted:
         prompts = ["a shoe"]
 
-    assert new_executor(Prompted(), 5) is call
+    assert new_executor(Prompted(), 5) is run_eagerly
     with pytest.raises(ValueError, match='executor: got "gated"|executor: got \'gated\''):
         train_router(net, executor="gated", **SETTINGS)
 
@@ -233,7 +234,8 @@ class TestOnAGpu:
 
     def test_gradients_and_losses(self, big, router):
         noise, run = image_noise(1, 0, 2, big.sample_shape).cuda(), new_executor(big, 6)
-        eager, recorded = (trained(big, router, lambda: self.new_trajectory(big), noise, how) for how in (call, run))
+        eager, recorded = (trained(big, router, lambda: self.new_trajectory(big), noise, how) for how in (run_eagerly,
+                                                                                                          run))
         assert run.graphs >= 4
         (seen, gradients, image), (again, found, other) = eager, recorded
         torch.testing.assert_close(other, image, rtol=1e-2, atol=1e-2)
@@ -255,11 +257,11 @@ class TestOnAGpu:
         noise = image_noise(1, 0, 2, big.sample_shape).cuda()
         for i in range(5):
             trajectory = self.new_trajectory(big)
-            trajectory.run = run
+            trajectory.executor = run
             walk = Student(router, trajectory, noise, cache=cache)
             torch.cuda.set_sync_debug_mode("error" if i == 4 else "default")
             try:
-                with frozen(big):
+                with freeze(big):
                     train_trajectory(router, walk, optimizer, ones[:6], ones, 1e-4)
             finally:
                 torch.cuda.set_sync_debug_mode("default")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
+from harmonica_dit.train.frozen_model import freeze
 from harmonica_dit.train.sdt import train_trajectory
 from harmonica_dit.train.student import Student
-from harmonica_dit.train.train import frozen
 
 COSTS = torch.tensor([0.5, 1.5, 0.5, 1.5])
 
@@ -16,7 +16,7 @@ def optimizer_of(router, lr=0.1):
 
 
 def run(net, router, walk, optimizer, beta=1e-3, **options):
-    with frozen(net):
+    with freeze(net):
         return train_trajectory(router, walk, optimizer, torch.ones(router.steps), COSTS, beta, **options)
 
 
@@ -81,7 +81,7 @@ def test_loss_and_gradient_are_those_of_the_paper(net, make_router, make_traject
         x = trajectory.start(noise)
         x = trajectory.advance(trajectory.predict(x, 0, cache=cache), 0, x)
         target = trajectory.predict(x, 1)
-    with frozen(net):
+    with freeze(net):
         r = logits.sigmoid()
         output = trajectory.predict(x, 1, row=r, cache=cache, threshold=router.threshold)
         loss = 3.0 * (output - target).square().mean() + beta * (COSTS * r).sum()
@@ -89,7 +89,7 @@ def test_loss_and_gradient_are_those_of_the_paper(net, make_router, make_traject
 
     optimizer = torch.optim.SGD(router.parameters(), lr=1.0)
     before = router.logits[0].detach().clone()
-    with frozen(net):
+    with freeze(net):
         seen = train_trajectory(router, Student(router, make_trajectory(2), noise), optimizer, lam, COSTS, beta)
     torch.testing.assert_close(seen.losses[0], loss.detach())
     torch.testing.assert_close(before - router.logits[0].detach(), logits.grad, rtol=1e-3, atol=1e-7)

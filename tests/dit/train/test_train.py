@@ -10,10 +10,10 @@ from diffusers import DDIMParallelScheduler, DDIMScheduler
 
 import harmonica_dit.train.train as module
 from harmonica_dit.files import load_tensors, save_tensors
-from harmonica_dit.flops import Flops
+from harmonica_dit.flops import Flops, count_flops
 from harmonica_dit.router import Router
 from harmonica_dit.sample.schedulers import ReferenceDDIM
-from harmonica_dit.train import check_arguments, train_router
+from harmonica_dit.train import check_arguments, start, train_router
 from harmonica_dit.train.log import COLUMNS, Log
 
 SMALL = dict(steps=4, batch=2, lr=0.1, refresh=12, progress=False, trajectories=6)
@@ -179,8 +179,8 @@ def test_a_resumed_log_keeps_its_lines_through_an_interruption(tmp_path):
 
 
 def test_a_branch_without_flops_has_no_cost_to_weigh(net, monkeypatch):
-    free = module.count_flops(net)
-    monkeypatch.setattr(module, "count_flops", lambda _: Flops((0.0, *free.branches[1:]), free.fixed))
+    free = count_flops(net)
+    monkeypatch.setattr(start, "count_flops", lambda _: Flops((0.0, *free.branches[1:]), free.fixed))
     with pytest.raises(ValueError, match="costs: .*'blocks.0.attn' costs nothing"):
         train_router(net, beta=1e-5, **SMALL)
     router = train_router(net, target_speedup=1.3, costs="ones", **SMALL)
@@ -189,7 +189,7 @@ def test_a_branch_without_flops_has_no_cost_to_weigh(net, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_training(net, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(module, "_one_trajectory", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(module, "_train_one", lambda *_: pytest.fail("it trained"))
     with pytest.raises(OSError, match="file"):
         train_router(net, beta=1e-5, out=tmp_path / "file", **SMALL)
 
@@ -206,7 +206,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training(net, tmp_pa
     (dict(beta=1.0, threshold=1.5), "threshold"), (dict(beta=1.0, seed=-1), "seed"),
     (dict(beta=1.0, importance="soft"), "importance"), (dict(beta=1.0, importance_rows="x"), "importance_rows"),
     (dict(beta=1.0, costs="time"), "costs"), (dict(beta=1.0, compare="x"), "compare"),
-    (dict(beta=1.0, extrapolate="yes"), "extrapolate"), (dict(beta=1.0, extrapolate=float("inf")), "extrapolate"),
+    (dict(beta=1.0, extrapolation="yes"), "extrapolation"), (dict(beta=1.0, extrapolation=float("inf")),
+                                                             "extrapolation"),
     (dict(beta=1.0, scheduler="nonsense"), "scheduler"), (dict(beta=1.0, guidance=float("nan")), "guidance"),
 ])
 def test_bad_arguments_are_named(net, options, name):

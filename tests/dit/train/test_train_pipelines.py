@@ -17,7 +17,7 @@ from harmonica_dit.pipelines import prompts
 from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, denoise, image_noise
 from harmonica_dit.train import train_router
-from harmonica_dit.train.train import checkpointed, frozen
+from harmonica_dit.train.frozen_model import checkpoint_bodies, freeze
 from support.pipeline_folders import randomised, save_pixart, small_vae
 
 TEXTS = ("a cat", "the quick brown fox", "dogs")
@@ -207,9 +207,9 @@ def kept(net, **options):
 
 @pytest.mark.parametrize("options", [dict(), dict(autocast="bfloat16")])
 def test_checkpointing_keeps_less_and_changes_nothing(net, options):
-    with frozen(net):
+    with freeze(net):
         plain, plain_bytes = error_and_gradient(net, **options), kept(net, **options)
-        with checkpointed(net):
+        with checkpoint_bodies(net):
             again, bytes_ = error_and_gradient(net, **options), kept(net, **options)
     for a, b in zip((plain[0], plain[1], *plain[2]), (again[0], again[1], *again[2]), strict=True):
         assert torch.equal(a, b)
@@ -230,7 +230,7 @@ def test_bfloat16(pixart, options):
     dtype = options.pop("dtype", "float32")
     exact = harmonica_dit.load(str(pixart), prompts=TEXTS)
     net = harmonica_dit.load(str(pixart), prompts=TEXTS, dtype=dtype)
-    with frozen(exact), frozen(net):
+    with freeze(exact), freeze(net):
         (_, expected, _), (_, found, outputs) = error_and_gradient(exact), error_and_gradient(net, **options)
     assert found.dtype == torch.float32 and outputs[0].dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.95

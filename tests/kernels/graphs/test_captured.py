@@ -222,8 +222,8 @@ def test_caches(recorder, history):
             for i, x in enumerate(xs):
                 filled_twice = history == 2 and all(fresh[i].filled(k) == 2 for k in range(3))
                 e = tuple(0.0 if c else 0.5 for c in row) if filled_twice and s % 2 else None
-                want = net(x, row=row, extrapolate=e, cache=fresh[i])
-                got = executor(x, row=row, extrapolate=e, cache=caches[i])
+                want = net(x, row=row, forecast_weights=e, cache=fresh[i])
+                got = executor(x, row=row, forecast_weights=e, cache=caches[i])
                 assert torch.equal(got, want)
                 assert [caches[i].filled(k) for k in range(3)] == [fresh[i].filled(k) for k in range(3)]
                 for k in range(3):
@@ -382,8 +382,8 @@ class TestOnAGpu:
             cache.rewind()
             fresh, x = hk.FeatureCache(2), torch.randn(2, 5, 8, device="cuda")
             for row, e in ((None, None), ((True, False, True), None), (None, None), ((False, True, False), (1, 0, 1))):
-                want = net(x, row=row, extrapolate=e, cache=fresh)
-                assert torch.equal(executor(x, row=row, extrapolate=e, cache=cache), want)
+                want = net(x, row=row, forecast_weights=e, cache=fresh)
+                assert torch.equal(executor(x, row=row, forecast_weights=e, cache=cache), want)
                 x = want
         assert executor.graphs == 4
 

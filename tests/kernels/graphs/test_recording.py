@@ -1,5 +1,5 @@
 """How a recording begins and ends, by the rules of PyTorch and CUDA, on a stand-in for both; see TestOnAGpu of
-test_graph for the real ones."""
+test_captured for the real ones."""
 
 import gc
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harmonica_kernels.graphs import recording
-from harmonica_kernels.graphs.recording import recording, stream_of
+from harmonica_kernels.graphs.recording import record_into, stream_of
 
 EMPTY = torch.empty  # of the CPU
 
@@ -77,13 +77,13 @@ def device(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, device: EMPTY(*shape))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", device.end_to_pool, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: device.pools.remove(pool), raising=False)
-    monkeypatch.setattr(_capture, "ABANDONED", [])
+    monkeypatch.setattr(recording, "ABANDONED", [])
     return device
 
 
 def test_a_recording_ends(device):
     graph = device.graph()
-    with recording(graph, "pool"):
+    with record_into(graph, "pool"):
         assert device.current is graph and not gc.isenabled()
     assert graph.ended and gc.isenabled()
     device.is_ready(["pool"])
@@ -93,19 +93,19 @@ def test_a_recording_ends(device):
 def test_one_that_fails_leaves_nothing_behind(device, invalid, kind):
     """Nor does it take another graph's pool away."""
     other = device.graph()
-    with recording(other, "pool"):
+    with record_into(other, "pool"):
         pass
-    with pytest.raises(kind, match="why"), recording(device.graph(), "pool"):
+    with pytest.raises(kind, match="why"), record_into(device.graph(), "pool"):
         device.invalid = invalid
         raise kind("why")
     device.is_ready(["pool"])
     assert gc.isenabled()
-    assert len(_capture.ABANDONED) == invalid
+    assert len(recording.ABANDONED) == invalid
 
 
 def test_one_whose_failure_shows_at_its_end(device):
     """A function may swallow the error."""
-    with pytest.raises(RuntimeError, match="previous error"), recording(device.graph(), "pool"):
+    with pytest.raises(RuntimeError, match="previous error"), record_into(device.graph(), "pool"):
         device.invalid = True
     device.is_ready([])
 
@@ -116,12 +116,12 @@ def test_any_mode_after_any_other(device, first, then, ours_first):
     """Inference mode or not, after ours or another's recording in inference mode or not."""
     with torch.inference_mode(first):
         if ours_first:
-            with recording(device.graph(), "first"):
+            with record_into(device.graph(), "first"):
                 pass
         else:
             device.graph().capture_begin("first", "thread_local")
             device.current.capture_end()
-    with torch.inference_mode(then), recording(device.graph(), "pool"):
+    with torch.inference_mode(then), record_into(device.graph(), "pool"):
         pass
     if ours_first:  # and nor does ours stand in another's way
         device.graph().capture_begin("third", "thread_local")
@@ -132,7 +132,7 @@ def test_streams_have_one_owner_at_a_time(monkeypatch):
         pass
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    monkeypatch.setattr(_capture, "FREE", {})
+    monkeypatch.setattr(recording, "FREE", {})
     one, two = Owner(), Owner()
     streams = [stream_of(owner, device) for owner in (one, two) for device in ("cuda:0", "cuda:1")]
     assert len(set(map(id, streams))) == 4

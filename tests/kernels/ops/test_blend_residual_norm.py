@@ -28,8 +28,8 @@ class Soft(Problem):
         self.leaves = [t for t in leaves if t is not None]
 
     def call(self):
-        return blend_residual_norm(self.x, self.run, self.shift, self.scale, e=self.weights, fresh=self.fresh, r=self.r,
-                                   h_dtype=self.h_dtype, norm=self.norm, eps=self.eps)
+        return blend_residual_norm(self.x, self.run, self.shift, self.scale, forecast_weights=self.weights,
+                                   fresh=self.fresh, r=self.r, h_dtype=self.h_dtype, norm=self.norm, eps=self.eps)
 
     def truth(self):
         """(x', h, o or None) in float64, and the doubled leaves in the order of `leaves`."""
@@ -102,8 +102,8 @@ def test_gradcheck(draw):
         forecasts = torch.tensor([term.previous is not None for term in p.run])
         weights = None if p.weights is None else get(p.weights) * forecasts
         run = [Term(get(t.latest), t.previous, get(t.gate)) for t in p.run]
-        return blend_residual_norm(get(p.x), run, get(p.shift), get(p.scale), e=weights, fresh=get(p.fresh),
-                                   r=get(p.r), norm=p.norm, eps=p.eps)[:2]
+        return blend_residual_norm(get(p.x), run, get(p.shift), get(p.scale), forecast_weights=weights,
+                                   fresh=get(p.fresh), r=get(p.r), norm=p.norm, eps=p.eps)[:2]
 
     assert torch.autograd.gradcheck(forward, [leaf.clone().requires_grad_() for leaf in p.leaves])
 
@@ -111,8 +111,8 @@ def test_gradcheck(draw):
 def test_forward_equals_residual_norm(isa):
     p = Problem(3, 5, 65, 2, torch.float32)
     x_out = torch.empty(3, 5, 65)
-    h = residual_norm(p.x, p.run, p.shift, p.scale, e=p.e, x_out=x_out)
-    x_new, twin, _ = blend_residual_norm(p.x, p.run, p.shift, p.scale, e=torch.tensor(p.e))
+    h = residual_norm(p.x, p.run, p.shift, p.scale, forecast_weights=p.e, x_out=x_out)
+    x_new, twin, _ = blend_residual_norm(p.x, p.run, p.shift, p.scale, forecast_weights=torch.tensor(p.e))
     assert torch.equal(x_new, x_out) and torch.equal(twin, h)
 
 
@@ -124,7 +124,8 @@ def test_threads_do_not_change_a_bit(threads):
     results = []
     for count in (1, 2, 5):
         threads(count)
-        x_new, h, _ = blend_residual_norm(x, [Term(o, previous, gate)], shift, scale, e=e, fresh=fresh, r=r)
+        x_new, h, _ = blend_residual_norm(x, [Term(o, previous, gate)], shift, scale, forecast_weights=e, fresh=fresh,
+                                          r=r)
         results.append(torch.autograd.grad((x_new * h).sum(), (x, o, fresh, gate, shift, scale, r, e)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
@@ -149,7 +150,8 @@ def test_identities():
 
 
 def soft(x, o, previous, fresh, gate, shift, scale, r, e):
-    x, h, _ = blend_residual_norm(x, [Term(o, previous, gate), Term(fresh)], shift, scale, e=e, fresh=fresh.cos(), r=r)
+    x, h, _ = blend_residual_norm(x, [Term(o, previous, gate), Term(fresh)], shift, scale, forecast_weights=e,
+                                  fresh=fresh.cos(), r=r)
     return blend_residual_norm(x + h, [Term(o)], None, scale)[:2]
 
 
@@ -170,8 +172,8 @@ def test_opcheck():
     previous = torch.randn(2, 3, 8)
     op = torch.ops.harmonica.blend_residual_norm.default
     torch.library.opcheck(op, (x, [o, fresh], [previous, previous], [True, True], e, [row], [False, True], fresh, r,
-                               row, row, None, True, 1e-6))
-    torch.library.opcheck(op, (x, [], [], [], None, [], [], None, None, None, row, torch.float32, True, 1e-6))
+                               row, row, True, 1e-6, None))
+    torch.library.opcheck(op, (x, [], [], [], None, [], [], None, None, None, row, True, 1e-6, torch.float32))
     # Its backward has no gradients of its own; it is checked on what autograd hands it.
     x_new, dh = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     torch.library.opcheck(
@@ -194,9 +196,11 @@ def test_second_derivatives_are_refused():
     (ValueError, "the run is empty", lambda: dict(run=[], fresh=torch.randn(2, 3, 8), r=torch.rand(1))),
     (ValueError, r"r must be a float tensor of one element, got \[2\]",
      lambda: dict(fresh=torch.randn(2, 3, 8), r=torch.rand(2))),
-    (ValueError, r"e must be a float tensor \[1\].*got \[2\]", lambda: dict(e=torch.rand(2))),
-    (ValueError, r"e\[0\] is 0.5, but run\[0\].previous", lambda: dict(e=torch.tensor([0.5]))),
-    (ValueError, r"e\[0\] must be finite", lambda: dict(e=torch.tensor([torch.nan]))),
+    (ValueError, r"forecast_weights must be a float tensor \[1\].*got \[2\]",
+     lambda: dict(forecast_weights=torch.rand(2))),
+    (ValueError, r"forecast_weights\[0\] is 0.5, but run\[0\].previous",
+     lambda: dict(forecast_weights=torch.tensor([0.5]))),
+    (ValueError, r"forecast_weights\[0\] must be finite", lambda: dict(forecast_weights=torch.tensor([torch.nan]))),
     (ValueError, "fresh must be", lambda: dict(fresh=torch.randn(2, 3, 9), r=torch.rand(1))),
     (ValueError, "previous is a cached output", lambda: dict(
         run=[Term(torch.randn(2, 3, 8), torch.randn(2, 3, 8, requires_grad=True))])),

@@ -18,7 +18,8 @@ def test_agrees_with_float64(shape, isa):
         x_new, h = p.truth()
         x_bound, h_bound = p.bounds(x_new, h, x_dtype)
         x_out = torch.full(shape[:3], torch.nan, dtype=x_dtype)
-        got = residual_norm(p.x, p.run, p.shift, p.scale, e=p.e, x_out=x_out, h_dtype=p.h_dtype, norm=p.norm, eps=p.eps)
+        got = residual_norm(p.x, p.run, p.shift, p.scale, forecast_weights=p.e, x_out=x_out, h_dtype=p.h_dtype,
+                            norm=p.norm, eps=p.eps)
         assert got.dtype == p.h_dtype
         assert_within(x_out, x_new, x_bound, "x_out")
         assert_within(got, h, h_bound if got is not x_out else x_bound, "h")
@@ -29,7 +30,7 @@ def test_in_place_equals_out_of_place(isa):
         p = Problem(2, 5, 65, 3, dtype)
         x = p.x.clone(memory_format=torch.contiguous_format)
         x_out = torch.full_like(x, torch.nan)
-        arguments = dict(e=p.e, norm=p.norm, eps=p.eps, h_dtype=torch.float32)
+        arguments = dict(forecast_weights=p.e, norm=p.norm, eps=p.eps, h_dtype=torch.float32)
         h = residual_norm(x, p.run, p.shift, p.scale, x_out=x_out, **arguments)
         in_place = residual_norm(x, p.run, p.shift, p.scale, x_out=x, **arguments)
         assert torch.equal(x, x_out) and torch.equal(h, in_place)
@@ -90,7 +91,7 @@ def test_threads_do_not_change_a_bit(threads):
     for count in (1, 2, 5):
         threads(count)
         x_out = torch.empty(3, 200, 65)
-        results.append((x_out, residual_norm(p.x, p.run, p.shift, p.scale, e=p.e, x_out=x_out)))
+        results.append((x_out, residual_norm(p.x, p.run, p.shift, p.scale, forecast_weights=p.e, x_out=x_out)))
     for x_out, h in results[1:]:
         assert torch.equal(x_out, results[0][0]) and torch.equal(h, results[0][1])
 
@@ -129,7 +130,8 @@ def test_float64():
     p = Problem(2, 3, 9, 2, torch.float64)
     x_new, h = p.truth()
     x_out = torch.empty_like(x_new)
-    torch.testing.assert_close(residual_norm(p.x, p.run, p.shift, p.scale, e=p.e, x_out=x_out, norm=p.norm, eps=p.eps),
+    torch.testing.assert_close(residual_norm(p.x, p.run, p.shift, p.scale, forecast_weights=p.e, x_out=x_out,
+                                             norm=p.norm, eps=p.eps),
                                h)
     torch.testing.assert_close(x_out, x_new)
 
@@ -155,7 +157,7 @@ def test_overwriting_what_a_backward_needs_is_noticed():
 def test_compiles_into_one_graph():
     def chain(x, o, cached, gate, shift):
         y = torch.empty_like(x)
-        h = residual_norm(x, [Term(o, None, gate), Term(cached, o)], shift, None, e=[0.0, 0.5], x_out=y,
+        h = residual_norm(x, [Term(o, None, gate), Term(cached, o)], shift, None, forecast_weights=[0.0, 0.5], x_out=y,
                           store=torch.empty_like(o))
         h = residual_norm(y, [Term(h.sin())], None, gate, x_out=y)
         return y, h
@@ -199,11 +201,11 @@ def call(x=None, run=None, shift=None, scale=None, **kwargs):
      lambda: dict(h_out=torch.empty(X, dtype=torch.float16))),
     (ValueError, "h must be", lambda: dict(h_out=torch.empty(2, 3, 9))),
     (ValueError, "store receives", lambda: dict(run=[], store=torch.empty(X))),
-    (ValueError, "store receives", lambda: dict(run=[Term(torch.randn(X), torch.randn(X))], e=[0.5],
+    (ValueError, "store receives", lambda: dict(run=[Term(torch.randn(X), torch.randn(X))], forecast_weights=[0.5],
                                                 store=torch.empty(X))),
-    (ValueError, "1 terms needs", lambda: dict(e=[0.0, 0.0])),
-    (ValueError, r"e\[0\] is 0.5, but run\[0\].previous", lambda: dict(e=[0.5])),
-    (ValueError, r"e\[0\] must be finite, got nan", lambda: dict(e=[float("nan")])),
+    (ValueError, "1 terms needs", lambda: dict(forecast_weights=[0.0, 0.0])),
+    (ValueError, r"forecast_weights\[0\] is 0.5, but run\[0\].previous", lambda: dict(forecast_weights=[0.5])),
+    (ValueError, r"forecast_weights\[0\] must be finite, got nan", lambda: dict(forecast_weights=[float("nan")])),
     (ValueError, r"run\[0\].latest is on meta, expected cpu like x",
      lambda: dict(run=[Term(torch.randn(X, device="meta"))])),
     (TypeError, "shift is torch.float64", lambda: dict(shift=torch.randn(ROW).double())),
@@ -222,7 +224,8 @@ def test_refuses_overlap():
     for name, arguments in {
         "x": dict(x=buffer[:2], x_out=buffer[1:3]),
         r"run\[0\].latest": dict(run=[Term(buffer[2:4])], x_out=buffer[1:3]),
-        r"run\[1\].previous": dict(run=[Term(torch.randn(X)), Term(torch.randn(X), buffer[:2])], e=[0, 1],
+        r"run\[1\].previous": dict(run=[Term(torch.randn(X)), Term(torch.randn(X), buffer[:2])], forecast_weights=[0,
+                                                                                                                   1],
                                    x_out=buffer[1:3]),
         "shift": dict(shift=buffer[0, :2], x_out=buffer[:2]),
         "store": dict(store=buffer[1:3], x_out=buffer[:2]),

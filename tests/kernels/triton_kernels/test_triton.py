@@ -138,7 +138,8 @@ def test_gradients_are_deterministic():
     previous, leaves = torch.randn(B, N, D), (x, o, fresh, gate, shift, scale, r, e)
 
     def gradients():
-        x_new, h, _ = blend_residual_norm(x, [Term(o, previous, gate)], shift, scale, e=e, fresh=fresh, r=r)
+        x_new, h, _ = blend_residual_norm(x, [Term(o, previous, gate)], shift, scale, forecast_weights=e, fresh=fresh,
+                                          r=r)
         return torch.autograd.grad((x_new * h).sum(), leaves)
 
     first = gradients()
@@ -148,8 +149,9 @@ def test_gradients_are_deterministic():
 def test_coefficients_without_a_previous_output_count_as_none():
     x, o, o2 = torch.randn(3, 2, 3, 8)
     e = torch.tensor([0.7, 0.3])
-    _, h, _ = blend_residual_norm(x, [Term(o), Term(o2, x)], None, None, e=e)
-    _, expected, _ = blend_residual_norm(x, [Term(o), Term(o2, x)], None, None, e=torch.tensor([0.0, 0.3]))
+    _, h, _ = blend_residual_norm(x, [Term(o), Term(o2, x)], None, None, forecast_weights=e)
+    _, expected, _ = blend_residual_norm(x, [Term(o), Term(o2, x)], None, None, forecast_weights=torch.tensor([0.0,
+                                                                                                               0.3]))
     torch.testing.assert_close(h, expected)
 
 
@@ -231,8 +233,8 @@ def test_nothing_waits_for_the_device():
 
     def calls():
         residual_norm(p.x, p.run, p.shift, p.scale, x_out=x_out, h_out=h, h_dtype=torch.float32)
-        _, y, blended = blend_residual_norm(p.x, [Term(o, x_out, p.run[0].gate)], p.shift, p.scale, e=e, fresh=fresh,
-                                            r=r, h_dtype=torch.float32)
+        _, y, blended = blend_residual_norm(p.x, [Term(o, x_out, p.run[0].gate)], p.shift, p.scale, forecast_weights=e,
+                                            fresh=fresh, r=r, h_dtype=torch.float32)
         torch.autograd.grad(y, (o, fresh, r, e), seed)
         cache_commit(h, blended, r, 0.1, previous=x_out)
         bias_gelu(h, bias)

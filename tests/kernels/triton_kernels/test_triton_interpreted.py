@@ -26,8 +26,8 @@ def test_in_the_interpreter():
 @pytest.fixture(scope="module")
 def compiled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, HERE / "compile_for_gpus.py"], env=environment, text=True,
-                            capture_output=True)
+    result = subprocess.run([sys.executable, HERE.parents[1] / "support" / "compile_for_gpus.py"], env=environment,
+                            text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

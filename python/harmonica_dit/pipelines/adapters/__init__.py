@@ -9,8 +9,8 @@ from torch import nn
 def adapt(transformer):
     """The adapter of a diffusers transformer: fused for DiT and PixArt, the generic one for every other class.
 
-    An adapter is called like `transformer.forward`, with `row`, `forecast_weights`, `cache` and `threshold` besides (see
-    `harmonica_kernels.cached_forward`), and returns what it returns. It has `transformer` (the module itself,
+    An adapter is called like `transformer.forward`, with `row`, `forecast_weights`, `cache` and `threshold` besides
+    (see `harmonica_kernels.cached_forward`), and returns what it returns. It has `transformer` (the module itself,
     unchanged), `branches` (fused adapters), `branch_names` (submodules' names in execution order), `architecture` (a
     fingerprint), `name` and `new_cache(history)`.
 

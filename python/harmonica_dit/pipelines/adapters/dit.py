@@ -26,7 +26,8 @@ class DiTAdapter(FusedAdapter):
     def __call__(self, hidden_states: Tensor, timestep: Tensor | None = None, class_labels: Tensor | None = None,
                  cross_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True, *,
                  row: Sequence[bool] | Tensor | None = None,
-                 forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None, threshold: float = 0.1, modulation: hk.Modulation | None = None):
+                 forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None,
+                 threshold: float = 0.1, modulation: hk.Modulation | None = None):
         """As `DiTTransformer2DModel.forward`; row, forecast_weights, cache, threshold as in `cached_forward`.
 
         modulation: this step's of `hoist`, which makes timestep and label unnecessary.

@@ -1,4 +1,4 @@
-"""Any other diffusers transformer: its branches, found by name, computed or reused where they stand, without fused norms."""
+"""Any other diffusers transformer: branches found by name, computed or reused where they stand, without fused norms."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -176,8 +176,8 @@ class GenericAdapter:
         self.check()
         again = torch.is_grad_enabled() and getattr(self.transformer, "is_gradient_checkpointing", False)
         if again and row is not None:
-            raise ValueError("transformer: its gradient checkpointing would compute the branches again, whatever the row says; "
-                             "call transformer.disable_gradient_checkpointing()")
+            raise ValueError("transformer: its gradient checkpointing would compute the branches again, whatever the "
+                             "row says; call transformer.disable_gradient_checkpointing()")
         return compute
 
 

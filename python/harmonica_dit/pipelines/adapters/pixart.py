@@ -20,7 +20,8 @@ class PixArtAdapter(FusedAdapter):
                  cross_attention_kwargs: dict[str, Any] | None = None, attention_mask: Tensor | None = None,
                  encoder_attention_mask: Tensor | None = None, return_dict: bool = True, *,
                  row: Sequence[bool] | Tensor | None = None,
-                 forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None, threshold: float = 0.1, text: Tensor | None = None,
+                 forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None,
+                 threshold: float = 0.1, text: Tensor | None = None,
                  keys_values: dict[nn.Module, tuple[Tensor, Tensor]] | None = None):
         """As `PixArtTransformer2DModel.forward`; row, forecast_weights, cache, threshold as in `cached_forward`.
 
@@ -42,8 +43,8 @@ class PixArtAdapter(FusedAdapter):
         if text is None:
             text = self._text(encoder_hidden_states, batch)
         x = hk.cached_forward(self.branches, x, self._modulation(rows, embedded), row=row,
-                              forecast_weights=forecast_weights, cache=cache, threshold=threshold, eps=model.norm_out.eps,
-                              context=Context(mask, text, text_mask, attention_options(cross_attention_kwargs),
+                              forecast_weights=forecast_weights, cache=cache, threshold=threshold,
+                              eps=model.norm_out.eps, context=Context(mask, text, text_mask, attention_options(cross_attention_kwargs),
                                               keys_values or {}))
         return finish(unpatchify(model.proj_out(x), height, width, patch), return_dict)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
-from harmonica_kernels.graphs.gated.plan import Captured, Change, Gate, If, Op, Rewind, While, plan
+from harmonica_kernels.graphs.gated.plan import Captured, Change, Decide, If, Op, Rewind, While, plan
 from harmonica_kernels.ops import residual_norm
 from support.loops import Table, Trajectory
 
@@ -131,10 +131,10 @@ def test_plan_of_a_router():
     head = Captured("head", (Op("norm", 3), Op("head"), Op("update")))
     assert plan(3) == (
         Captured("modulation", (Op("modulation"),)), Rewind(),
-        While((Gate(0, 3, "scores"), Captured("embedding", (Op("embed"),)), *branch, head)))
+        While((Decide(0, 3, "scores"), Captured("embedding", (Op("embed"),)), *branch, head)))
     loop = plan(3, "change")[-1]
-    assert [type(node) for node in loop.body] == [Gate, Captured, If, Change, Gate, If, If, Captured]
-    assert loop.body[4] == Gate(1, 3, "change")
+    assert [type(node) for node in loop.body] == [Decide, Captured, If, Change, Decide, If, If, Captured]
+    assert loop.body[4] == Decide(1, 3, "change")
 
 
 @pytest.mark.parametrize("rule", ["scores", "change"])
@@ -142,11 +142,11 @@ def test_every_condition_is_written_once_a_step_and_before_it_is_read(rule):
     body = plan(9, rule)[-1].body
     written = []
     for node in body:
-        if isinstance(node, Gate):
+        if isinstance(node, Decide):
             written += range(node.first, node.last)
         if isinstance(node, If):
             assert node.branch in written
-            assert all(not isinstance(inner, (Gate, If, While)) for inner in node.body)
+            assert all(not isinstance(inner, (Decide, If, While)) for inner in node.body)
     assert written == list(range(9))
 
 

@@ -10,7 +10,7 @@ import torch
 
 import harmonica_kernels as hk
 from harmonica_kernels import _info
-from harmonica_kernels.graphs.gated import cuda, executor
+from harmonica_kernels.graphs.gated import executor, on_cuda
 from harmonica_kernels.ops._library import kernels
 from support.loops import Table, Trajectory
 
@@ -34,7 +34,7 @@ class Graph:
     def fill(self, chain, data, byte, size, name):
         self._append(chain, lambda: memory_at(data, size).fill_(byte))
 
-    def gate(self, chain, memory, first, last, rule, name):
+    def decide(self, chain, memory, first, last, rule, name):
         def run():
             kernels.decide(memory, first, last, rule)
             K = memory["branches"]
@@ -154,7 +154,7 @@ class Built:
     """`Gated` on the CPU, but built as for CUDA."""
 
     def __init__(self, monkeypatch, rule="scores"):
-        class Loop(cuda.GraphLoop):
+        class Loop(on_cuda.GraphLoop):
             def __init__(self, nodes, parts, memory, recorder):
                 Recorder.parts = parts
                 super().__init__(nodes, parts, memory, recorder)
@@ -199,7 +199,7 @@ def test_a_refused_node_is_named_and_nothing_is_left(monkeypatch):
 
 def test_without_a_gpu_the_reason_is_said():
     with pytest.raises(RuntimeError, match='mode="gated" on cuda:0: (the extension|there is no|the driver)'):
-        cuda.Recorder(torch.device("cuda:0"))
+        on_cuda.Recorder(torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize("build, reason", [
