@@ -100,8 +100,8 @@ class Oracle:
             found, (final, outputs) = [], self.image(x, y, rows)
             for s in range(1, self.T):
                 image, others = self.image(x, y, torch.cat([rows[:s], ones[:1], rows[s + 1 :]]))
-                error = mean_square(outputs[s] - others[s]).clamp_min(1e-38) if self.kind == "gain" else 1.0
-                found.append(mean_square(final - image) / error)
+                change, error = mean_square(final - image), mean_square(outputs[s] - others[s])
+                found.append(change / error if self.kind == "gain" and error > 0 else change)
         found = torch.stack([torch.zeros_like(found[0]), *found])
         return found / found[1:].mean() if found.any() else torch.ones_like(found)
 

@@ -60,14 +60,24 @@ def test_a_training_is_the_one_written_in_the_design(nets, tmp_path, monkeypatch
     check(nets, tmp_path, monkeypatch, trajectories=5, **settings)
 
 
+USUAL = dict(batch=1, lr=0.1, threshold=0.4, importance="paper", importance_rows="soft", costs="flops", compare="all",
+             extrapolate=None, guidance=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:target_")
 def test_the_running_mean_of_a_target_looks_back_on_ten_trajectories(nets, tmp_path, monkeypatch):
-    check(nets, tmp_path, monkeypatch, trajectories=13, steps=4, batch=1, refresh=8, lr=0.1, target_speedup=1.5,
-          threshold=0.4, importance="paper", importance_rows="soft", costs="flops", compare="all", extrapolate=None,
-          guidance=1.0)
+    check(nets, tmp_path, monkeypatch, trajectories=13, steps=4, refresh=8, target_speedup=1.5, **USUAL)
+
+
+@pytest.mark.filterwarnings("ignore:target_")
+def test_a_target_that_keeps_entries_of_no_worth_has_a_beta_of_zero(nets, tmp_path, monkeypatch):
+    """Where computing an entry makes the error larger, its value is below 0; a cost below 0 would reward it."""
+    oracle = check(nets, tmp_path, monkeypatch, trajectories=3, steps=6, refresh=18, target_cur=0.04, **USUAL)
+    assert oracle.cut(oracle.mean_values) < 0 and oracle.betas == [0, 0, 0]
 
 
 def check(nets, folder, monkeypatch, *, trajectories, steps, batch, compare, guidance_channels=3, **settings):
-    """Runs both trainings and compares all that they leave.
+    """Runs both trainings and compares all that they leave; returns the oracle's.
 
     The trainer's x is of its noise's dtype, so it is given float64 noise, and its router alone is float32: AdamW makes
     nearly the same update of a gradient whatever its size, so float32 latents would bring in as much as 1e-2 where a
@@ -99,6 +109,7 @@ def check(nets, folder, monkeypatch, *, trajectories, steps, batch, compare, gui
     for name, expected in (("loss", oracle.losses), ("error", oracle.errors), ("beta", oracle.betas)):
         near(torch.tensor([float(line[name]) for line in log]), torch.tensor(expected), rtol=2e-4)
     near(torch.tensor([router.beta, router.threshold]), torch.tensor([oracle.beta, oracle.tau]), rtol=2e-4)
+    return oracle
 
 
 def noise(trajectories, batch):
