@@ -9,9 +9,9 @@ import torch
 from oracle import Oracle
 from safetensors.torch import load_file
 
-import harmonica_dit.train.train as trainer
 from harmonica_dit.models.dit import DiT
-from plain_dit import PlainDiT
+from harmonica_dit.train import start, train_router
+from support.plain_dit import PlainDiT
 
 SIZES = dict(input_size=8, patch_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=4)
 CHANNELS, K, SEED = 2, 4, 3  # of the noise; as many more are the learned variance's
@@ -19,7 +19,7 @@ CHANNELS, K, SEED = 2, 4, 3  # of the noise; as many more are the learned varian
 # 3, once where C is no multiple of T; lr = 1.5 takes logits to ±5; τ leaves some entries below and some above it.
 FACTORS = dict(
     importance=["paper", "reference", "gain"], importance_rows=["soft", "hard"], costs=["flops", "ones"],
-    compare=["all", "noise"], extrapolate=[None, 0.5, "learned"], threshold=[0.4, 0.6],
+    compare=["all", "noise"], extrapolation=[None, 0.5, "learned"], threshold=[0.4, 0.6],
     goal=[dict(beta=1e-3), dict(target_speedup=1.4), dict(target_cur=0.4)],
     guide=[dict(guidance=1.0), dict(guidance=1.5, guidance_channels=1), dict(guidance=2.0, guidance_channels=3)],
     size=[dict(steps=4, batch=2, refresh=9, lr=0.03), dict(steps=5, batch=1, refresh=10, lr=1.5),
@@ -61,7 +61,7 @@ def test_a_training_is_the_one_written_in_the_design(nets, tmp_path, monkeypatch
 
 
 USUAL = dict(batch=1, lr=0.1, threshold=0.4, importance="paper", importance_rows="soft", costs="flops", compare="all",
-             extrapolate=None, guidance=1.0)
+             extrapolation=None, guidance=1.0)
 
 
 @pytest.mark.filterwarnings("ignore:target_")
@@ -86,9 +86,9 @@ def check(nets, folder, monkeypatch, *, trajectories, steps, batch, compare, gui
     1 - ᾱ is 1e-4 at timestep 0. The tolerances are some 7 to 10 times that.
     """
     net, plain = nets
-    real = trainer.image_noise
-    monkeypatch.setattr(trainer, "image_noise", lambda *arguments: real(*arguments).double())
-    router = trainer.train_router(net, steps=steps, batch=batch, compare=compare, guidance_channels=guidance_channels,
+    real = start.image_noise
+    monkeypatch.setattr(start, "image_noise", lambda *arguments: real(*arguments).double())
+    router = train_router(net, steps=steps, batch=batch, compare=compare, guidance_channels=guidance_channels,
                                   trajectories=trajectories, seed=SEED, out=folder, progress=False, **settings)
     logits = torch.randn(steps, K, generator=torch.Generator().manual_seed(SEED))
     oracle = Oracle(plain, noise(trajectories, batch), labels(trajectories, batch), logits, router.flops.branches,
@@ -99,7 +99,7 @@ def check(nets, folder, monkeypatch, *, trajectories, steps, batch, compare, gui
         log = list(csv.DictReader(file))
 
     near(torch.stack(list(router.logits)), torch.stack(oracle.logits[1:]), atol=1e-3 * settings["lr"])
-    if settings["extrapolate"] is None:
+    if settings["extrapolation"] is None:
         assert router.coefficients is None
     else:
         near(torch.stack(list(router.coefficients)), torch.stack(oracle.a[1:]), atol=1e-3 * settings["lr"])
@@ -108,7 +108,7 @@ def check(nets, folder, monkeypatch, *, trajectories, steps, batch, compare, gui
         near(kept["steering"], oracle.mean_values, rtol=2e-3)
     for name, expected in (("loss", oracle.losses), ("error", oracle.errors), ("beta", oracle.betas)):
         near(torch.tensor([float(line[name]) for line in log]), torch.tensor(expected), rtol=2e-4)
-    near(torch.tensor([router.beta, router.threshold]), torch.tensor([oracle.beta, oracle.tau]), rtol=2e-4)
+    near(torch.tensor([router.beta, router.threshold]), torch.tensor([oracle.beta, oracle.dit.tau]), rtol=2e-4)
     return oracle
 
 
