@@ -15,7 +15,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
     On the CPU this is plain torch.
 
     Raises ValueError (shapes, layout, overlap, devices, approximate), TypeError (dtypes), NotImplementedError (neither
-    CPU nor CUDA), and RuntimeError where a gradient is asked for: torch.nn.functional.gelu is the differentiable one.
+    CPU nor CUDA), and RuntimeError if a gradient is asked for: torch.nn.functional.gelu is differentiable.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f'bias_gelu: approximate must be "none" or "tanh", got {approximate!r}')

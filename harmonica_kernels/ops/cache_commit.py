@@ -1,4 +1,4 @@
-"""Renew a cache entry where the score exceeds the threshold; on CUDA without waiting for the score."""
+"""Renew a cache entry if the score exceeds the threshold; on CUDA without waiting for the score."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ from ._library import library
 
 
 def cache_commit(latest: Tensor, o: Tensor, r: Tensor, threshold: float, *, previous: Tensor | None = None) -> None:
-    """`latest ← o` where r > threshold, in place; with `previous`, `previous ← latest` before it.
+    """`latest ← o` if r > threshold, in place; with `previous`, `previous ← latest` before that.
 
-    latest, previous, o: [B, N, D], of any of the storage dtypes; previous of latest's. r: one element on their device,
+    latest, previous, o: [B, N, D], of any storage dtype; previous has latest's. r: one element on their device,
     compared in float64, as Python would compare it. On the CPU this is plain torch.
 
     Raises ValueError (shapes, overlap, devices, threshold), TypeError (dtypes), NotImplementedError (neither CPU nor
-    CUDA), and RuntimeError where a gradient is asked for: an entry of the cache has none, detach o.
+    CUDA), and RuntimeError if a gradient is asked for: a cache entry has none, so detach o.
     """
     if not threshold >= 0:
         raise ValueError(f"cache_commit: threshold must be at least 0, got {threshold}")
