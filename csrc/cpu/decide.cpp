@@ -1,4 +1,4 @@
-// The decisions of a step on the host: what the plan's walk on the CPU runs, and the reference of the CUDA kernel.
+// The decisions of a step on the CPU: on_cpu.py runs this, and the CUDA kernel must agree with it.
 #include "../decide.h"
 
 namespace harmonica {

@@ -25,7 +25,7 @@ struct Isa {
     const RowOps<double>* double_ops;
 };
 
-// The processor's, best first. `portable` always ends the list.
+// The instruction sets that the processor has, best first. `portable` always ends the list.
 const std::vector<Isa>& available() {
     static const std::vector<Isa> isas = [] {
         std::vector<Isa> found;

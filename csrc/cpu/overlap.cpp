@@ -17,7 +17,7 @@ bool same(const Activation& a, const Activation& b) {
            a.token_stride == b.token_stride;
 }
 
-// Whether two views of one buffer, such as the halves of a chunk along D, pass each other by.
+// Whether the rows of two views of one buffer alternate without touching, as the halves of a chunk along D do.
 bool interleaved(Shape shape, const Activation& a, const Activation& b) {
     if (a.dtype != b.dtype || a.batch_stride != b.batch_stride || a.token_stride != b.token_stride) return false;
     const int64_t row = shape.width * size_of(a.dtype);
