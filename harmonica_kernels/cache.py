@@ -54,8 +54,8 @@ class FeatureCache:
     def filled(self, k: int) -> int:
         """How many outputs of branch k the cache holds, 0 to `history`.
 
-        Before a score on the device decides about a branch, a lone output is copied into the second slot. It then
-        counts as two outputs, and a forecast from them repeats it.
+        With history 2, a lone output is copied into the second slot before a score on the device decides about its
+        renewal. It then counts as two outputs, and a forecast from them repeats it.
         """
         return self._filled[k] if self._filled else 0
 

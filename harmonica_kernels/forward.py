@@ -67,7 +67,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
             scores r, differentiable: o = r·body(h) + (1 - r)·reuse. After the backward, o renews the entries with
             r > threshold (`FeatureCache.commit`, which the next forward calls).
         forecast_weights: K weights e for reuse = (1 + e)·latest - e·previous; None or 0 repeats the latest. A float
-            tensor [K] is differentiable; an entry has no effect while the cache holds less than two outputs.
+            tensor [K] is differentiable; an entry has no effect while the cache holds fewer than two outputs.
         cache: one per trajectory; its first forward, with row=None, fills it.
         threshold: τ of a soft row; a hard row does not use it.
         context: whatever the bodies need beside h; every body gets it as it is.

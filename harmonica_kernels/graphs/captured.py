@@ -86,7 +86,7 @@ class Captured:
         return output
 
     def _record(self, call: "Call", recorder: "_Cuda") -> "_Recording":
-        with torch.inference_mode(False):  # outside it, an inference tensor could not be written to
+        with torch.inference_mode(False):  # inference tensors cannot be written to outside inference mode
             buffers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in call.tensors]
         for buffer, tensor in zip(buffers, call.tensors):
             buffer.copy_(tensor)

@@ -14,8 +14,8 @@ def stream_of(owner: Any, device: torch.device) -> torch.cuda.Stream:
 
     A matrix product allocates a cuBLAS workspace for its stream (32 MiB on an H100), and graphs hold its address.
     PyTorch 2.11 never frees the workspace, so a new stream for each owner would leak memory. Newer versions free it as
-    soon as one graph that was recorded on the stream is reset, so the graphs of two owners must not share a stream; nor
-    may two graphs that run at once use one workspace.
+    soon as one graph that was recorded on the stream is reset, and graphs that run at the same time must not share it.
+    So owners do not share streams.
     """
     free = FREE.setdefault(device, [])
     try:
@@ -86,4 +86,4 @@ def _end_well() -> None:
 
 
 FREE: dict[torch.device, list[torch.cuda.Stream]] = {}  # streams whose owners are gone
-ABANDONED: list = []  # failed graphs, kept alive: PyTorch's pinned-memory allocator goes on asking them
+ABANDONED: list = []  # failed graphs: PyTorch's pinned-memory allocator keeps asking them what they record

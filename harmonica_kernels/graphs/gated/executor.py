@@ -124,7 +124,7 @@ class Gated:
 
     def _build(self, trajectory: Any, noise: Tensor, tensors: tuple[Tensor, ...], rebuild: Callable,
                history: int) -> "_Loop":
-        with torch.inference_mode(False):  # outside it, an inference tensor could not be written to
+        with torch.inference_mode(False):  # inference tensors cannot be written to outside inference mode
             inputs = [t.clone() for t in tensors]
             loop = rebuild(*inputs).loop()
             nodes = plan(len(loop.branches), self.rule)
