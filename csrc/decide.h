@@ -12,8 +12,8 @@
 namespace harmonica {
 
 // Whether the rule asks for branch k to be computed. difference and size: sums of |o - reference| and |reference|.
-HARMONICA_HOST_DEVICE bool wanted(const DecisionMemory& m, DecisionRule rule, int step, int k, double difference,
-                                  double size) {
+HARMONICA_HOST_DEVICE bool asks_for(const DecisionMemory& m, DecisionRule rule, int step, int k, double difference,
+                                    double size) {
     if (rule == DecisionRule::always) return true;
     if (rule == DecisionRule::change) return difference > *m.threshold * size;
     return m.scores[step * m.branches + k] > *m.threshold;  // in double, as Python floats compare

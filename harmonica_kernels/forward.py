@@ -157,7 +157,7 @@ class _Stream:
     def norm(self, shift: Tensor | None, scale: Tensor | None, norm: bool, eps: float, last: bool = False) -> Tensor:
         """Adds the run to x and returns the modulated norm: the one fused call between two bodies."""
         h_dtype = self.h_dtype if norm or shift is not None or scale is not None else self.x.dtype
-        if self.fresh is not None or self._wants_grad(shift, scale) or self._weights_are_elsewhere():
+        if self.fresh is not None or self._wants_grad(shift, scale) or self._weights_on_device():
             h = self._functional(shift, scale, h_dtype, norm, eps)
         else:
             x_out = None
@@ -192,7 +192,7 @@ class _Stream:
             self.renew(o)
         return h
 
-    def _weights_are_elsewhere(self) -> bool:
+    def _weights_on_device(self) -> bool:
         """Whether reading a forecast weight as a number would wait for the device."""
         return any(isinstance(weight, Tensor) and weight.device.type not in HOST for weight in self.weights)
 

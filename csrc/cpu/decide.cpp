@@ -15,7 +15,7 @@ void decide(const DecisionMemory& m, int first, int last, DecisionRule rule) {
         size += m.change[m.parts + i];
     }
     for (int k = first; k < last; ++k) {
-        bool compute = settle(m, step, k, wanted(m, rule, step, k, difference, size));
+        bool compute = settle(m, step, k, asks_for(m, rule, step, k, difference, size));
         m.start[k + 1] = compute ? k : m.start[k];
     }
     if (rule == DecisionRule::change && m.compute[first]) *m.reference ^= 1;

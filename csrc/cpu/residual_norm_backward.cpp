@@ -87,7 +87,7 @@ ScalarGradients backward(Shape shape, Activation dx_out_, Activation dh_, Activa
 
     parallel(threads, [&](int worker) {
         Run<A>& in = runs[worker];
-        A *g = &scratch[worker * 4 * width], *x = g + width, *o = x + width, *gated = o + width;
+        A *g = &scratch[worker * 4 * width], *x = g + width, *o = x + width, *d_o = o + width;
 
         for (int64_t job; (job = jobs.next()) >= 0;) {
             const int64_t b = job / batch_jobs, first = job % batch_jobs * kJobTokens;
@@ -116,8 +116,8 @@ ScalarGradients backward(Shape shape, Activation dx_out_, Activation dh_, Activa
                     }
                     const A* d = g;
                     if (in.gate[j]) {
-                        ops.multiply(g, in.gate[j], gated, width);
-                        d = gated;
+                        ops.multiply(g, in.gate[j], d_o, width);
+                        d = d_o;
                     }
                     if (dlatest[j]) dlatest[j].write(d, row, {A(0), reused * (1 + e)});
                     if (blended && dfresh) dfresh.write(d, row, {A(0), in.r});

@@ -117,7 +117,7 @@ constexpr StorageOps<A> storage() {
 }
 
 template <class A>
-constexpr RowOps<A> with(StorageOps<A> f32, StorageOps<A> half, StorageOps<A> brain, StorageOps<A> f64) {
+constexpr RowOps<A> row_ops_of(StorageOps<A> f32, StorageOps<A> half, StorageOps<A> brain, StorageOps<A> f64) {
     return {{f32, half, brain, f64}, moments<A>, multiply<A>, multiply_add<A>, dot<A>, norm_backward<A>};
 }
 
@@ -126,8 +126,9 @@ constexpr RowOps<A> with(StorageOps<A> f32, StorageOps<A> half, StorageOps<A> br
 namespace HARMONICA_ISA {
 extern const RowOps<float> float_ops;
 extern const RowOps<double> double_ops;
-const RowOps<float> float_ops = with<float>(storage<float, float>(), storage<float, f16>(), storage<float, bf16>(), {});
-const RowOps<double> double_ops = with<double>({}, {}, {}, storage<double, double>());
+const RowOps<float> float_ops =
+    row_ops_of<float>(storage<float, float>(), storage<float, f16>(), storage<float, bf16>(), {});
+const RowOps<double> double_ops = row_ops_of<double>({}, {}, {}, storage<double, double>());
 }  // namespace HARMONICA_ISA
 
 }  // namespace harmonica

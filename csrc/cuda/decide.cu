@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(THREADS) decide_kernel(DecisionMemory m, int f
         sums = block_sum(sums.x, sums.y);
     }
     for (int k = first + threadIdx.x; k < last; k += THREADS)
-        settle(m, step, k, wanted(m, rule, step, k, sums.x, sums.y));
+        settle(m, step, k, asks_for(m, rule, step, k, sums.x, sums.y));
     __syncthreads();
     if (threadIdx.x) return;
     if (first == 0) {

@@ -52,7 +52,7 @@ class Captured:
             self._seen[key] = None
             if len(self._seen) > self._limit:
                 self._seen.popitem(last=False)
-            return self._first(call, recorder)
+            return self._run_first(call, recorder)
         return self._recordings[key].replay(call)
 
     def reset(self) -> None:
@@ -77,7 +77,7 @@ class Captured:
         _check_output(output)
         return output
 
-    def _first(self, call: "Call", recorder: "_Cuda") -> Tensor | tuple[Tensor, ...]:
+    def _run_first(self, call: "Call", recorder: "_Cuda") -> Tensor | tuple[Tensor, ...]:
         before = recorder.random_state()
         output = self._run(call, call.tensors)
         if not torch.equal(before, recorder.random_state()):

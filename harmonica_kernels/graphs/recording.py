@@ -69,11 +69,11 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
             torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
         ABANDONED.append(graph)
         with suppress(RuntimeError):  # the first error is the one to report
-            _end_well()
+            _capture_one_kernel()
     graph.reset()
 
 
-def _end_well() -> None:
+def _capture_one_kernel() -> None:
     """Captures one kernel successfully.
 
     After a failed capture, PyTorch 2.11's generator believes that one is still running, and refuses random numbers; a

@@ -50,7 +50,7 @@ class Arguments:
             self._refuse_kind(t, name, term)
         if out and t.shape[2] > 1 and t.stride(2) != 1:
             raise ValueError(f"{self.op}: {name} is written to and needs dense rows [D], got strides {t.stride()}")
-        return self.pack_activation(t, _full(name, term), out)
+        return self.pack_activation(t, _full_name(name, term), out)
 
     def rows(self, t: Tensor | None, name: str, term: int | None = None) -> Any:
         """[B or 1, D]"""
@@ -61,7 +61,7 @@ class Arguments:
             self._refuse(t, name, term, f"[B or 1, D] = [{batch} or 1, {self.shape[2]}]")
         if t.dtype not in self.dtypes or t.device != self.device:
             self._refuse_kind(t, name, term)
-        return self.pack_rows(t, _full(name, term))
+        return self.pack_rows(t, _full_name(name, term))
 
     def scalars(self, t: Tensor | None, name: str, count: int | None = None) -> Any:
         """A float tensor [count], or of one element without count; of any float dtype."""
@@ -104,14 +104,14 @@ class Arguments:
                              "needs, is None")
 
     def _refuse(self, t: Tensor, name: str, term: int | None, expected: str) -> None:
-        raise ValueError(f"{self.op}: {_full(name, term)} must be {expected}, got {list(t.shape)}")
+        raise ValueError(f"{self.op}: {_full_name(name, term)} must be {expected}, got {list(t.shape)}")
 
     def _refuse_kind(self, t: Tensor, name: str, term: int | None) -> None:
         if t.device != self.device:
-            raise ValueError(f"{self.op}: {_full(name, term)} is on {t.device}, expected {self.device} like x")
+            raise ValueError(f"{self.op}: {_full_name(name, term)} is on {t.device}, expected {self.device} like x")
         beside = " beside a float64 x" if self.dtypes is _DOUBLE else ""
         raise TypeError(f"{self.op}: float32, bfloat16 and float16 are supported, in any mix, or float64 for all "
-                        f"arguments at once; {_full(name, term)} is {t.dtype}{beside}")
+                        f"arguments at once; {_full_name(name, term)} is {t.dtype}{beside}")
 
 
 class Pointers(Arguments):
@@ -188,7 +188,7 @@ class Dense(Arguments):
             t.copy_(dense)
 
 
-def _full(name: str, term: int | None) -> str:
+def _full_name(name: str, term: int | None) -> str:
     return name if term is None else f"run[{term}].{name}"
 
 
@@ -203,7 +203,7 @@ def no_kernels(op: str, device: torch.device) -> NotImplementedError:
     return NotImplementedError(f"{op}: there are kernels for the CPU and for CUDA, got tensors on {device}")
 
 
-def elsewhere(op: str) -> Callable:
+def refusal(op: str) -> Callable:
     """The implementation of an op on every other device: a refusal."""
     def refuse(*arguments):
         flat = [t for argument in arguments for t in (argument if isinstance(argument, (list, tuple)) else [argument])]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import Arguments, Dense, Pointers, elsewhere
+from ._arguments import Arguments, Dense, Pointers, refusal
 from ._library import kernels, library
 from .run import Term
 
@@ -44,8 +44,8 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
     makes_h = norm or shift is not None or scale is not None or h_dtype != x.dtype
     if not run and not makes_h:
         return x, x, None
-    previous, forecasts = _present([term.previous for term in run])
-    gate, has_gate = _present([term.gate for term in run])
+    previous, forecasts = _drop_none([term.previous for term in run])
+    gate, has_gate = _drop_none([term.gate for term in run])
     if torch.is_grad_enabled() and any(t.requires_grad for t in previous):
         raise ValueError("blend_residual_norm: run[j].previous is a cached output and has no gradient here; detach it")
     problem = _Problem(x, [term.latest for term in run], previous, forecasts, forecast_weights, gate, has_gate, fresh,
@@ -56,7 +56,7 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
     return x_new, h if makes_h else x_new, None if fresh is None else o
 
 
-def _present(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[bool]]:
+def _drop_none(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[bool]]:
     """The tensors that are not None, and for each entry whether it is one.
 
     torch.library differentiates only lists without None.
@@ -64,8 +64,8 @@ def _present(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[bool]
     return [t for t in tensors if t is not None], [t is not None for t in tensors]
 
 
-def _spread(present: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor | None]:
-    """The inverse of `_present`."""
+def _restore_none(present: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor | None]:
+    """The inverse of `_drop_none`."""
     tensors = iter(present)
     return [next(tensors) if there else None for there in mask]
 
@@ -93,8 +93,8 @@ class _Problem(NamedTuple):
         weights = pack.scalars(self.forecast_weights, "forecast_weights", len(self.latest))
         score = pack.scalars(self.r, "r")
         on_host = kind is Pointers and self.forecast_weights is not None
-        terms = pack.terms(self.latest, _spread(self.previous, self.forecasts),
-                           weights if on_host else [0.0] * len(self.latest), _spread(self.gate, self.has_gate))
+        terms = pack.terms(self.latest, _restore_none(self.previous, self.forecasts),
+                           weights if on_host else [0.0] * len(self.latest), _restore_none(self.gate, self.has_gate))
         norm = pack.rows(self.shift, "shift"), pack.rows(self.scale, "scale"), self.norm, self.eps
         return pack, (terms, pack.activation(self.fresh, "fresh"), 0.0 if self.r is None else score, norm), weights
 
@@ -181,8 +181,8 @@ def _backward_cpu(dx_new, dh, *arguments) -> list[Tensor]:
         tuple(problem.x.shape), pack.activation(dx_new, "dx_new"), pack.activation(dh, "dh"),
         pack.activation(problem.x, "x_new"), *packed, pack.activation(d.x, "dx"), pack.activation(d.fresh, "dfresh"),
         [pack.activation(t, "dlatest", j) for j, t in enumerate(d.latest)], pack.rows(d.shift, "dshift"),
-        pack.rows(d.scale, "dscale"), [pack.rows(t, "dgate", j) for j, t in enumerate(_spread(d.gate,
-                                                                                              problem.has_gate))],
+        pack.rows(d.scale, "dscale"),
+        [pack.rows(t, "dgate", j) for j, t in enumerate(_restore_none(d.gate, problem.has_gate))],
         d.r is not None or d.forecast_weights is not None, torch.get_num_threads())
     if d.r is not None:
         d.r.fill_(sum_r)
@@ -200,7 +200,7 @@ def _backward_cuda(dx_new, dh, *arguments) -> list[Tensor]:
     triton_kernels.residual_norm_backward(
         tuple(problem.x.shape), pack.activation(dx_new, "dx_new"), pack.activation(dh, "dh"),
         pack.activation(problem.x, "x_new"), *packed, weights, d.x, d.fresh, d.latest, d.shift, d.scale,
-        _spread(d.gate, problem.has_gate), d.r, d.forecast_weights)
+        _restore_none(d.gate, problem.has_gate), d.r, d.forecast_weights)
     return d.present()
 
 
@@ -244,7 +244,7 @@ def _no_second_derivative(ctx, *_):
 
 library.impl("blend_residual_norm", _cpu, "CPU")
 library.impl("blend_residual_norm", _cuda, "CUDA")
-library.impl("blend_residual_norm", elsewhere("blend_residual_norm"), "CompositeExplicitAutograd")
+library.impl("blend_residual_norm", refusal("blend_residual_norm"), "CompositeExplicitAutograd")
 library.impl("blend_residual_norm_backward", _backward_cpu, "CPU")
 library.impl("blend_residual_norm_backward", _backward_cuda, "CUDA")
 torch.library.register_fake("harmonica::blend_residual_norm", _fake, lib=library)

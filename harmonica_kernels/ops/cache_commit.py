@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import Arguments, Dense, elsewhere
+from ._arguments import Arguments, Dense, refusal
 from ._library import library
 
 
@@ -60,5 +60,5 @@ def _fake(*arguments) -> None:
 
 library.impl("cache_commit", _cpu, "CPU")
 library.impl("cache_commit", _cuda, "CUDA")
-library.impl("cache_commit", elsewhere("cache_commit"), "CompositeExplicitAutograd")
+library.impl("cache_commit", refusal("cache_commit"), "CompositeExplicitAutograd")
 torch.library.register_fake("harmonica::cache_commit", _fake, lib=library)

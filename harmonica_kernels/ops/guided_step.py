@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import Arguments, Dense, elsewhere
+from ._arguments import Arguments, Dense, refusal
 from ._library import library
 
 
@@ -98,5 +98,5 @@ def _fake(*arguments) -> None:
 
 library.impl("guided_step", _cpu, "CPU")
 library.impl("guided_step", _cuda, "CUDA")
-library.impl("guided_step", elsewhere("guided_step"), "CompositeExplicitAutograd")
+library.impl("guided_step", refusal("guided_step"), "CompositeExplicitAutograd")
 torch.library.register_fake("harmonica::guided_step", _fake, lib=library)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import Arguments, Dense, Pointers, elsewhere
+from ._arguments import Arguments, Dense, Pointers, refusal
 from ._library import kernels, library
 from .run import Term
 
@@ -87,7 +87,7 @@ def _pack(kind: type[Arguments], x, x_out, h, store, latest, previous, weights, 
 def _cpu(x, x_out, h, store, *rest) -> None:
     pack, packed = _pack(Pointers, x, x_out, h, store, *rest)
     kernels.residual_norm(*packed, torch.get_num_threads())
-    _has_written(x_out, h, store)
+    _count_writes(x_out, h, store)
 
 
 def _cuda(x, x_out, h, store, *rest) -> None:
@@ -97,10 +97,10 @@ def _cuda(x, x_out, h, store, *rest) -> None:
     pack.refuse_overlap()
     triton_kernels.residual_norm(*packed)
     pack.finish()
-    _has_written(x_out, h, store)
+    _count_writes(x_out, h, store)
 
 
-def _has_written(*outputs: Tensor | None) -> None:
+def _count_writes(*outputs: Tensor | None) -> None:
     """Counts a write, as PyTorch's in-place ops do: a backward that needs an overwritten tensor must raise."""
     torch.autograd.graph.increment_version([t for t in outputs if t is not None])
 
@@ -111,5 +111,5 @@ def _fake(*arguments) -> None:
 
 library.impl("residual_norm", _cpu, "CPU")
 library.impl("residual_norm", _cuda, "CUDA")
-library.impl("residual_norm", elsewhere("residual_norm"), "CompositeExplicitAutograd")
+library.impl("residual_norm", refusal("residual_norm"), "CompositeExplicitAutograd")
 torch.library.register_fake("harmonica::residual_norm", _fake, lib=library)

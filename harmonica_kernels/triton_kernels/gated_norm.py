@@ -58,8 +58,9 @@ def _kernel(embedded, x, h, arena, gates, entries, compute, start, slot, e, step
                 before = tl.load(arena + ((1 - kept) * branches + j) * values + at,
                                  col < D * (weight != 0).to(tl.int32), other=0.0).to(ACC)
                 o = (1 + weight) * o - weight * before
-            gated = there * (by_step >= 0).to(tl.int32)
-            sum += o * tl.load(gates + gate + s * by_step + batch * by_batch + col, col < D * gated, other=1.0).to(ACC)
+            has_gate = there * (by_step >= 0).to(tl.int32)
+            sum += o * tl.load(gates + gate + s * by_step + batch * by_batch + col, col < D * has_gate,
+                               other=1.0).to(ACC)
     if WRITE_X:
         tl.store(x + at, sum.to(x.dtype.element_ty), mask)
 

@@ -27,7 +27,7 @@ NO_GATE = -16  # a row stride that says no gate; a multiple of 16 like real stri
 
 @triton.jit(do_not_specialize=["rows", "tokens", "count"])
 def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, scale, scale_stride, rows, tokens,
-                   count, TERMS: tl.constexpr, FORECAST: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr,
+                   count, TERMS: tl.constexpr, FORECAST: tl.constexpr, HAS_GATE: tl.constexpr, PADDED: tl.constexpr,
                    DEVICE_E: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -62,7 +62,7 @@ def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, 
                             + (1 - score) * o
                     if first is not None:
                         tl.store(first + at, o.to(first.dtype.element_ty), mask)
-                if GATED:
+                if HAS_GATE:
                     o *= tl.load(gate + batch * gate_stride + col, there & (col < tl.where(gate_stride >= 0, D, 0)),
                                  other=1.0, eviction_policy="evict_last").to(ACC)
                 sum += o
@@ -120,5 +120,5 @@ def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, 
             x, x_out, h, first, tuple(terms) or None,
             None if not forecasts else tuple(weights) if e is None else e, fresh, None if fresh is None else r,
             *(shift or absent), *(scale or absent), rows, tokens, count, TERMS=padded, FORECAST=forecasts,
-            GATED=some_gate is not None, PADDED=padded != count, DEVICE_E=e is not None, NORM=normed, EPS=eps,
+            HAS_GATE=some_gate is not None, PADDED=padded != count, DEVICE_E=e is not None, NORM=normed, EPS=eps,
             ACC=accumulator(x), **config)

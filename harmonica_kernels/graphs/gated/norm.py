@@ -8,7 +8,7 @@ from torch import Tensor
 from ...ops import Term, residual_norm
 from .parts import Parts
 
-NO_GATE = -16  # stands for the stride of a branch without gate; a multiple of 16, as `aligned` promises of strides
+NO_GATE = -16  # stands for the stride of a branch without gate; a multiple of 16, as `is_aligned` promises of strides
 
 
 def norm_on_cpu(parts: Parts, k: int) -> None:
@@ -40,9 +40,9 @@ def norm_on_cuda(parts: Parts, k: int) -> None:
     loop, memory, mod, final = parts.loop, parts.memory, parts.modulation, k == parts.memory.branches
     branch = None if final else loop.branches[k]
     shift, scale = ((None, 0, 0) if rows is None else (rows, *strides(rows)) for rows in (mod.shift[k], mod.scale[k]))
-    gated_norm(k, parts.tokens, parts.x, parts.h if parts.changes(k) else None, parts.arena, gate_rows(parts),
+    gated_norm(k, parts.tokens, parts.x, parts.h if parts.needs_h(k) else None, parts.arena, gate_rows(parts),
                parts.entries, memory.compute, memory.start, memory.slot, memory.forecast_weights, memory.step, shift,
-               scale, aligned=aligned(parts), write_x=not final, norm=final or branch.norm,
+               scale, aligned=is_aligned(parts), write_x=not final, norm=final or branch.norm,
                eps=loop.eps if final else branch.eps)
 
 
@@ -67,7 +67,7 @@ def gate_rows(parts: Parts) -> Tensor:
     return next((rows for rows in parts.modulation.gate if rows is not None), parts.arena)
 
 
-def aligned(parts: Parts) -> bool:
+def is_aligned(parts: Parts) -> bool:
     """Whether D, and the gates' distances and strides in the table of the norm on CUDA, are multiples of 16 values."""
     rows = [rows for rows in parts.modulation.gate if rows is not None]
     found = [number for r in rows for number in (_distance(gate_rows(parts), r.data_ptr()), *strides(r))]

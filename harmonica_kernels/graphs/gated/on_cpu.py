@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from ...ops._library import kernels
 from .decision_memory import DecisionMemory
 from .parts import Parts
-from .plan import Captured, Change, Decide, If, Node, Rewind, While
+from .plan import Capture, Change, Decide, If, Node, Rewind, While
 
 
 def walk(nodes: Sequence[Node], parts: Parts, memory: DecisionMemory) -> None:
     """Runs the nodes on `parts` and `memory`, both on the CPU."""
     for node in nodes:
         match node:
-            case Captured():
+            case Capture():
                 for op in node.ops:
                     parts.run(op)
             case Rewind():

@@ -16,7 +16,7 @@ from ..recording import record_into, stream_of
 from .decision_memory import DecisionMemory
 from .norm import point
 from .parts import Parts
-from .plan import Captured, Change, Decide, If, Node, Rewind, While
+from .plan import Capture, Change, Decide, If, Node, Rewind, While
 
 
 class Recorder:
@@ -99,7 +99,7 @@ class GraphLoop:
         self.parts, self.memory, self._recorder = parts, memory, recorder
         self._fresh = [0] * memory.branches  # addresses of the outputs that the captured bodies leave
         self._handles = [0] * (memory.branches + 1)
-        recorder.warm_up(lambda: self._once(nodes))
+        recorder.warm_up(lambda: self._run_once(nodes))
         self._graph = recorder.graph()
         try:
             self._add(0, nodes)
@@ -121,14 +121,14 @@ class GraphLoop:
         self._graph = None  # freed before the graphs that it was cloned from
         self._recorder.close()
 
-    def _once(self, nodes: Sequence[Node]) -> None:
+    def _run_once(self, nodes: Sequence[Node]) -> None:
         for node in nodes:
-            if isinstance(node, Captured):
-                self._ops(node)
+            if isinstance(node, Capture):
+                self._run_ops(node)
             elif isinstance(node, (If, While)):
-                self._once(node.body)
+                self._run_once(node.body)
 
-    def _ops(self, node: Captured) -> None:
+    def _run_ops(self, node: Capture) -> None:
         for op in node.ops:
             self.parts.run(op)
 
@@ -136,8 +136,8 @@ class GraphLoop:
         graph, memory, parts = self._graph, self.memory, self.parts
         for node in nodes:
             match node:
-                case Captured():
-                    graph.child(chain, self._recorder.record(node.name, partial(self._ops, node)), node.name)
+                case Capture():
+                    graph.child(chain, self._recorder.record(node.name, partial(self._run_ops, node)), node.name)
                     for op in node.ops:
                         if op.kind == "body":
                             # The output's memory goes back to the pool: the next norm reads it before anything is

@@ -61,7 +61,7 @@ class Parts:
 
     def _body(self, k: int) -> None:
         branch, context = self.loop.branches[k], self.loop.context
-        h = self.h if self.changes(k) else self.x
+        h = self.h if self.needs_h(k) else self.x
         if branch.body_out is not None and h.dtype == self.arena.dtype:
             out = self.arena[0, k] if self.scratch is None else self.scratch
             branch.body_out(h, context, out)
@@ -87,7 +87,7 @@ class Parts:
         guided_step(self.sample, self.output[:n], unconditional, guidance=loop.guidance, channels=loop.channels,
                     table=self.updates, step=self.memory.step, out=self.sample)
 
-    def changes(self, k: int) -> bool:
+    def needs_h(self, k: int) -> bool:
         """Whether branch k (K: the head) gets another input than x itself."""
         final = k == self.memory.branches
         return final or self.loop.branches[k].norm or self.modulation.shift[k] is not None \

@@ -17,7 +17,7 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Captured:
+class Capture:
     """Ops that PyTorch records together, as one child graph."""
 
     name: str
@@ -72,7 +72,7 @@ class While:
     name: str = "WHILE over the steps"
 
 
-Node = Captured | Rewind | Decide | Change | If | While
+Node = Capture | Rewind | Decide | Change | If | While
 
 
 def plan(branches: int, rule: str = "scores") -> tuple[Node, ...]:
@@ -96,11 +96,11 @@ def plan(branches: int, rule: str = "scores") -> tuple[Node, ...]:
     least = 2 if rule == "change" else 1
     if K < least:
         raise ValueError(f"branches: got {K}, the rule {rule!r} needs at least {least}")
-    ifs = [If(k, (Captured(f"branch {k}", (Op("norm", k), Op("body", k))),)) for k in range(K)]
-    embed = Captured("embedding", (Op("embed"),))
+    ifs = [If(k, (Capture(f"branch {k}", (Op("norm", k), Op("body", k))),)) for k in range(K)]
+    embed = Capture("embedding", (Op("embed"),))
     if rule == "scores":
         decided = [Decide(0, K, "scores"), embed, *ifs]
     else:
         decided = [Decide(0, 1, "always"), embed, ifs[0], Change(), Decide(1, K, "change"), *ifs[1:]]
-    step = (*decided, Captured("head", (Op("norm", K), Op("head"), Op("update"))))
-    return Captured("modulation", (Op("modulation"),)), Rewind(), While(step)
+    step = (*decided, Capture("head", (Op("norm", K), Op("head"), Op("update"))))
+    return Capture("modulation", (Op("modulation"),)), Rewind(), While(step)
