@@ -1,6 +1,6 @@
-# `make demo` and `make test` set up .venv by themselves. They need Python ≥ 3.10 with its venv module and headers and a
-# C++ compiler: on Debian and Ubuntu, apt-get install python3-venv python3-dev g++. A .venv that is there already keeps
-# its Python, whatever PYTHON says; remove it to change that.
+# `make demo` and `make test` set up .venv by themselves. They need Python ≥ 3.10, its venv module and headers, and a
+# C++ compiler: on Debian and Ubuntu, apt-get install python3-venv python3-dev g++. An existing .venv keeps its Python,
+# whatever PYTHON says; to change the Python, remove .venv.
 PYTHON ?= python3
 VENV := .venv
 
@@ -12,7 +12,7 @@ demo: $(VENV)/.installed-dit
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest
 
-# the demo needs a good deal less than the tests
+# The demo installs fewer packages than the tests.
 $(VENV)/.installed-%: pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo 'Python 3.10 or newer is needed; name one with `make PYTHON=python3.12 $(MAKECMDGOALS)`' >&2; exit 1; }

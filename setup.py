@@ -1,4 +1,4 @@
-"""Builds harmonica_kernels/_C with CMake; everything else stands in pyproject.toml."""
+"""Builds harmonica_kernels/_C with CMake; pyproject.toml holds everything else."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Configures anew in a folder of build/ for each Python, where a rebuild compiles only what has changed."""
+    """Configures anew at every build. Each Python has its folder in build/, so a rebuild compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -35,7 +35,7 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         for found in (build / "CMakeCache.txt", *build.glob("CMakeFiles/*/CMake*Compiler.cmake")):
-            found.unlink(missing_ok=True)  # compilers come and go, checkouts move; what is compiled already stays
+            found.unlink(missing_ok=True)  # compilers change and checkouts move; compiled objects may stay
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
                         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
                        check=True)

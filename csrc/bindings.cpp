@@ -1,4 +1,4 @@
-// Argument passing between the Python ops and the kernels, nothing else. Tensors arrive as tuples or None:
+// Passes arguments from the Python ops to the kernels, nothing else. Tensors arrive as tuples or None:
 // activations as (pointer, dtype, batch stride, token stride), modulation as (pointer, dtype, stride).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -73,7 +73,7 @@ std::pair<double, std::vector<double>> py_residual_norm_backward(
     return {result.r, std::move(result.e)};
 }
 
-// Addresses and sizes by their names in kernels.h.
+// The keys are the names in kernels.h, the values addresses and sizes.
 DecisionMemory decision_memory(const std::map<std::string, uintptr_t>& named) {
     auto in = [&](const char* name, auto*& pointer) {
         pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(named.at(name));
@@ -147,5 +147,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", &isa);
     m.def("set_isa", &set_isa);
     m.def("threading", &threading);
-    isa();  // an unknown HARMONICA_CPU is an error at import, not in the first kernel
+    isa();  // raises on an unknown HARMONICA_CPU at import, not in the first kernel
 }

@@ -1,4 +1,4 @@
-// One branch's decision at one step. The CUDA kernel and the CPU's function both run these lines.
+// One branch's decision at one step. The CUDA kernel and the CPU's `decide` both run these functions.
 #pragma once
 
 #include "kernels.h"
@@ -12,14 +12,15 @@
 namespace harmonica {
 
 // Whether the rule asks for branch k to be computed. difference and size: sums of |o - reference| and |reference|.
-HARMONICA_HOST_DEVICE bool wanted(const DecisionMemory& m, DecisionRule rule, int step, int k, double difference,
-                                  double size) {
+HARMONICA_HOST_DEVICE bool asks_for(const DecisionMemory& m, DecisionRule rule, int step, int k, double difference,
+                                    double size) {
     if (rule == DecisionRule::always) return true;
     if (rule == DecisionRule::change) return difference > *m.threshold * size;
     return m.scores[step * m.branches + k] > *m.threshold;  // in double, as Python floats compare
 }
 
-// Books the decision on branch k. What has never been computed in this trajectory is computed whatever the rule says.
+// Records the decision on branch k and returns it. A branch not yet computed in this trajectory is computed whatever
+// the rule says.
 HARMONICA_HOST_DEVICE bool settle(const DecisionMemory& m, int step, int k, bool compute) {
     int latest = step ? m.latest_at[k] : -1, previous = step ? m.previous_at[k] : -1;
     compute = compute || latest < 0;

@@ -5,9 +5,10 @@ import sys
 
 
 def main() -> None:
-    for name in ("torchao", "torch.utils._pytree"):  # diffusers imports torchao where it is, which then talks of itself
+    # diffusers imports torchao if it is installed, and importing it logs warnings about torchao itself.
+    for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Here, not in harmonica_dit: importing anything of that needs its dependencies.
+    # This file lies outside harmonica_dit: importing any part of that package needs its dependencies.
     try:
         from harmonica_dit.cli import app
     except ModuleNotFoundError as error:

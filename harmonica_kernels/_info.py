@@ -12,8 +12,8 @@ from .ops._library import kernels
 def info() -> dict[str, Any]:
     """Version, compiled extension, instruction sets (best first), threads, CUDA, and which code runs each op.
 
-    cuda: whether CUDA tensors can be used here; if not, cuda_reason says what is missing. gated: the same of
-    device-gated graphs, which the extension itself is built for.
+    cuda: whether CUDA tensors can be used here; if not, cuda_reason says what is missing. gated and gated_reason say
+    the same about device-gated graphs, which need an extension built with nvcc (gated_build).
     """
     try:
         installed = version("harmonica-kernels")
@@ -49,7 +49,7 @@ def _why_no_cuda() -> str:
 
 
 def why_not_gated() -> str:
-    """Why no CUDA graph can be gated on the device here; empty where one can."""
+    """Why device-gated graphs cannot run here; empty if they can."""
     build = kernels.cuda_build()
     if not build["runtime"]:
         return "the extension was built without nvcc (12.4 or newer); put it on the PATH and install again"

@@ -7,15 +7,15 @@ from .ops import cache_commit
 
 
 class FeatureCache:
-    """The memory of one trajectory: per branch the last `history` computed outputs [B, N, D], before the gate.
+    """The memory of one trajectory: per branch the last `history` computed outputs [B, N, D], before the residual gate.
 
-    Its buffers are allocated by the first forward that stores into it, for that batch and in the dtype of the first
-    branch's output, as one arena [history, K, B, N, D]. With two slots a branch, a new output goes into the older one
-    and the two swap roles by index; nothing is copied. Only where a score on the device decides whether a blended
-    output is stored, the roles cannot depend on it: then the latest output is copied to the previous one's slot.
+    The first forward that stores an output allocates one arena [history, K, B, N, D], for the shape of its x and in
+    the dtype of that output. With two slots per branch, a new output goes into the older slot and the slots swap roles
+    by index, without a copy. If a score on the device decides whether an output is stored, the host cannot swap the
+    slots; the latest output is then copied into the other slot before it is replaced.
 
     Args:
-        history: outputs kept for each branch: 1 repeats, 2 can also extrapolate.
+        history: outputs kept per branch: 1 repeats, 2 can also extrapolate.
     """
 
     def __init__(self, history: int = 1):
@@ -25,19 +25,20 @@ class FeatureCache:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything, memory included; the next trajectory may have any shape."""
+        """Forgets the outputs and frees their memory; the next trajectory may have any shape."""
         self._arena: Tensor | None = None
         self._slots: list[list[Tensor]] = []  # per branch, newest first
         self._filled: list[int] = []  # per branch, how many of its slots hold a computed output
-        self._of: tuple | None = None  # what a forward must match: shape, dtype and device of x, number of branches
-        self._pending: list[tuple[int, Tensor, Tensor | None, float]] = []  # branch, output, score, threshold
-        self._open = False
+        self._of: tuple | None = None  # every forward must match: shape, dtype and device of x, number of branches
+        # Renewals that wait for a backward: branch, output, score, threshold.
+        self._pending: list[tuple[int, Tensor, Tensor | None, float]] = []
+        self._open = False  # a forward has begun and not ended
 
     def rewind(self) -> None:
         """Forgets the outputs but keeps the memory, for another trajectory of the same shapes."""
         self._filled = [0] * len(self._slots)
         for slots in self._slots:
-            slots.sort(key=lambda slot: slot.data_ptr())  # as they were at first
+            slots.sort(key=lambda slot: slot.data_ptr())  # the order of the arena
         self._pending, self._open = [], False
 
     @property
@@ -47,13 +48,14 @@ class FeatureCache:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the entries; None before the first is stored."""
+        """The entries' dtype; None before the first is stored."""
         return None if self._arena is None else self._arena.dtype
 
     def filled(self, k: int) -> int:
         """How many outputs of branch k the cache holds, 0 to `history`.
 
-        Where scores on the device decide what is stored, a lone output counts as two equal ones, which forecast it.
+        With history 2, a lone output is copied into the second slot before a score on the device decides about its
+        renewal. It then counts as two outputs, and a forecast from them repeats it.
         """
         return self._filled[k] if self._filled else 0
 
@@ -62,13 +64,13 @@ class FeatureCache:
         return self._slots[k][0]
 
     def previous(self, k: int) -> Tensor | None:
-        """The output that branch k had before the latest, or None where there is none yet."""
+        """Branch k's output before the latest one, or None if there is none yet."""
         return self._slots[k][1] if self.filled(k) == 2 else None
 
     def copy_(self, other: "FeatureCache") -> "FeatureCache":
         """Becomes equal to `other`, reusing this cache's memory where the shapes agree. Returns itself.
 
-        What `other` has to renew is renewed first, so a backward through its last forward has to be done by then.
+        Calls `other.commit()` first, so the backward through `other`'s last forward must be done.
         """
         other.commit()
         if (self._of, self.history, self.dtype) != (other._of, other.history, other.dtype):
@@ -84,9 +86,9 @@ class FeatureCache:
         return self
 
     def commit(self) -> None:
-        """Renews what the last soft forward left to renew, `latest ← o`; to be called after its backward.
+        """Renews the entries that the last soft forward has decided to renew, `latest ← o`. Call it after the backward.
 
-        The backward reads the old entries, so the renewal waits for it. The next forward does it unasked.
+        The backward reads the old entries, so the renewal waits for it. The next forward calls this by itself.
         """
         pending, self._pending = self._pending, []
         for k, o, score, threshold in pending:
@@ -99,10 +101,10 @@ class FeatureCache:
                 self._filled[k] = 2
             cache_commit(latest, o, score, threshold, previous=previous[0] if previous else None)
 
-    # What `cached_forward` calls.
+    # Called by `cached_forward`.
 
     def _check(self, x: Tensor, branches: int) -> None:
-        """Says why this cache cannot serve a forward of x [B, N, D] through so many branches, if so."""
+        """Raises if this cache cannot serve a forward of x [B, N, D] through this number of branches."""
         if self._open:
             raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
                                "call cache.reset() and start the trajectory again")
@@ -114,7 +116,7 @@ class FeatureCache:
                              "call cache.reset() before another trajectory")
 
     def _begin(self, x: Tensor, branches: int) -> None:
-        """Opens a forward that has been checked; `_end` closes it."""
+        """Begins a forward that `_check` has accepted; `_end` ends it."""
         self._of = (x.shape, x.dtype, x.device, branches)
         self._open = True
 
@@ -124,12 +126,12 @@ class FeatureCache:
     def _allocate(self, dtype: torch.dtype) -> None:
         shape, _, device, branches = self._of
         self._arena = torch.empty(self.history, branches, *shape, dtype=dtype, device=device)
-        # .data gives each entry a version counter of its own: autograd may hold one while another is renewed
+        # .data gives each entry its own version counter: renewing one must not invalidate another that autograd saved
         self._slots = [[self._arena[slot, k].data for slot in range(self.history)] for k in range(branches)]
         self._filled = [0] * branches
 
     def _push(self, k: int, dtype: torch.dtype) -> Tensor:
-        """Makes branch k's oldest slot its latest and returns it, to be written; dtype decides a new arena's."""
+        """Makes branch k's oldest slot its latest and returns it for writing. A new arena gets `dtype`."""
         if self._arena is None:
             self._allocate(dtype)
         slots = self._slots[k]
@@ -139,25 +141,25 @@ class FeatureCache:
         return slots[0]
 
     def _renew(self, k: int, score: Tensor | None, threshold: float, o: Tensor) -> None:
-        """Takes a blended output: at once, or at `commit` where a backward may still read the entry it replaces.
+        """Renews branch k's entry with the blended output o: at once, or with grad enabled at `commit`.
 
-        With a score on the device, branch k's entry is renewed where that exceeds the threshold, without waiting for
-        it; None renews in any case.
+        score: on the device, which renews the entry if the score exceeds the threshold; Python does not wait for it.
+            None renews in any case.
         """
         self._pending.append((k, o, score, threshold))
         if not torch.is_grad_enabled():
             self.commit()
 
-    # What an executor calls (graph.py).
+    # Called by the executors (graphs/).
 
     def _state(self) -> tuple | None:
-        """What a recorded forward takes for granted of this cache, its memory included; None where it has none yet."""
+        """The state that a recorded forward relies on, buffer addresses included; None before there are buffers."""
         if self._arena is None:
             return None
         return self._of, self._open, tuple(self._filled), tuple(slots[0].data_ptr() for slots in self._slots)
 
     def _restore(self, state: tuple) -> None:
-        """Becomes what it was at `_state`, but for the outputs' values, in the same memory."""
+        """Goes to a `_state` of the same buffers; the values in them stay as they are."""
         self._of, self._open, filled, newest = state
         self._filled = list(filled)
         for slots, address in zip(self._slots, newest, strict=True):

@@ -1,7 +1,7 @@
 """A transformer forward whose residual branches are computed, reused or blended, as a row says.
 
-The row is one step of a schedule (hard), of a router's scores (soft), or nothing (the plain transformer). Between two
-computed bodies there is exactly one fused call, however many reused branches lie between them.
+The row is one step of a schedule (hard), one step of a router's scores (soft), or None (the plain transformer). One
+fused call joins two computed bodies, however many reused branches lie between them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,8 @@ from .cache import FeatureCache
 from .ops import Term, blend_residual_norm, residual_norm
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
-HOST = ("cpu",)  # devices whose scores Python reads without waiting; elsewhere the device decides what is renewed
+# Python reads scores on these devices without waiting. On others the device decides which entries are renewed.
+HOST = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Branch:
     """One residual branch `x + gate·body(LN(x)·(1 + scale) + shift)`.
 
     Args:
-        body: `body(h, context) -> o`, h and o of shape [B, N, D]. It must neither change h nor return it, nor keep it
-            where no gradient is wanted: the next body's input is written into the same memory.
+        body: `body(h, context) -> o`, h and o of shape [B, N, D]. It must not change h, nor return h or a view of it.
+            Without grad it must not keep h either: the next body's input is written into the same memory.
         body_out: `body_out(h, context, out)` writes o into `out` instead, a contiguous [B, N, D] cache buffer of h's
-            dtype; used where a computed output is cached in that dtype, no gradient is wanted and autocast is off.
-        norm: whether the body sees the norm of x. Without it, and without modulation rows, it is given x itself.
+            dtype. Hard rows and row=None use it with a cache of that dtype, without grad and outside autocast.
+        norm: whether the body gets the norm of x. Without norm and modulation rows the body gets x itself.
         gate: whether the modulation has a gate row for this branch.
         eps: of the norm.
     """
@@ -41,9 +42,9 @@ class Branch:
 
 
 class Modulation(NamedTuple):
-    """The conditioning's rows, each [B or 1, D] (any row stride) or None where a branch has none.
+    """The conditioning's rows, each [B or 1, D] (any row stride), or None where a branch has none.
 
-    shift, scale: K + 1 each; the last belongs to the final norm. gate: K.
+    shift, scale: K + 1 rows each; the last one belongs to the final norm. gate: K rows.
     """
 
     shift: Sequence[Tensor | None]
@@ -61,27 +62,27 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         branches: the K branches in execution order.
         x: [B, N, D] float32, bfloat16 or float16 (float64 for checking gradients); it is never changed.
         mod: shift, scale and gate rows of the branches and of the final norm.
-        row: None computes every branch and, where there is a cache, stores every output. A sequence of K bools is a
-            hard row: True computes and stores, False reuses without calling the body. A float tensor [K] is a soft
-            row of scores r, differentiable: o = r·body(h) + (1 - r)·reuse; entries with r > threshold are renewed with
-            o once the backward is done (`FeatureCache.commit`, or the next forward).
+        row: None computes every branch and, if there is a cache, stores every output. A sequence of K bools is a hard
+            row: True computes and stores, False reuses without calling the body. A float tensor [K] is a soft row of
+            scores r, differentiable: o = r·body(h) + (1 - r)·reuse. After the backward, o renews the entries with
+            r > threshold (`FeatureCache.commit`, which the next forward calls).
         forecast_weights: K weights e for reuse = (1 + e)·latest - e·previous; None or 0 repeats the latest. A float
-            tensor [K] is differentiable; its entries count where the cache holds two outputs.
-        cache: one per trajectory, filled by a first forward with row=None.
-        threshold: τ of a soft row; a hard row has been decided already.
-        context: whatever the bodies need beside h, given to each as it is.
+            tensor [K] is differentiable; an entry has no effect while the cache holds fewer than two outputs.
+        cache: one per trajectory; its first forward, with row=None, fills it.
+        threshold: τ of a soft row; a hard row does not use it.
+        context: whatever the bodies need beside h; every body gets it as it is.
         eps: of the final norm.
 
     Returns:
         y [B, N, D], in the autocast dtype where autocast is on, else in x's.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it. Nothing has been changed then, but
-            where it was a body that returned something else: the cache has to be reset after that.
+        TypeError, ValueError: an argument is not as above; the message names it. Nothing has been changed then, except
+            after a body returned a wrong output: the cache must be reset after that.
         RuntimeError: the last forward with this cache was interrupted.
-        NotImplementedError: x is neither on the CPU nor on a CUDA device; there are kernels for no other.
+        NotImplementedError: x is neither on the CPU nor on a CUDA device.
 
-    On CUDA nothing here waits for the device: a soft row's scores and forecast weights are read there.
+    On CUDA nothing here waits for the device: the kernels read soft scores and a tensor of forecast weights there.
 
     Source: HarmoniCa (Huang et al., ICML 2025), section 3; forecasts after TaylorSeer (Liu et al., 2025), first order.
     """
@@ -110,7 +111,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         if soft:
             stream.blend(o, row[k], cache, k, mod.gate[k], forecast_weights)
             if device not in HOST:
-                stream.renew = partial(cache._renew, k, row[k].detach(), threshold)  # decided there: no wait
+                stream.renew = partial(cache._renew, k, row[k].detach(), threshold)  # the device decides
             elif row[k].item() > threshold:
                 stream.renew = partial(cache._renew, k, None, threshold)
         else:
@@ -126,16 +127,16 @@ class _Stream:
 
     def __init__(self, x: Tensor, h_dtype: torch.dtype):
         self.x, self.owned, self.h_dtype = x, False, h_dtype
-        self.h: Tensor | None = None  # the buffer that the bodies are given, one after the other
+        self.h: Tensor | None = None  # the buffer in which every body gets its input
         self._clear()
 
     def _clear(self) -> None:
         self.run: list[Term] = []
-        self.weights: list[float | Tensor] = []  # of the forecasts, one a term
-        self.store: Tensor | None = None  # where the first output of the run belongs
-        self.fresh: Tensor | None = None  # blended with the run's first term by r
+        self.weights: list[float | Tensor] = []  # forecast weights, one a term
+        self.store: Tensor | None = None  # the cache slot for the run's first output
+        self.fresh: Tensor | None = None  # r blends it with the run's first term
         self.r: Tensor | None = None
-        self.renew: Callable[[Tensor], None] | None = None  # takes the blended output where its entry is renewed
+        self.renew: Callable[[Tensor], None] | None = None  # renews an entry with the blended output
 
     def compute(self, o: Tensor, store: Tensor | None, gate: Tensor | None) -> None:
         self.run.append(Term(o, None, gate))
@@ -156,7 +157,7 @@ class _Stream:
     def norm(self, shift: Tensor | None, scale: Tensor | None, norm: bool, eps: float, last: bool = False) -> Tensor:
         """Adds the run to x and returns the modulated norm: the one fused call between two bodies."""
         h_dtype = self.h_dtype if norm or shift is not None or scale is not None else self.x.dtype
-        if self.fresh is not None or self._wants_grad(shift, scale) or self._weights_are_elsewhere():
+        if self.fresh is not None or self._wants_grad(shift, scale) or self._weights_on_device():
             h = self._functional(shift, scale, h_dtype, norm, eps)
         else:
             x_out = None
@@ -169,7 +170,7 @@ class _Stream:
             if x_out is not None:
                 self.x, self.owned = x_out, True
             if h is not self.x and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self.h = h  # with grad a body may have saved it; a compiler plans memory by itself
+                self.h = h  # with grad a body may have saved h; a compiler plans memory itself
         self._clear()
         return h
 
@@ -178,20 +179,20 @@ class _Stream:
         weights = None
         if any(isinstance(weight, Tensor) or weight != 0 for weight in self.weights):
             exact = torch.float64 if self.x.dtype == torch.float64 else torch.float32
-            # full, not as_tensor: filled on the device, not copied to it
+            # torch.full fills on the device; as_tensor would copy from the host
             weights = torch.stack([weight.to(exact) if isinstance(weight, Tensor) else
                                    torch.full((), weight, dtype=exact, device=self.x.device)
                                    for weight in self.weights])
         self.x, h, o = blend_residual_norm(self.x, self.run, shift, scale, forecast_weights=weights, fresh=self.fresh,
                                            r=self.r, h_dtype=h_dtype, norm=norm, eps=eps)
-        self.owned = False  # autograd may have saved it
+        self.owned = False  # autograd may have saved x
         if self.store is not None:
             self.store.copy_(self.run[0].latest.detach())
         if self.renew is not None:
             self.renew(o)
         return h
 
-    def _weights_are_elsewhere(self) -> bool:
+    def _weights_on_device(self) -> bool:
         """Whether reading a forecast weight as a number would wait for the device."""
         return any(isinstance(weight, Tensor) and weight.device.type not in HOST for weight in self.weights)
 
@@ -205,7 +206,7 @@ class _Stream:
 
 
 def _check(branches, x, mod, row, forecast_weights, cache, threshold) -> Sequence[bool]:
-    """Refuses what cannot be run, before anything is touched. Returns which branches' bodies are called."""
+    """Raises on wrong arguments, before anything is changed. Returns for each branch whether its body is called."""
     K = len(branches)
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
         what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

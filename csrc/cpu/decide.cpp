@@ -1,4 +1,4 @@
-// The decisions of a step on the host: what the plan's walk on the CPU runs, and the reference of the CUDA kernel.
+// The decisions of a step on the CPU: on_cpu.py runs this, and the CUDA kernel must agree with it.
 #include "../decide.h"
 
 namespace harmonica {
@@ -15,7 +15,7 @@ void decide(const DecisionMemory& m, int first, int last, DecisionRule rule) {
         size += m.change[m.parts + i];
     }
     for (int k = first; k < last; ++k) {
-        bool compute = settle(m, step, k, wanted(m, rule, step, k, difference, size));
+        bool compute = settle(m, step, k, asks_for(m, rule, step, k, difference, size));
         m.start[k + 1] = compute ? k : m.start[k];
     }
     if (rule == DecisionRule::change && m.compute[first]) *m.reference ^= 1;

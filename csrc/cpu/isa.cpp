@@ -25,7 +25,7 @@ struct Isa {
     const RowOps<double>* double_ops;
 };
 
-// The processor's, best first. `portable` always ends the list.
+// The instruction sets that the processor has, best first. `portable` always ends the list.
 const std::vector<Isa>& available() {
     static const std::vector<Isa> isas = [] {
         std::vector<Isa> found;
@@ -53,7 +53,7 @@ const Isa* find(const std::string& name) {
     throw std::invalid_argument("no CPU kernels named '" + name + "' here; this processor can run: " + names);
 }
 
-std::atomic<const Isa*>& chosen() {
+std::atomic<const Isa*>& choice() {
     static std::atomic<const Isa*> isa{[] {
         const char* forced = std::getenv("HARMONICA_CPU");
         return forced && *forced ? find(forced) : &available().front();
@@ -65,11 +65,11 @@ std::atomic<const Isa*>& chosen() {
 
 template <>
 const RowOps<float>& row_ops<float>() {
-    return *chosen().load()->float_ops;
+    return *choice().load()->float_ops;
 }
 template <>
 const RowOps<double>& row_ops<double>() {
-    return *chosen().load()->double_ops;
+    return *choice().load()->double_ops;
 }
 
 std::vector<std::string> available_isas() {
@@ -78,7 +78,7 @@ std::vector<std::string> available_isas() {
     return names;
 }
 
-std::string isa() { return chosen().load()->name; }
-void set_isa(const std::string& name) { chosen() = find(name); }
+std::string isa() { return choice().load()->name; }
+void set_isa(const std::string& name) { choice() = find(name); }
 
 }  // namespace harmonica

@@ -1,4 +1,4 @@
-// Where nvcc was not there.
+// Stands in for csrc/cuda in a build without nvcc.
 #include "../kernels.h"
 
 namespace harmonica {

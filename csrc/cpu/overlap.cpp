@@ -12,13 +12,13 @@ int64_t size_of(DType dtype) {
     return kSizes[int(dtype)];
 }
 
-bool same(const Activation& a, const Activation& b) {
+bool is_same(const Activation& a, const Activation& b) {
     return a.data == b.data && a.dtype == b.dtype && a.batch_stride == b.batch_stride &&
            a.token_stride == b.token_stride;
 }
 
-// Whether two views of one buffer, such as the halves of a chunk along D, pass each other by.
-bool interleaved(Shape shape, const Activation& a, const Activation& b) {
+// Whether the rows of two views of one buffer alternate without touching, as the halves of a chunk along D do.
+bool interleave(Shape shape, const Activation& a, const Activation& b) {
     if (a.dtype != b.dtype || a.batch_stride != b.batch_stride || a.token_stride != b.token_stride) return false;
     const int64_t row = shape.width * size_of(a.dtype);
     const int64_t period = std::gcd(a.batch_stride, a.token_stride) * size_of(a.dtype);
@@ -33,7 +33,7 @@ bool overlap(Shape shape, const Activation& a, const Activation& b) {
         const int64_t last = (shape.batch - 1) * t.batch_stride + (shape.tokens - 1) * t.token_stride + shape.width;
         return static_cast<const char*>(t.data) + last * size_of(t.dtype);
     };
-    return a.data < end(b) && b.data < end(a) && !interleaved(shape, a, b);
+    return a.data < end(b) && b.data < end(a) && !interleave(shape, a, b);
 }
 
 Activation as_activation(const Rows& rows) { return {rows.data, rows.dtype, rows.stride, 0}; }
@@ -57,7 +57,7 @@ void refuse_overlap(const char* op, Shape shape, const std::vector<Named>& outpu
             refuse("has rows that overlap each other");
         for (const Named& other : outputs)
             if (&other != &out) check(other.name, other.a);
-        if (!same(out.a, x)) check("x", x);
+        if (!is_same(out.a, x)) check("x", x);
         for (int j = 0; j < int(run.size()); ++j) {
             check("latest", run[j].latest, j);
             check("previous", run[j].previous, j);

@@ -1,4 +1,4 @@
-// Refuses outputs that would be overwritten while the same memory is still to be read.
+// Refuses outputs whose memory is also another argument's.
 #pragma once
 
 #include <vector>
@@ -12,8 +12,8 @@ struct Named {
     Activation a;
 };
 
-// Throws std::invalid_argument, naming both, where an output has rows that overlap each other, or shares memory with
-// another output, an input, or a row of the run or the norm. x is an input of its own: x_out may be equal to it.
+// Throws std::invalid_argument if an output has rows that overlap each other, or shares memory with another output, an
+// input, or a row of the run or the norm. The message names both. An output may be exactly x, as x_out is in place.
 void refuse_overlap(const char* op, Shape shape, const std::vector<Named>& outputs, const Activation& x,
                     const std::vector<Term>& run, const Blend& blend, const Norm& norm);
 

@@ -12,9 +12,9 @@
 namespace harmonica {
 namespace {
 
-// The entry point that compilers emit for `#pragma omp parallel` (libgomp; Intel's and LLVM's runtimes have it too).
-// Looked up in the process instead of linked: torch brings its own copy of the runtime, and a second one, or another
-// pool beside it, would fight with torch's spinning workers for the same cores.
+// Compilers emit this entry point for `#pragma omp parallel` (libgomp; Intel's and LLVM's runtimes have it too). It is
+// looked up in the process instead of linked: torch brings its own copy of the runtime, and a second copy or another
+// thread pool would fight with torch's spinning workers for the same cores.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 GompParallel gomp_parallel() {
@@ -42,7 +42,7 @@ void parallel(int threads, const std::function<void(int)>& work) {
     others.reserve(threads - 1);
     try {
         while (int(others.size()) < threads - 1) others.emplace_back(Region::enter, &region);
-    } catch (const std::system_error&) {  // the process has no more; the work is shared by those that there are
+    } catch (const std::system_error&) {  // the process gets no more threads; those that started share the work
     }
     Region::enter(&region);
     for (std::thread& other : others) other.join();

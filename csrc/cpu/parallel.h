@@ -1,4 +1,4 @@
-// Threads: a queue of jobs that the process's own OpenMP threads take from.
+// Threads: the process's own OpenMP threads take jobs from a queue.
 #pragma once
 
 #include <atomic>
@@ -23,8 +23,8 @@ class Queue {
     const int64_t size_;
 };
 
-// Calls work(worker) on up to `threads` threads at once, worker = 0, 1, ..: fewer where the runtime grants fewer, so
-// the work must come from a Queue. It must not throw. One thread: the caller's alone.
+// Calls work(worker) on up to `threads` threads at once, worker = 0, 1, ... The runtime may grant fewer threads, so
+// workers must take their jobs from a Queue. work must not throw. With threads = 1 only the caller's thread runs.
 void parallel(int threads, const std::function<void(int)>& work);
 
 }  // namespace harmonica

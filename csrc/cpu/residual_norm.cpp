@@ -1,5 +1,5 @@
-// Accumulate, normalise, modulate: one pass, row by row. A row is summed in a buffer that stays in the L1 cache, so
-// that each argument crosses the memory bus once, whatever the length of the run.
+// Accumulate, normalise, modulate: one pass, row by row. A row is summed up in a buffer that stays in the L1 cache, so
+// each argument crosses the memory bus once, whatever the length of the run.
 #include "overlap.h"
 #include "parallel.h"
 #include "run.h"
@@ -7,8 +7,8 @@
 namespace harmonica {
 namespace {
 
-constexpr int64_t kWorthThreads = 32 * 1024;  // values, of all arguments together, from which threads pay
-constexpr int64_t kJobValues = 128 * 1024;    // values of a job: small enough to share out evenly
+constexpr int64_t kWorthThreads = 32 * 1024;  // threads pay from this many values in all arguments together
+constexpr int64_t kJobValues = 128 * 1024;    // values a job: small enough to divide the work evenly
 
 template <class A>
 void forward(Shape shape, Activation x_, Activation x_out_, Activation h_, Activation first_,

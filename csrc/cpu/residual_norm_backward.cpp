@@ -1,6 +1,6 @@
-// Backward of residual_norm: one pass over the rows, then a small one that adds up the sums over tokens.
+// Backward of residual_norm: one pass over the rows, then a small one that adds up the jobs' sums over tokens.
 //
-// With G the gradient of x' that has come through h as well: dx = G, and for each term do = gate·G, dgate = Σ G·o,
+// G is the whole gradient of x', the part through h included. dx = G, and for each term do = gate·G, dgate = Σ G·o,
 // dfresh = r·do, dlatest = (1 - r)(1 + e)·do, dr = Σ do·(fresh - reuse), de = (1 - r)·Σ do·(latest - previous).
 #include "parallel.h"
 #include "run.h"
@@ -8,10 +8,10 @@
 namespace harmonica {
 namespace {
 
-constexpr int64_t kWorthThreads = 32 * 1024;  // values, of all arguments together, from which threads pay
-constexpr int64_t kJobTokens = 32;            // tokens whose sums a job keeps: fixed, so that no sum depends on threads
+constexpr int64_t kWorthThreads = 32 * 1024;  // threads pay from this many values in all arguments together
+constexpr int64_t kJobTokens = 32;            // tokens a job: fixed, so that no sum depends on the number of threads
 
-// The modulation gradients wanted, and the partial sums of each job: [jobs, wanted, D].
+// The wanted modulation gradients and each job's partial sums of them, [jobs, wanted, D].
 template <class A>
 class TokenSums {
   public:
@@ -22,12 +22,12 @@ class TokenSums {
         sums_.resize(jobs * wanted_.size() * width);
     }
 
-    // The sum of a job, nullptr where it is not wanted (index -1).
+    // A job's sum; nullptr if it is not wanted (index -1).
     A* of(int64_t job, int index) {
         return index < 0 ? nullptr : &sums_[(job * int64_t(wanted_.size()) + index) * width_];
     }
 
-    // Adds up the jobs: gradients [B, D] get those of their batch entry, gradients [1, D] all.
+    // Adds up the jobs' sums: a gradient [B, D] gets those of each batch entry, a gradient [1, D] all of them.
     void write(const RowOps<A>& ops, Shape shape, int64_t batch_jobs, int threads) {
         const int64_t outputs = int64_t(wanted_.size()) * shape.batch;
         if (outputs * batch_jobs * width_ < kWorthThreads) threads = 1;
@@ -87,7 +87,7 @@ ScalarGradients backward(Shape shape, Activation dx_out_, Activation dh_, Activa
 
     parallel(threads, [&](int worker) {
         Run<A>& in = runs[worker];
-        A *g = &scratch[worker * 4 * width], *x = g + width, *o = x + width, *gated = o + width;
+        A *g = &scratch[worker * 4 * width], *x = g + width, *o = x + width, *d_o = o + width;
 
         for (int64_t job; (job = jobs.next()) >= 0;) {
             const int64_t b = job / batch_jobs, first = job % batch_jobs * kJobTokens;
@@ -116,8 +116,8 @@ ScalarGradients backward(Shape shape, Activation dx_out_, Activation dh_, Activa
                     }
                     const A* d = g;
                     if (in.gate[j]) {
-                        ops.multiply(g, in.gate[j], gated, width);
-                        d = gated;
+                        ops.multiply(g, in.gate[j], d_o, width);
+                        d = d_o;
                     }
                     if (dlatest[j]) dlatest[j].write(d, row, {A(0), reused * (1 + e)});
                     if (blended && dfresh) dfresh.write(d, row, {A(0), in.r});

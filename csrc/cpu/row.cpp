@@ -1,5 +1,5 @@
-// The row primitives. Compiled once for each instruction set, with HARMONICA_ISA its name: no symbol but `tables`
-// leaves this file, so that no code for a newer processor can be linked into another's path.
+// The row primitives. This file is compiled once for each instruction set, with HARMONICA_ISA its name. It exports only
+// the two tables at its end, so that code for a newer processor is never linked into the path of an older one.
 #include "row.h"
 
 #include "vec.h"
@@ -10,7 +10,7 @@ namespace {
 template <class A, class T>
 void read(const void* src, const void* next, bool set, const A* gate, A factor, A* row, int64_t n) {
     const T* from = static_cast<const T*>(src);
-    const T* ahead = static_cast<const T*>(next ? next : src);  // prefetching what is read now costs nothing
+    const T* ahead = static_cast<const T*>(next ? next : src);  // to prefetch the row that is read now costs nothing
     if (set) {
         sweep<A>(n, [=](int64_t i, auto lane) __attribute__((always_inline)) {
             using V = typename decltype(lane)::type;
@@ -58,7 +58,7 @@ Moments<A> moments(const A* row, A eps, int64_t n) {
         rest.add(centred);
         squares.add(centred * centred);
     });
-    const A missed = rest.total() / A(n);  // what rounding took from the mean
+    const A missed = rest.total() / A(n);  // the rounding error of the mean
     return {mean + missed, A(1) / A(__builtin_sqrt(squares.total() / A(n) - missed * missed + eps))};
 }
 
@@ -117,7 +117,7 @@ constexpr StorageOps<A> storage() {
 }
 
 template <class A>
-constexpr RowOps<A> with(StorageOps<A> f32, StorageOps<A> half, StorageOps<A> brain, StorageOps<A> f64) {
+constexpr RowOps<A> row_ops_of(StorageOps<A> f32, StorageOps<A> half, StorageOps<A> brain, StorageOps<A> f64) {
     return {{f32, half, brain, f64}, moments<A>, multiply<A>, multiply_add<A>, dot<A>, norm_backward<A>};
 }
 
@@ -126,8 +126,9 @@ constexpr RowOps<A> with(StorageOps<A> f32, StorageOps<A> half, StorageOps<A> br
 namespace HARMONICA_ISA {
 extern const RowOps<float> float_ops;
 extern const RowOps<double> double_ops;
-const RowOps<float> float_ops = with<float>(storage<float, float>(), storage<float, f16>(), storage<float, bf16>(), {});
-const RowOps<double> double_ops = with<double>({}, {}, {}, storage<double, double>());
+const RowOps<float> float_ops =
+    row_ops_of<float>(storage<float, float>(), storage<float, f16>(), storage<float, bf16>(), {});
+const RowOps<double> double_ops = row_ops_of<double>({}, {}, {}, storage<double, double>());
 }  // namespace HARMONICA_ISA
 
 }  // namespace harmonica

@@ -1,5 +1,5 @@
-// What the kernels do to one row of D values. A row under work lies in a buffer of accumulators A (float, or double
-// where the storage is f64) that stays in the L1 cache; only reading and writing know the storage type.
+// The kernels' primitives on one row of D values. A row under work lies in a buffer of accumulators A (float, or double
+// if the storage is f64) that stays in the L1 cache. Only read and write know the storage type.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ template <class A>
 struct StorageOps {
     int size;  // bytes of an element
 
-    // row = factor·src where set, else row += factor·gate·src (gate == nullptr: 1). `next`, where not null, is the row that
-    // will be read after this one: it is prefetched, since hardware prefetchers lose many short streams.
+    // set: row = factor·src; else row += factor·gate·src (gate == nullptr: 1). next: the row to be read after this one,
+    // or nullptr. It is prefetched, since hardware prefetchers lose track of many short streams.
     void (*read)(const void* src, const void* next, bool set, const A* gate, A factor, A* row, int64_t n);
 
     // dst = (row - mean)·rstd·(1 + scale) + shift; scale or shift == nullptr: 0
@@ -28,9 +28,9 @@ struct StorageOps {
 
 template <class A>
 struct RowOps {
-    StorageOps<A> storage[4];  // by DType; those that do not go with A are empty
+    StorageOps<A> storage[4];  // by DType; empty for the types that do not go with A
 
-    // Two passes: the variance is taken about the mean, and the mean is corrected by what the first pass missed.
+    // Two passes. The second takes the variance about the first one's mean and corrects that mean's rounding error.
     Moments<A> (*moments)(const A* row, A eps, int64_t n);
 
     // out = a·b
@@ -42,13 +42,13 @@ struct RowOps {
     // Σ a·b
     A (*dot)(const A* a, const A* b, int64_t n);
 
-    // dx += gradient of (x - mean)·rstd·(1 + scale) + shift; dshift += dh; dscale += dh·(x - mean)·rstd (where not
-    // nullptr). norm == false: mean and rstd are constants.
+    // dx += gradient of (x - mean)·rstd·(1 + scale) + shift; dshift += dh; dscale += dh·(x - mean)·rstd (those that are
+    // not nullptr). norm == false: mean and rstd are constants.
     void (*norm_backward)(const A* x, Moments<A> moments, bool norm, const A* dh, const A* scale, A* dx, A* dshift,
                           A* dscale, int64_t n);
 };
 
-// Those of the instruction set in use.
+// The primitives of the instruction set in use.
 template <class A>
 const RowOps<A>& row_ops();
 

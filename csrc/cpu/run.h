@@ -1,4 +1,4 @@
-// What the forward and the backward kernel share: rows of activations and of modulations, and a run's outputs.
+// Shared by the forward and the backward kernel: rows of activations and of modulations, and a run's outputs.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace harmonica {
 
-// The rows [B·N, D] of an activation, in accumulators on this side and in storage on the other.
+// Reads and writes the rows [B·N, D] of an activation, converting between its storage type and accumulators.
 template <class A>
 class RowIO {
   public:
@@ -46,7 +46,7 @@ class RowIO {
     StorageOps<A> ops_{};
 };
 
-// A modulation's rows as accumulators: in place where they are stored as such, else converted into `buffer`.
+// A modulation row as accumulators: the row itself if it is stored as A, else converted into `buffer`.
 template <class A>
 const A* modulation_row(const RowOps<A>& ops, const Rows& rows, int64_t b, int64_t width, A* buffer) {
     if (!rows.data) return nullptr;
@@ -57,7 +57,7 @@ const A* modulation_row(const RowOps<A>& ops, const Rows& rows, int64_t b, int64
     return buffer;
 }
 
-// A run, and the modulation rows of one batch entry at a time. One for each worker, with its part of the scratch.
+// A run, and the modulation rows of one batch entry at a time. Every worker has its own.
 template <class A>
 class Run {
   public:
@@ -73,7 +73,8 @@ class Run {
     const RowIO<A> fresh;
     const A r;
     std::vector<RowIO<A>> latest, previous;
-    std::vector<const A*> gate;  // this and the next two: of the batch entry entered, nullptr where there is none
+    // Rows of the batch entry that `enter` was last called with; nullptr if there is none.
+    std::vector<const A*> gate;
     const A *shift = nullptr, *scale = nullptr;
 
     void enter(int64_t b) {
@@ -96,7 +97,7 @@ class Run {
         if (e != 0) previous[j].add(row, -factor * e, gate, to);
     }
 
-    // to = o of term j: blended for the first where there is a fresh output
+    // to = o of term j; the first term's is blended if there is a fresh output
     void output(size_t j, int64_t row, A* to) const {
         const bool blended = j == 0 && fresh;
         if (blended)

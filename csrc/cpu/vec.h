@@ -1,5 +1,5 @@
-// Vectors as wide as the instruction set that this file is compiled for, and conversions between storage and them.
-// Everything has internal linkage: the same header is compiled once for each instruction set.
+// Vectors of the width of the instruction set compiled for, and conversions between them and storage. Everything has
+// internal linkage, since this header is compiled once for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ inline To bits_as(const From& from) {
     return to;
 }
 
-// Round to nearest even; a NaN stays one. U is uint32_t or a vector of it.
+// Rounds to nearest even; a NaN stays a NaN. U is uint32_t or a vector of it.
 template <class U>
 inline U bf16_bits(U f32) {
     U rounded = (f32 + 0x7fffu + ((f32 >> 16) & 1u)) >> 16;
@@ -70,7 +70,7 @@ inline uint16_t float_to_f16(float value) {
     return uint16_t(sign | (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13);
 }
 
-// load<V>(p): V is an accumulator A or Vec<A>. Storage of A itself comes as it is.
+// Conversions for load<V> and store, where V is an accumulator A or Vec<A>. Storage of type A itself is not converted.
 template <class V, class T>
 struct Convert;
 
@@ -155,7 +155,7 @@ struct Lane {
     using type = V;
 };
 
-// f(i, Lane<Vec<A>>) for whole vectors, then f(i, Lane<A>) for what is left of n.
+// Calls f(i, Lane<Vec<A>>) for whole vectors, then f(i, Lane<A>) for the rest of n.
 template <class A, class F>
 inline __attribute__((always_inline)) void sweep(int64_t n, F f) {
     int64_t i = 0;

@@ -1,4 +1,4 @@
-// What the CUDA part is made of and what this machine offers it.
+// What the CUDA part was built with, and what this machine has.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@ CudaBuild cuda_build() {
     CudaBuild build;
     build.runtime = CUDART_VERSION;
     build.architectures = HARMONICA_CUDA_ARCHITECTURES;
-    // A toolkit's code runs on drivers of its major version; conditional nodes as used here came with 12.4.
+    // Code built by a toolkit runs on any driver of its major version. The conditional nodes used here came with 12.4.
     build.needed = std::max(CUDART_VERSION / 1000 * 1000, 12040);
     if (cudaDriverGetVersion(&build.driver) != cudaSuccess) build.driver = 0;
     cudaError_t error = cudaGetDeviceCount(&build.devices);

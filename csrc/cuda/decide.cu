@@ -1,4 +1,4 @@
-// The kernel that decides a step, and the change of the first branch's output: every decision of a trajectory falls here.
+// The kernel that decides a step, and the kernel that measures the change of the first branch's output.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// The sums of a and b over the block, in an order that depends on its size alone; valid in every thread.
+// The sums of a and b over the block, for every thread. Their order depends on the block's size alone.
 __device__ double2 block_sum(double a, double b) {
     __shared__ double2 sums[THREADS];
     sums[threadIdx.x] = {a, b};
@@ -26,7 +26,7 @@ __device__ double2 block_sum(double a, double b) {
     return sums[0];
 }
 
-// One block. The branches are settled in parallel; one thread alone then writes the runs and every condition, since
+// One block. It settles the branches in parallel. Then a single thread writes the runs and every condition, since
 // concurrent cudaGraphSetConditional calls are undefined.
 __global__ void __launch_bounds__(THREADS) decide_kernel(DecisionMemory m, int first, int last, DecisionRule rule) {
     int step = *m.step + (first == 0);
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(THREADS) decide_kernel(DecisionMemory m, int f
         sums = block_sum(sums.x, sums.y);
     }
     for (int k = first + threadIdx.x; k < last; k += THREADS)
-        settle(m, step, k, wanted(m, rule, step, k, sums.x, sums.y));
+        settle(m, step, k, asks_for(m, rule, step, k, sums.x, sums.y));
     __syncthreads();
     if (threadIdx.x) return;
     if (first == 0) {

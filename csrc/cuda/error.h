@@ -10,11 +10,11 @@ namespace harmonica {
 
 inline void check(cudaError_t error, const std::string& what) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // not to be met again by the next call
+    cudaGetLastError();  // clears the error, so that the next call does not meet it
     throw std::runtime_error(what + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
 }
 
-// Makes a device current and the one before it again at the end.
+// Makes a device current; at the end of its scope, the device before it again.
 class OnDevice {
   public:
     explicit OnDevice(int device) {

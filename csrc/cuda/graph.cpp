@@ -7,7 +7,8 @@
 namespace harmonica {
 namespace {
 
-// The driver's own node types, since the runtime does not know all of them; fetched, so that nothing links to libcuda.
+// The driver's node type, since the runtime does not know all types. The function is asked for by name, so that nothing
+// links to libcuda.
 CUgraphNodeType node_type(cudaGraphNode_t node, const std::string& where) {
     static const auto get = [] {
         void* function = nullptr;

@@ -1,4 +1,4 @@
-// A graph built node by node, with conditionals, and its executable.
+// A graph with conditional nodes, built node by node, and its executable.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,10 +11,10 @@
 
 namespace harmonica {
 
-// Every graph in it is a chain: a node runs after the one that was added to the same graph before it. Graph 0 is the
-// root; `conditional` gives the numbers of others. Names appear in errors. Throws std::runtime_error where CUDA
-// refuses, with the node's name; the object stays destructible. Addresses and captured graphs' memory stay the
-// caller's, and have to live as long as this object.
+// The root is graph 0; `conditional` returns the numbers of the bodies' graphs. Each graph is a chain: a node runs
+// after the node added to the same graph before it. If CUDA refuses, std::runtime_error is thrown with the node's name,
+// and the object stays destructible. The caller owns the memory behind addresses and captured graphs, and must keep it
+// as long as this object.
 class GatedGraph {
   public:
     explicit GatedGraph(int device);
@@ -22,8 +22,8 @@ class GatedGraph {
     GatedGraph(const GatedGraph&) = delete;
     GatedGraph& operator=(const GatedGraph&) = delete;
 
-    // A condition's handle, for `conditional` and for DecisionMemory. With `initially` every launch begins with 1;
-    // without, a kernel has to write it before its node is reached.
+    // A condition's handle, for `conditional` and for DecisionMemory. With `initially`, the condition is 1 at the start
+    // of every launch. Without it, a kernel must write the condition before its node is reached.
     uint64_t condition(bool initially);
 
     void fill(int graph, void* data, int byte, size_t bytes, const std::string& name);
@@ -31,13 +31,13 @@ class GatedGraph {
                 const std::string& name);
     void change(int graph, const Change& change, const std::string& name);
 
-    // Clones a captured cudaGraph_t, after checking node by node, children too, that it may stand in a conditional.
+    // Clones a captured cudaGraph_t. First checks that each node, in child graphs too, may stand in a conditional.
     void child(int graph, uintptr_t captured, const std::string& name);
 
-    // An IF (one body) or, with `loop`, a WHILE node; returns its body's number.
+    // Adds an IF node (with one body) or, with `loop`, a WHILE node. Returns the number of its body.
     int conditional(int graph, uint64_t condition, bool loop, const std::string& name);
 
-    void instantiate(uintptr_t stream);  // and uploads, on the stream
+    void instantiate(uintptr_t stream);  // also uploads the executable, on the stream
     void launch(uintptr_t stream);
 
   private:

@@ -1,4 +1,4 @@
-// The kernels that decide, as nodes of a graph.
+// Adds the kernels that decide to a graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,8 +7,8 @@
 
 namespace harmonica {
 
-// Sums of |o - reference| and |reference| over `values` values, in an order that depends on their number and on `parts`
-// alone; o becomes the other half of reference [2, values].
+// Writes sums of |o - reference| and of |reference|, and copies o into the other half of reference [2, values]. The
+// order of the sums depends on `values` and `parts` alone.
 struct Change {
     const void* o;
     void* reference;

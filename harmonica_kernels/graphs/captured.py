@@ -1,7 +1,7 @@
 """The executor that replays recorded calls as CUDA graphs.
 
-When to record, what a recording stands for and which memory it reads is plain bookkeeping, the same on every machine;
-`_Cuda` alone speaks to CUDA, through `record_into`.
+`Captured` does the bookkeeping: when to record, which call a recording stands for, which memory it reads. That is the
+same on every machine. Only `_Cuda` speaks to CUDA, through `record_into`.
 """
 
 from collections import OrderedDict
@@ -16,18 +16,18 @@ from .recording import record_into, stream_of
 
 
 class Captured:
-    """The executor that replays recorded CUDA graphs, see `compile`."""
+    """The executor that replays recorded CUDA graphs; see `compile`."""
 
     def __init__(self, function: Callable, graphs: int):
         self.function = function
         self._limit = graphs
-        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()  # the longest unused first
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()  # calls that came once; no more of them than graphs
+        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()  # least recently used first
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()  # calls that came once, at most as many as graphs
         self._recorder: _Cuda | None = None
 
     @property
     def graphs(self) -> int:
-        """How many are alive."""
+        """How many graphs are alive."""
         return len(self._recordings)
 
     def __call__(self, *args, **kwargs) -> Tensor | tuple[Tensor, ...]:
@@ -52,7 +52,7 @@ class Captured:
             self._seen[key] = None
             if len(self._seen) > self._limit:
                 self._seen.popitem(last=False)
-            return self._first(call, recorder)
+            return self._run_first(call, recorder)
         return self._recordings[key].replay(call)
 
     def reset(self) -> None:
@@ -62,7 +62,7 @@ class Captured:
         self._seen.clear()
 
     def _recorder_on(self, device: torch.device) -> "_Cuda | None":
-        """What records there, or None where calls run as they are."""
+        """The recorder for a device, or None if calls there run as they are."""
         if device.type not in RECORDERS:
             return None
         if self._recorder is None or self._recorder.device != device:
@@ -71,13 +71,13 @@ class Captured:
         return self._recorder
 
     def _run(self, call: "Call", tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """The function itself, with `tensors` for the call's own."""
+        """Calls the function itself, with `tensors` in place of the call's own."""
         args, kwargs = call.bind(tensors)
         output = self.function(*args, **kwargs)
         _check_output(output)
         return output
 
-    def _first(self, call: "Call", recorder: "_Cuda") -> Tensor | tuple[Tensor, ...]:
+    def _run_first(self, call: "Call", recorder: "_Cuda") -> Tensor | tuple[Tensor, ...]:
         before = recorder.random_state()
         output = self._run(call, call.tensors)
         if not torch.equal(before, recorder.random_state()):
@@ -86,7 +86,7 @@ class Captured:
         return output
 
     def _record(self, call: "Call", recorder: "_Cuda") -> "_Recording":
-        with torch.inference_mode(False):  # such buffers can be written to in any mode
+        with torch.inference_mode(False):  # inference tensors cannot be written to outside inference mode
             buffers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in call.tensors]
         for buffer, tensor in zip(buffers, call.tensors):
             buffer.copy_(tensor)
@@ -97,7 +97,7 @@ class Captured:
             raise
         except Exception as error:
             raise RuntimeError(
-                f"{_name(self.function)} cannot be captured: {error}\nWhat is captured must not wait for the GPU "
+                f"{_name(self.function)} cannot be captured: {error}\nA captured function must not wait for the GPU "
                 "(.item(), .tolist(), .cpu(), a tensor in an `if`), copy from ordinary host memory, or draw random "
                 'numbers. Call it without an executor (executor="eager" of sample, train_router), or take that out of '
                 "it."
@@ -114,13 +114,13 @@ class Captured:
 
 
 class _Recording(NamedTuple):
-    """A graph, and the memory that it reads and writes."""
+    """A graph and the memory that it reads and writes."""
 
     graph: Any
     buffers: list[Tensor]  # its inputs
     output: Tensor | tuple[Tensor, ...]
-    caches: list[tuple]  # the state that the function leaves each cache in
-    alive: tuple  # whatever else the graph has the addresses of: arguments and caches' memory
+    caches: list[tuple]  # the state in which the function leaves each cache
+    alive: tuple  # the graph holds their addresses too: other arguments and the caches' memory
 
     def replay(self, call: "Call") -> Tensor | tuple[Tensor, ...]:
         for buffer, tensor in zip(self.buffers, call.tensors, strict=True):
@@ -132,7 +132,7 @@ class _Recording(NamedTuple):
 
 
 class _Cuda:
-    """Recording on one device: one stream, and one pool of memory for all graphs that are alive together."""
+    """Records on one device, with one stream, and one memory pool for all graphs that are alive at the same time."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -140,32 +140,34 @@ class _Cuda:
         self._pool: Any = None
 
     def random_state(self) -> Tensor:
-        """Of the generators that a function might draw from."""
+        """The state of the generators that a function might draw from."""
         return torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(self.device)])
 
     def record(self, call: Callable[[], Any], alone: bool) -> tuple[torch.cuda.CUDAGraph, Any]:
-        """A graph of what call() launches, not run yet, and call's result: the buffers that a replay fills.
+        """Records what call() launches, without running it.
 
-        alone: no other graph is alive, so the pool is gone too and a new one begins.
+        Returns the graph and call's result, the buffers that a replay fills.
+
+        alone: no other graph is alive, so the old pool is gone and a new one begins.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             if alone:
                 self._pool = torch.cuda.graph_pool_handle()
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # memory outside the pool cannot be used inside
-            torch.clear_autocast_cache()  # a weight that was cast outside would be gone at the replay
+            torch.cuda.empty_cache()  # a recording allocates from the pool and cannot use other cached memory
+            torch.clear_autocast_cache()  # a weight cast before the recording would be gone at the replay
             with torch.cuda.stream(self._stream), record_into(graph, self._pool):
                 output = call()
             torch.clear_autocast_cache()
         return graph, output
 
     def free(self, graph: torch.cuda.CUDAGraph) -> None:
-        torch.cuda.synchronize(self.device)  # it may be running
+        torch.cuda.synchronize(self.device)  # the graph may be running
         graph.reset()
 
 
-RECORDERS = {"cuda": _Cuda}  # where calls are recorded; elsewhere they run as they are
+RECORDERS = {"cuda": _Cuda}  # devices on which calls are recorded; on others they run as they are
 
 
 def _check_output(output: Any) -> None:

@@ -1,4 +1,4 @@
-"""What tells one recorded call from another: its arguments taken apart, and the settings that chose its kernels."""
+"""The key of a recorded call: its constants, its tensors' shapes, and the settings that chose its kernels."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ from ..cache import FeatureCache
 
 
 class Call(NamedTuple):
-    """The arguments of one call, taken apart."""
+    """The arguments of one call, split into tensors, caches and constants."""
 
-    names: list[str]  # of the tensors
+    names: list[str]  # of the arguments that the tensors come from
     tensors: list[Tensor]
     caches: list[FeatureCache]
-    key: tuple  # all that decides what the call launches, but for the tensors' values
-    bind: Callable[[Sequence[Tensor]], tuple[tuple, dict]]  # from tensors to arguments with these in their places
+    key: tuple  # everything that decides what the call launches, except the tensors' values
+    bind: Callable[[Sequence[Tensor]], tuple[tuple, dict]]  # the arguments, with other tensors
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict) -> "Call":
@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 
 def _take_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any]]:
-    """An argument's constant part, the tensors that it holds, and what puts it together from such tensors."""
+    """An argument's constant part, the tensors that it holds, and a function that rebuilds it from such tensors."""
     if isinstance(value, Tensor):
         return None, (value,), lambda tensor: tensor
     if isinstance(value, FeatureCache):
@@ -53,13 +53,14 @@ def _take_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any]
 
 
 def _is_constant(constant: Any) -> bool:
-    """Whether it can be hashed and holds no tensors, whose values a graph would keep."""
+    """Whether it can be hashed and holds no tensors: a graph would keep their values."""
     if isinstance(constant, tuple):
         return all(map(_is_constant, constant))
     return isinstance(constant, Hashable) and not isinstance(constant, Tensor)
 
 
 def one_device(call: Call) -> torch.device:
+    """The device of the call's tensors; ValueError if there are no tensors or several devices."""
     if not call.tensors:
         raise ValueError("an executor needs at least one tensor among its arguments, got none")
     device = call.tensors[0].device
@@ -71,12 +72,12 @@ def one_device(call: Call) -> torch.device:
 
 
 def tf32() -> tuple[bool, bool]:
-    """Whether matrix products and convolutions in float32 may use TF32: a graph keeps the kernels chosen by it."""
+    """Whether float32 matrix products and convolutions may use TF32: a graph keeps the kernels that this chose."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def weights(constant: Any) -> tuple:
-    """Where the weights of the modules in `constant` lie, so that a graph is not replayed after they were moved."""
+    """Addresses and dtypes of the weights of the modules in `constant`: no graph may be replayed after these change."""
     parts = constant if isinstance(constant, tuple) else (constant,)
     return tuple((p.data_ptr(), p.dtype) for part in parts if isinstance(part, nn.Module) for p in part.parameters())
 

@@ -1,4 +1,4 @@
-"""The ops, one file each. `reference` holds all of them in plain torch."""
+"""The ops, one file each. `reference` has all of them in plain torch."""
 
 from .bias_gelu import bias_gelu
 from .blend_residual_norm import blend_residual_norm
@@ -7,6 +7,6 @@ from .guided_step import guided_step
 from .residual_norm import residual_norm
 from .run import Term
 
-FUSED = ("cuda",)  # where bias_gelu and guided_step are one kernel; elsewhere they are plain torch
+FUSED = ("cuda",)  # on these devices bias_gelu and guided_step are one kernel each, on others plain torch
 
 __all__ = ["FUSED", "Term", "bias_gelu", "blend_residual_norm", "cache_commit", "guided_step", "residual_norm"]

@@ -1,7 +1,7 @@
-"""What every op does with its arguments: check them, before memory is touched, and pack them for a device's kernels.
+"""Every op checks its arguments here, before memory is touched, and packs them for a device's kernels.
 
 Shapes: batch B, tokens N, width D. Storage types: float32, bfloat16 and float16 in any mix, or float64 throughout
-(which serves gradient checks; it is not fast).
+(for gradient checks; it is not fast).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,9 @@ Tensors = Sequence[Tensor | None]
 
 
 class Arguments:
-    """The arguments of one call, checked against its x; every error names the op and the argument.
+    """Checks the arguments of one call against its x; every error names the op and the argument.
 
-    It packs nothing, which is all that fake tensors need; `Pointers` and `Dense` pack for the kernels of a device.
+    This class packs nothing: fake tensors and plain torch need no more. `Pointers` and `Dense` pack for kernels.
     """
 
     def __init__(self, op: str, x: Tensor):
@@ -41,7 +41,7 @@ class Arguments:
         self.dtypes = _DOUBLE if x.dtype is torch.float64 else _SINGLE
 
     def activation(self, t: Tensor | None, name: str, term: int | None = None, out: bool = False) -> Any:
-        """[B, N, D]. `out`: it is written to."""
+        """[B, N, D]. out: the kernel writes to it."""
         if t is None:
             return None
         if t.shape != self.shape:
@@ -50,7 +50,7 @@ class Arguments:
             self._refuse_kind(t, name, term)
         if out and t.shape[2] > 1 and t.stride(2) != 1:
             raise ValueError(f"{self.op}: {name} is written to and needs dense rows [D], got strides {t.stride()}")
-        return self.pack_activation(t, _full(name, term), out)
+        return self.pack_activation(t, _full_name(name, term), out)
 
     def rows(self, t: Tensor | None, name: str, term: int | None = None) -> Any:
         """[B or 1, D]"""
@@ -61,10 +61,10 @@ class Arguments:
             self._refuse(t, name, term, f"[B or 1, D] = [{batch} or 1, {self.shape[2]}]")
         if t.dtype not in self.dtypes or t.device != self.device:
             self._refuse_kind(t, name, term)
-        return self.pack_rows(t, _full(name, term))
+        return self.pack_rows(t, _full_name(name, term))
 
     def scalars(self, t: Tensor | None, name: str, count: int | None = None) -> Any:
-        """A float tensor [count], or of one element; of any float dtype."""
+        """A float tensor [count], or of one element without count; of any float dtype."""
         if t is None:
             return None
         if not t.is_floating_point() or (t.numel() != 1 if count is None else t.shape != (count,)):
@@ -84,7 +84,7 @@ class Arguments:
         return None
 
     def terms(self, latest: Sequence[Tensor], previous: Tensors, weights: Sequence[float], gate: Tensors) -> list:
-        """A run: (latest, previous, forecast weight, gate) of each term, a previous output of weight 0 included."""
+        """A run: (latest, previous, forecast weight, gate) of each term; previous is kept even if its weight is 0."""
         if not len(latest) == len(previous) == len(weights) == len(gate):
             raise ValueError(f"{self.op}: a run of {len(latest)} terms needs as many previous outputs and gates (or "
                              f"None) and forecast weights, got {len(previous)}, {len(gate)} and {len(weights)}")
@@ -104,20 +104,20 @@ class Arguments:
                              "needs, is None")
 
     def _refuse(self, t: Tensor, name: str, term: int | None, expected: str) -> None:
-        raise ValueError(f"{self.op}: {_full(name, term)} must be {expected}, got {list(t.shape)}")
+        raise ValueError(f"{self.op}: {_full_name(name, term)} must be {expected}, got {list(t.shape)}")
 
     def _refuse_kind(self, t: Tensor, name: str, term: int | None) -> None:
         if t.device != self.device:
-            raise ValueError(f"{self.op}: {_full(name, term)} is on {t.device}, expected {self.device} like x")
+            raise ValueError(f"{self.op}: {_full_name(name, term)} is on {t.device}, expected {self.device} like x")
         beside = " beside a float64 x" if self.dtypes is _DOUBLE else ""
         raise TypeError(f"{self.op}: float32, bfloat16 and float16 are supported, in any mix, or float64 for all "
-                        f"arguments at once; {_full(name, term)} is {t.dtype}{beside}")
+                        f"arguments at once; {_full_name(name, term)} is {t.dtype}{beside}")
 
 
 class Pointers(Arguments):
-    """For the C++ kernels: pointers, dtypes and strides, as csrc/bindings.cpp takes them.
+    """Packs for the C++ kernels: pointers, dtypes and strides, as csrc/bindings.cpp takes them.
 
-    Keeps the contiguous copies that it makes of inputs without dense rows: it must outlive the kernel.
+    Inputs without dense rows are copied. This object keeps the copies, so it must outlive the kernel.
     """
 
     def pack_activation(self, t: Tensor, name: str, out: bool) -> tuple[int, int, int, int]:
@@ -141,9 +141,9 @@ class Pointers(Arguments):
 
 
 class Dense(Arguments):
-    """For the Triton kernels: tensors, activations contiguous.
+    """Packs for the Triton kernels: tensors, activations contiguous.
 
-    An activation that is not contiguous is copied, which costs a pass; `finish` copies back those that are written to.
+    An activation that is not contiguous is copied, which costs a pass; `finish` copies the outputs among them back.
     """
 
     def __init__(self, op: str, x: Tensor):
@@ -165,7 +165,7 @@ class Dense(Arguments):
         return t.is_contiguous()
 
     def pack_rows(self, t: Tensor, name: str) -> tuple[Tensor, int]:
-        """The rows, dense each, and the stride from one to the next."""
+        """The rows, each dense, and the stride from one to the next."""
         if t.stride(1) != 1 and t.shape[1] > 1:
             t = t.contiguous()
         else:
@@ -176,7 +176,7 @@ class Dense(Arguments):
         return t.contiguous()
 
     def refuse_overlap(self) -> None:
-        """Memory that is written to must not be another argument's; x_out alone may be exactly x."""
+        """Raises if an output shares memory with another argument; only x_out may be exactly x."""
         for i, (name, first, last) in enumerate(self._outputs):
             for other, start, end in (*self._outputs[i + 1:], *self._spans):
                 exactly_x = name == "x_out" and other == "x" and (first, last) == (start, end)
@@ -188,12 +188,12 @@ class Dense(Arguments):
             t.copy_(dense)
 
 
-def _full(name: str, term: int | None) -> str:
+def _full_name(name: str, term: int | None) -> str:
     return name if term is None else f"run[{term}].{name}"
 
 
 def _span(name: str, t: Tensor) -> tuple[str, int, int]:
-    """The bytes that a tensor of dense rows lies in, first and behind the last."""
+    """Name, first byte and the byte after the last of a tensor of dense rows."""
     first, rest = t.data_ptr(), zip(t.shape[:-1], t.stride())
     values = 0 if t.numel() == 0 else sum((size - 1) * stride for size, stride in rest) + t.shape[-1]
     return name, first, first + values * t.element_size()
@@ -203,7 +203,7 @@ def no_kernels(op: str, device: torch.device) -> NotImplementedError:
     return NotImplementedError(f"{op}: there are kernels for the CPU and for CUDA, got tensors on {device}")
 
 
-def elsewhere(op: str) -> Callable:
+def refusal(op: str) -> Callable:
     """The implementation of an op on every other device: a refusal."""
     def refuse(*arguments):
         flat = [t for argument in arguments for t in (argument if isinstance(argument, (list, tuple)) else [argument])]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import Arguments, Dense, elsewhere
+from ._arguments import Arguments, Dense, refusal
 from ._library import library
 
 
@@ -15,7 +15,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
     On the CPU this is plain torch.
 
     Raises ValueError (shapes, layout, overlap, devices, approximate), TypeError (dtypes), NotImplementedError (neither
-    CPU nor CUDA), and RuntimeError where a gradient is asked for: torch.nn.functional.gelu is the differentiable one.
+    CPU nor CUDA), and RuntimeError if a gradient is asked for: torch.nn.functional.gelu is differentiable.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f'bias_gelu: approximate must be "none" or "tanh", got {approximate!r}')
@@ -59,5 +59,5 @@ def _fake(x, bias, exact) -> None:
 
 library.impl("bias_gelu", _cpu, "CPU")
 library.impl("bias_gelu", _cuda, "CUDA")
-library.impl("bias_gelu", elsewhere("bias_gelu"), "CompositeExplicitAutograd")
+library.impl("bias_gelu", refusal("bias_gelu"), "CompositeExplicitAutograd")
 torch.library.register_fake("harmonica::bias_gelu", _fake, lib=library)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._arguments import Arguments, Dense, Pointers, elsewhere
+from ._arguments import Arguments, Dense, Pointers, refusal
 from ._library import kernels, library
 from .run import Term
 
@@ -17,23 +17,24 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
                         eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor | None]:
     """(x', h, o): `x' = x + Σ gate·o` over the run, in x's dtype, and `h = LN(x')·(1 + scale) + shift`.
 
-    Differentiable in x, every latest and gate, fresh, r, forecast_weights, shift and scale, not in previous; one pass
-    over memory forward and one backward, sums in float32 (in float64 where x is).
+    Differentiable in x, every latest and gate, fresh, r, forecast_weights, shift and scale, not in previous. Forward
+    takes one pass over memory, backward one (on CUDA one a term). Sums are float32, or float64 if x is.
 
     x: [B, N, D]. run: terms whose latest and previous are [B, N, D], gate [B or 1, D] or None for 1.
     shift, scale: [B or 1, D], or None for 0.
     forecast_weights: [len(run)], e in o = (1 + e)·latest - e·previous; None where all are 0.
-    fresh: [B, N, D], r: one element; both or neither. With them the first term's output is the soft gate's
-    o = r·fresh + (1 - r)·((1 + e)·latest - e·previous) (HarmoniCa, Huang et al., 2025), and is returned in
-    fresh's dtype and without gradient, for the cache; else o is None.
+    fresh: [B, N, D], r: one element; both or neither. With them the first term's output is blended,
+    o = r·fresh + (1 - r)·((1 + e)·latest - e·previous) (HarmoniCa, Huang et al., 2025). It is returned for the
+    cache, in fresh's dtype and without gradient; otherwise o is None.
     h_dtype: dtype of h, x's by default. norm=False leaves the LN out.
     An empty run returns x itself for x'; norm=False without shift and scale returns x' itself for h.
 
-    On CUDA, r and forecast_weights are read there, without waiting for them: the weight of a term without previous
-    output counts as 0 (on the CPU it is an error). Activations that are not contiguous are copied first.
+    On CUDA the kernel reads r and forecast_weights, and Python does not wait for them. So the weight of a term without
+    previous output counts as 0 there; on the CPU, one other than 0 is an error. Activations on CUDA that are not
+    contiguous are copied first.
 
-    Raises ValueError (shapes, forecast weights, a device beside x's), TypeError (dtypes), NotImplementedError (neither
-    CPU nor CUDA).
+    Raises ValueError (shapes, forecast weights, a device other than x's), TypeError (dtypes), NotImplementedError
+    (neither CPU nor CUDA).
     """
     if (fresh is None) != (r is None):
         raise ValueError(f"blend_residual_norm: fresh and r go together, got {'r' if fresh is None else 'fresh'} alone")
@@ -43,8 +44,8 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
     makes_h = norm or shift is not None or scale is not None or h_dtype != x.dtype
     if not run and not makes_h:
         return x, x, None
-    previous, forecasts = _present([term.previous for term in run])
-    gate, has_gate = _present([term.gate for term in run])
+    previous, forecasts = _drop_none([term.previous for term in run])
+    gate, has_gate = _drop_none([term.gate for term in run])
     if torch.is_grad_enabled() and any(t.requires_grad for t in previous):
         raise ValueError("blend_residual_norm: run[j].previous is a cached output and has no gradient here; detach it")
     problem = _Problem(x, [term.latest for term in run], previous, forecasts, forecast_weights, gate, has_gate, fresh,
@@ -55,27 +56,30 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, sc
     return x_new, h if makes_h else x_new, None if fresh is None else o
 
 
-def _present(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[bool]]:
-    """Those that are there, and for each whether it is: torch.library differentiates lists without None only."""
+def _drop_none(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[bool]]:
+    """The tensors that are not None, and for each entry whether it is one.
+
+    torch.library differentiates only lists without None.
+    """
     return [t for t in tensors if t is not None], [t is not None for t in tensors]
 
 
-def _spread(present: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor | None]:
-    """The inverse of `_present`."""
+def _restore_none(present: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor | None]:
+    """The inverse of `_drop_none`."""
     tensors = iter(present)
     return [next(tensors) if there else None for there in mask]
 
 
 class _Problem(NamedTuple):
-    """What forward and backward are both given, in the order of the ops' schemas."""
+    """The arguments that forward and backward share, in the order of the ops' schemas."""
 
-    x: Tensor  # the backward is given x' in its place
+    x: Tensor  # in the backward: x'
     latest: list[Tensor]
     previous: list[Tensor]
-    forecasts: list[bool]  # the terms that `previous` belongs to
+    forecasts: list[bool]  # for each term, whether it has one of `previous`
     forecast_weights: Tensor | None
     gate: list[Tensor]
-    has_gate: list[bool]  # the terms that `gate` belongs to
+    has_gate: list[bool]  # for each term, whether it has one of `gate`
     fresh: Tensor | None
     r: Tensor | None
     shift: Tensor | None
@@ -84,18 +88,18 @@ class _Problem(NamedTuple):
     eps: float
 
     def pack(self, kind: type[Arguments], op: str) -> tuple:
-        """Checked, and packed for a device's kernels: the packer, the kernels' arguments, the forecast weights."""
+        """Checks and packs for a device's kernels. Returns the packer, the kernels' arguments, the forecast weights."""
         pack = kind(op, self.x)
         weights = pack.scalars(self.forecast_weights, "forecast_weights", len(self.latest))
         score = pack.scalars(self.r, "r")
         on_host = kind is Pointers and self.forecast_weights is not None
-        terms = pack.terms(self.latest, _spread(self.previous, self.forecasts),
-                           weights if on_host else [0.0] * len(self.latest), _spread(self.gate, self.has_gate))
+        terms = pack.terms(self.latest, _restore_none(self.previous, self.forecasts),
+                           weights if on_host else [0.0] * len(self.latest), _restore_none(self.gate, self.has_gate))
         norm = pack.rows(self.shift, "shift"), pack.rows(self.scale, "scale"), self.norm, self.eps
         return pack, (terms, pack.activation(self.fresh, "fresh"), 0.0 if self.r is None else score, norm), weights
 
     def outputs(self, h_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x', h and o, to be written; empty where there is none."""
+        """Buffers for x', h and o; an empty tensor for one that is not computed."""
         def new(wanted: bool, dtype: torch.dtype) -> Tensor:
             return torch.empty(self.x.shape if wanted else 0, dtype=dtype, device=self.x.device)
 
@@ -104,7 +108,7 @@ class _Problem(NamedTuple):
                 new(self.fresh is not None, dtype if self.fresh is None else self.fresh.dtype))
 
     def gradients(self, wanted: Sequence[bool]) -> "_Gradients":
-        """Buffers for those that are wanted."""
+        """Buffers for the gradients that are wanted."""
         of = [self.x, self.fresh, self.r, self.forecast_weights, self.shift, self.scale, *self.latest, *self.gate]
         made = [torch.empty_like(t, memory_format=torch.contiguous_format) if wants else None
                 for t, wants in zip(of, wanted, strict=True)]
@@ -112,7 +116,7 @@ class _Problem(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of a problem's tensors, None where one is not wanted; in the order of `wanted`."""
+    """The gradients of a problem's tensors, None if not wanted; in the order of `wanted`."""
 
     x: Tensor | None
     fresh: Tensor | None
@@ -121,15 +125,14 @@ class _Gradients(NamedTuple):
     shift: Tensor | None
     scale: Tensor | None
     latest: list[Tensor | None]
-    gate: list[Tensor | None]  # of the terms that have one
+    gate: list[Tensor | None]  # only of the terms that have a gate
 
     def present(self) -> list[Tensor]:
         return [t for t in (*self[:6], *self.latest, *self.gate) if t is not None]
 
 
-# `forecasts` and `has_gate` say which terms the previous outputs and the gates belong to. Where x_new is x (an empty
-# run), h is x_new (h_dtype None) or nothing is blended, that result is an empty tensor: an op may not return its
-# argument.
+# An op may not return its argument, so a result that is not computed is an empty tensor: x_new of an empty run (which
+# is x), h without h_dtype (which is x_new), and o where nothing is blended.
 PROBLEM = ("Tensor x, Tensor[] latest, Tensor[] previous, bool[] forecasts, Tensor? forecast_weights, Tensor[] gate, "
            "bool[] has_gate, Tensor? fresh, Tensor? r, Tensor? shift, Tensor? scale, bool norm, float eps")
 library.define(f"blend_residual_norm({PROBLEM}, ScalarType? h_dtype) -> (Tensor x_new, Tensor h, Tensor o)")
@@ -178,8 +181,8 @@ def _backward_cpu(dx_new, dh, *arguments) -> list[Tensor]:
         tuple(problem.x.shape), pack.activation(dx_new, "dx_new"), pack.activation(dh, "dh"),
         pack.activation(problem.x, "x_new"), *packed, pack.activation(d.x, "dx"), pack.activation(d.fresh, "dfresh"),
         [pack.activation(t, "dlatest", j) for j, t in enumerate(d.latest)], pack.rows(d.shift, "dshift"),
-        pack.rows(d.scale, "dscale"), [pack.rows(t, "dgate", j) for j, t in enumerate(_spread(d.gate,
-                                                                                              problem.has_gate))],
+        pack.rows(d.scale, "dscale"),
+        [pack.rows(t, "dgate", j) for j, t in enumerate(_restore_none(d.gate, problem.has_gate))],
         d.r is not None or d.forecast_weights is not None, torch.get_num_threads())
     if d.r is not None:
         d.r.fill_(sum_r)
@@ -197,7 +200,7 @@ def _backward_cuda(dx_new, dh, *arguments) -> list[Tensor]:
     triton_kernels.residual_norm_backward(
         tuple(problem.x.shape), pack.activation(dx_new, "dx_new"), pack.activation(dh, "dh"),
         pack.activation(problem.x, "x_new"), *packed, weights, d.x, d.fresh, d.latest, d.shift, d.scale,
-        _spread(d.gate, problem.has_gate), d.r, d.forecast_weights)
+        _restore_none(d.gate, problem.has_gate), d.r, d.forecast_weights)
     return d.present()
 
 
@@ -230,7 +233,7 @@ def _backward(ctx, dx_new, dh, _) -> tuple:
               *wants.gate]
     found = iter([] if dx_new is None and dh is None else _backward_op(dx_new, dh, *problem, wanted))
     dx, dfresh, dr, dweights, dshift, dscale, *rest = [next(found, None) if wants else None for wants in wanted]
-    mask = None if terms else []  # torch.library takes any empty list for a list of tensors
+    mask = None if terms else []  # torch.library takes an empty list of bools for a list of tensors
     return (dx, rest[:terms], [None] * len(problem.previous), mask, dweights, rest[terms:], mask, dfresh, dr, dshift,
             dscale, None, None, None)
 
@@ -241,7 +244,7 @@ def _no_second_derivative(ctx, *_):
 
 library.impl("blend_residual_norm", _cpu, "CPU")
 library.impl("blend_residual_norm", _cuda, "CUDA")
-library.impl("blend_residual_norm", elsewhere("blend_residual_norm"), "CompositeExplicitAutograd")
+library.impl("blend_residual_norm", refusal("blend_residual_norm"), "CompositeExplicitAutograd")
 library.impl("blend_residual_norm_backward", _backward_cpu, "CPU")
 library.impl("blend_residual_norm_backward", _backward_cuda, "CUDA")
 torch.library.register_fake("harmonica::blend_residual_norm", _fake, lib=library)

@@ -1,21 +1,21 @@
-"""Renew a cache entry where the score exceeds the threshold; on CUDA without waiting for the score."""
+"""Renew a cache entry if the score exceeds the threshold; on CUDA without waiting for the score."""
 
 import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import Arguments, Dense, elsewhere
+from ._arguments import Arguments, Dense, refusal
 from ._library import library
 
 
 def cache_commit(latest: Tensor, o: Tensor, r: Tensor, threshold: float, *, previous: Tensor | None = None) -> None:
-    """`latest ← o` where r > threshold, in place; with `previous`, `previous ← latest` before it.
+    """`latest ← o` if r > threshold, in place; with `previous`, `previous ← latest` before that.
 
-    latest, previous, o: [B, N, D], of any of the storage dtypes; previous of latest's. r: one element on their device,
+    latest, previous, o: [B, N, D], of any storage dtype; previous has latest's. r: one element on their device,
     compared in float64, as Python would compare it. On the CPU this is plain torch.
 
     Raises ValueError (shapes, overlap, devices, threshold), TypeError (dtypes), NotImplementedError (neither CPU nor
-    CUDA), and RuntimeError where a gradient is asked for: an entry of the cache has none, detach o.
+    CUDA), and RuntimeError if a gradient is asked for: a cache entry has none, so detach o.
     """
     if not threshold >= 0:
         raise ValueError(f"cache_commit: threshold must be at least 0, got {threshold}")
@@ -60,5 +60,5 @@ def _fake(*arguments) -> None:
 
 library.impl("cache_commit", _cpu, "CPU")
 library.impl("cache_commit", _cuda, "CUDA")
-library.impl("cache_commit", elsewhere("cache_commit"), "CompositeExplicitAutograd")
+library.impl("cache_commit", refusal("cache_commit"), "CompositeExplicitAutograd")
 torch.library.register_fake("harmonica::cache_commit", _fake, lib=library)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import Arguments, Dense, elsewhere
+from ._arguments import Arguments, Dense, refusal
 from ._library import library
 
 
@@ -16,14 +16,14 @@ def guided_step(x: Tensor, conditional: Tensor, unconditional: Tensor | None = N
 
     x: [B, C, ...] latents. conditional, unconditional: [B, C', ...] model outputs, C' >= C; channels beyond C (a
     learned variance) are not read. Without unconditional, ε = cond. channels: 0 to C', None for all.
-    a, b: the update's coefficients, or instead of them a float tensor `table` [T, 2] of (a, b) on x's device, read
-    there at row `step`, an int32 or int64 tensor of one element (None: row 0). A step that is not in the table makes
-    the result NaN.
-    out: [B, C, ...] contiguous, to write to, may be x itself; None makes a new one. Returns it.
+    a, b: the update's coefficients. table: a float tensor [T, 2] of (a, b) on x's device, which replaces them. step:
+    the row of the table, an int32 or int64 tensor of one element, read on the device (None: row 0). A step outside
+    the table makes the result NaN.
+    out: [B, C, ...] contiguous, receives x' and is returned; may be x itself; None makes a new one.
     On the CPU this is plain torch.
 
     Raises ValueError (shapes, layout, overlap, devices), TypeError (dtypes), NotImplementedError (neither CPU nor
-    CUDA), and RuntimeError where a gradient is asked for.
+    CUDA), and RuntimeError if a gradient is asked for.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, conditional, unconditional)):
         raise RuntimeError("guided_step is for sampling and gives no gradients: call it under torch.no_grad()")
@@ -46,7 +46,7 @@ library.define(
 
 
 class _Entries(Dense):
-    """Takes what is dense within each batch entry as it is: the channels beyond C have been cut off."""
+    """Also takes tensors that are dense only within each batch entry: cutting channels beyond C off leaves gaps."""
 
     def is_dense(self, t: Tensor) -> bool:
         return t.shape[0] == 0 or t[0].is_contiguous()
@@ -98,5 +98,5 @@ def _fake(*arguments) -> None:
 
 library.impl("guided_step", _cpu, "CPU")
 library.impl("guided_step", _cuda, "CUDA")
-library.impl("guided_step", elsewhere("guided_step"), "CompositeExplicitAutograd")
+library.impl("guided_step", refusal("guided_step"), "CompositeExplicitAutograd")
 torch.library.register_fake("harmonica::guided_step", _fake, lib=library)

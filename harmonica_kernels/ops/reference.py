@@ -1,6 +1,6 @@
-"""Every op in plain torch: the truth that the tests compare to. Differentiable, in the dtype of its arguments.
+"""Every op in plain torch, for the tests to compare to. Differentiable, in the dtype of its arguments.
 
-Shapes: batch B, tokens N, width D. Modulation rows (gate, shift, scale) are [B or 1, D], or None where there is none.
+Shapes: batch B, tokens N, width D. Modulation rows (gate, shift, scale) are [B or 1, D], or None.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .run import Term
 
 
 def forecast(term: Term, e: float | Tensor) -> Tensor:
-    """A branch's output [B,N,D] from its last two computed ones: first-order in the step, e = 0 repeats the latest."""
+    """A branch's output [B, N, D], forecast to first order from the last two computed; e = 0 repeats the latest."""
     return term.latest if term.previous is None else (1 + e) * term.latest - e * term.previous
 
 
@@ -46,7 +46,7 @@ def blend_residual_norm(x: Tensor, run: Sequence[Term], e: Sequence[float | Tens
 
 def cache_commit(latest: Tensor, previous: Tensor | None, o: Tensor, r: Tensor,
                  threshold: float) -> tuple[Tensor, Tensor | None]:
-    """(latest', previous'): (o, latest) where r > threshold, else as they are."""
+    """(latest', previous'): (o, latest) if r > threshold, else unchanged."""
     return (o, None if previous is None else latest) if r.item() > threshold else (latest, previous)
 
 
@@ -58,7 +58,7 @@ def bias_gelu(x: Tensor, bias: Tensor, exact: bool) -> Tensor:
 
 def guided_step(x: Tensor, conditional: Tensor, unconditional: Tensor | None, guidance: float, channels: int, a: float,
                 b: float, table: Tensor | None, step: Tensor | None) -> Tensor:
-    """`a·x + b·ε`, ε guided on the first channels; all [B, C, ...]. With a table [T, 2] (a, b) is its row `step`."""
+    """`a·x + b·ε`, ε guided on the first channels; all [B, C, ...]. With a table [T, 2], its row `step` is (a, b)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     eps = conditional.to(wide)
     if unconditional is not None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._arguments import Arguments, Dense, Pointers, elsewhere
+from ._arguments import Arguments, Dense, Pointers, refusal
 from ._library import kernels, library
 from .run import Term
 
@@ -16,22 +16,22 @@ def residual_norm(x: Tensor, run: Sequence[Term], shift: Tensor | None, scale: T
                   norm: bool = True, eps: float = 1e-6) -> Tensor:
     """`x_out = x + Σ gate·o` over the run; returns `h = LN(x_out)·(1 + scale) + shift` of adaLN (Peebles & Xie, 2023).
 
-    One pass over memory, whatever the run's length; sums and statistics in float32 (in float64 where x is).
+    One pass over memory, whatever the run's length. Sums and statistics are float32, or float64 if x is.
 
     x: [B, N, D]. run: terms whose latest and previous are [B, N, D], gate [B or 1, D] or None for 1.
     shift, scale: [B or 1, D], or None for 0.
     forecast_weights: one e a term, o = (1 + e)·latest - e·previous; None where all are 0.
-    x_out: [B, N, D], may be x itself; None where the sum is not needed afterwards (x is only read).
-    store: [B, N, D] buffer that receives run[0].latest, in its own dtype, on the way; its forecast weight must
-    be 0.
-    h_out: [B, N, D] buffer to write h into, which saves the page faults of a new one; None makes a new one.
-    h_dtype: dtype of h, x's by default; h_out has to be of it. norm=False leaves the LN out, and without shift and
-    scale returns x_out (x where the run is empty) itself, without a pass, provided that h_dtype is its dtype.
+    x_out: [B, N, D], may be x itself; None if the sum is not needed afterwards (x is only read).
+    store: [B, N, D] buffer of any storage dtype, receives a copy of run[0].latest; run[0]'s forecast weight must be 0.
+    h_out: [B, N, D] buffer for h, which saves the page faults of a new one; None makes a new one.
+    h_dtype: dtype of h and h_out, x's by default. norm=False leaves the LN out. Without shift and scale too, and if
+    h_dtype is x_out's, h is x_out itself. With an empty run and no x_out it is x itself, and nothing is computed.
 
     On CUDA, activations that are not contiguous are copied first.
 
-    Raises ValueError (shapes, overlap, forecast weights, a device beside x's), TypeError (dtypes), NotImplementedError
-    (neither CPU nor CUDA), and RuntimeError where a gradient is asked for: `blend_residual_norm` is differentiable.
+    Raises ValueError (shapes, overlap, forecast weights, a device other than x's), TypeError (dtypes),
+    NotImplementedError (neither CPU nor CUDA), and RuntimeError if a gradient is asked for: `blend_residual_norm` is
+    differentiable.
     """
     if torch.is_grad_enabled() and _requires_grad(x, run, shift, scale):
         raise RuntimeError("residual_norm is for inference and gives no gradients: call it under torch.no_grad(), or "
@@ -71,7 +71,7 @@ _op = torch.ops.harmonica.residual_norm.default
 
 def _pack(kind: type[Arguments], x, x_out, h, store, latest, previous, weights, gate, shift, scale, norm,
           eps) -> tuple:
-    """The op's arguments, checked, and packed for a device's kernel, whose first nine they are."""
+    """Checks the op's arguments and packs them as the first nine arguments of a device's kernel."""
     like = x_out if x is None else x
     pack = kind("residual_norm", like)
     if store is not None and (not latest or (kind is not Arguments and weights[0] != 0)):
@@ -87,7 +87,7 @@ def _pack(kind: type[Arguments], x, x_out, h, store, latest, previous, weights, 
 def _cpu(x, x_out, h, store, *rest) -> None:
     pack, packed = _pack(Pointers, x, x_out, h, store, *rest)
     kernels.residual_norm(*packed, torch.get_num_threads())
-    _has_written(x_out, h, store)
+    _count_writes(x_out, h, store)
 
 
 def _cuda(x, x_out, h, store, *rest) -> None:
@@ -97,11 +97,11 @@ def _cuda(x, x_out, h, store, *rest) -> None:
     pack.refuse_overlap()
     triton_kernels.residual_norm(*packed)
     pack.finish()
-    _has_written(x_out, h, store)
+    _count_writes(x_out, h, store)
 
 
-def _has_written(*outputs: Tensor | None) -> None:
-    """As PyTorch's own in-place ops do: a backward that needs what has been overwritten must not go unnoticed."""
+def _count_writes(*outputs: Tensor | None) -> None:
+    """Counts a write, as PyTorch's in-place ops do: a backward that needs an overwritten tensor must raise."""
     torch.autograd.graph.increment_version([t for t in outputs if t is not None])
 
 
@@ -111,5 +111,5 @@ def _fake(*arguments) -> None:
 
 library.impl("residual_norm", _cpu, "CPU")
 library.impl("residual_norm", _cuda, "CUDA")
-library.impl("residual_norm", elsewhere("residual_norm"), "CompositeExplicitAutograd")
+library.impl("residual_norm", refusal("residual_norm"), "CompositeExplicitAutograd")
 torch.library.register_fake("harmonica::residual_norm", _fake, lib=library)

@@ -1,4 +1,4 @@
-"""The run: what stands between two norms of a transformer's residual stream."""
+"""The run: the branch outputs that are added to a transformer's residual stream between two norms."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 class Term(NamedTuple):
-    """One branch's share in a run, `gate · o` with `o = (1 + e)·latest - e·previous`; the forecast weight
-    e comes beside the run.
+    """One branch's share in a run, `gate · o` with `o = (1 + e)·latest - e·previous`. The ops take the forecast weights
+    e beside the run.
 
     latest: [B, N, D], the newest output of the branch: just computed, or cached.
-    previous: [B, N, D], the computed output before it; needed only where its forecast weight is not 0.
+    previous: [B, N, D], the computed output before it; needed only if e is not 0.
     gate: [B or 1, D] residual gate of the modulation, or None for 1.
     """
 

@@ -1,15 +1,16 @@
-"""The CUDA kernels of the ops, in Triton, one file each: the kernel, and the function that launches it.
+"""The CUDA kernels of the ops, in Triton, one file each: the kernel and the function that launches it.
 
-    residual_norm.py            both residual_norm and blend_residual_norm, forward: one pass, rows to programs
-    residual_norm_backward.py   one pass a term; sums over tokens by program, added up in a fixed order afterwards
+    residual_norm.py            residual_norm and blend_residual_norm, forward: one pass, rows divided among programs
+    residual_norm_backward.py   one pass a term; a program sums over its tokens, torch.sum adds these sums up
+    gated_norm.py               residual_norm of a gated trajectory, where only the device knows the run
     cache_commit.py bias_gelu.py guided_step.py
     _launch.py                  what the launchers share
 
-`ops` checks and makes dense what these functions are given (`ops._arguments.Dense`); nothing is checked here. Every
-activation is a contiguous [B, N, D], so a row's address is its number times D: with D a constant of the compilation the
-compiler proves 16-byte alignment and needs no strides. Sums are float32 whatever the storage, float64 where x is.
+`ops` checks the arguments and makes them dense (`ops._arguments.Dense`); nothing is checked here. Every activation is a
+contiguous [B, N, D], so a row's address is its number times D. D is a constant of the compilation, so the compiler
+proves 16-byte alignment and needs no strides. Sums are float32 whatever the storage, or float64 if x is.
 
-Imported with the first CUDA tensor, for `import harmonica_kernels` needs torch alone.
+Imported when the first CUDA tensor comes, since `import harmonica_kernels` needs torch alone.
 """
 
 try:

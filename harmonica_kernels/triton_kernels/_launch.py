@@ -1,4 +1,4 @@
-"""What the launchers share: the tile of a row kernel, the accumulators' type, and the device."""
+"""Shared by the launchers: the tile of a row kernel, the accumulators' type, and the device."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,12 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048  # values of a program where the rows are short; 16 a thread are two 16-byte loads of a 16-bit type
-FUSED = dict(enable_fp_fusion=True)  # multiply-adds; Triton is about to change its default
+TILE = 2048  # values a program when rows are short; 16 a thread are two 16-byte loads of a 16-bit type
+FUSED = dict(enable_fp_fusion=True)  # fuses multiply-adds; said here because Triton is about to change its default
 
 
 def tile(width: int) -> dict:
-    """Rows a program, the power of two that holds one, and warps: 16 values a thread, at most 16 warps."""
+    """Constants of a launch: rows a program, the power of two that holds a row, and warps.
+
+    A thread has 16 values; a program has at most 16 warps.
+    """
     block = triton.next_power_of_2(width)
     rows = max(1, TILE // block)
     return dict(D=width, ROWS=rows, BLOCK=block, num_warps=min(16, max(1, rows * block // 512)), **FUSED)
@@ -23,5 +26,5 @@ def accumulator(x: Tensor) -> tl.dtype:
 
 
 def device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, so x's has to be it; CPU tensors come from Triton's interpreter."""
+    """Makes x's device current, since Triton launches there. CPU tensors come from Triton's interpreter."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

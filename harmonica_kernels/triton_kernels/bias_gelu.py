@@ -1,8 +1,8 @@
 """Bias and GELU of the feed-forward's hidden values, in place.
 
-Bytes: 2·rows·D values. At 16·256 rows of 4·1152 in bfloat16 75 MB, 23 µs at 3.35 TB/s (H100). A program takes a block
-of columns, so that the bias is loaded once for its rows; the block is the largest power of two that divides D where
-that is at least 128 (4608 = 9·512), so that no lane is idle.
+Bytes: 2·rows·D values. 16·256 rows of 4·1152 in bfloat16 are 75 MB, 23 µs at 3.35 TB/s (H100). A program takes a block
+of columns, so it loads the bias once for all its rows. The block is the largest power of two that divides D, so that no
+lane is idle (4608 = 9·512); but not under 128 where D is longer, nor over 1024.
 """
 
 import triton
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._launch import FUSED, accumulator, device_of
 
-TILE = 4096  # values a program, with 4 warps 32 a thread: four 16-byte loads of a 16-bit type
+TILE = 4096  # values a program; with 4 warps 32 a thread, four 16-byte loads of a 16-bit type
 
 
 @triton.jit(do_not_specialize=["rows"])

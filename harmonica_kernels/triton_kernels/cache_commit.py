@@ -1,8 +1,8 @@
-"""Renew a cache entry where a score, read on the device, exceeds the threshold.
+"""Renew a cache entry if a score, read on the device, exceeds the threshold.
 
-Bytes: 2·B·N·D values where it does (4 with a previous output: latest to previous, o to latest), none where it does not.
-At 64·256 rows of 1152 in bfloat16 75 MB, 23 µs at 3.35 TB/s (H100). Each program reads the score itself and ends at
-once where there is nothing to do.
+Bytes: 2·B·N·D values if it does (4 with a previous output: latest to previous, o to latest), else none. 64·256 rows of
+1152 in bfloat16 are 75 MB, 23 µs at 3.35 TB/s (H100). Each program reads the score itself and ends at once if there is
+nothing to do.
 """
 
 import struct
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ._launch import FUSED, device_of
 
-BLOCK = 4096  # values a program, with 4 warps 32 a thread: four 16-byte loads of a 16-bit type
+BLOCK = 4096  # values a program; with 4 warps 32 a thread, four 16-byte loads of a 16-bit type
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def _cache_commit(latest, previous, o, r, threshold, size, BLOCK: tl.constexpr):
-    # The threshold comes as the bits of a float64, for a float argument would be rounded to float32.
+    # The threshold comes as the bits of a float64: a float argument would be rounded to float32.
     if tl.load(r).to(tl.float64) > threshold.to(tl.int64).to(tl.float64, bitcast=True):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = at < size

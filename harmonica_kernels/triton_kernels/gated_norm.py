@@ -1,12 +1,13 @@
-"""residual_norm where the host does not know the run: its start, slots, weights and the step are read on the device.
+"""residual_norm when the host does not know the run: the kernel reads its start, slots, weights and the step.
 
-The program before branch k adds the branches start[k]..k-1. The first of them is the one computed last, if one has been
-computed in this step; its output then still lies where the body left it, and is copied into its cache slot on the way.
-If none has, x has not been touched in this step and still has to be taken from the embedding.
+The norm before branch k adds the branches start[k]..k-1. If a branch has been computed in this step, start[k] is the
+one computed last. Its output still lies where the body left it, and this kernel copies it into its cache slot. If none
+has been computed, x has not been written in this step, and the kernel takes the embedding instead.
 
-The run is walked four terms at a time, so that their loads are in flight together. Where outputs and gate rows lie
-comes from a table in device memory, as distances in values from the arena and from the first gate rows: of a pointer
-made from a loaded address the compiler would forget that it is aligned. ALIGNED promises that all are multiples of 16.
+The kernel takes four terms of the run at a time, so that their loads are in flight together. A table in device memory
+says where outputs and gate rows lie, as distances in values from the arena and from the first gate rows. It does not
+hold addresses, since the compiler would not know that a pointer made from a loaded address is aligned. ALIGNED promises
+that all distances and strides are multiples of 16.
 Bytes as in `residual_norm`, plus x's copy in the first norm of a step.
 """
 
@@ -31,7 +32,7 @@ def _kernel(embedded, x, h, arena, gates, entries, compute, start, slot, e, step
     batch = (row // tokens).to(tl.int64)
     s = tl.load(step).to(tl.int64)
     first = tl.load(start + k)
-    computed = (tl.load(compute + first) * (first < k)).to(tl.int32)  # 0 or 1: a condition, times D, is a mask's width
+    computed = (tl.load(compute + first) * (first < k)).to(tl.int32)  # 0 or 1; D times it is a mask's width
 
     sum = tl.load(embedded + at, col < D * (1 - computed), other=0.0).to(ACC)
     sum += tl.load(x + at, col < D * computed, other=0.0).to(ACC)
@@ -57,8 +58,9 @@ def _kernel(embedded, x, h, arena, gates, entries, compute, start, slot, e, step
                 before = tl.load(arena + ((1 - kept) * branches + j) * values + at,
                                  col < D * (weight != 0).to(tl.int32), other=0.0).to(ACC)
                 o = (1 + weight) * o - weight * before
-            gated = there * (by_step >= 0).to(tl.int32)
-            sum += o * tl.load(gates + gate + s * by_step + batch * by_batch + col, col < D * gated, other=1.0).to(ACC)
+            has_gate = there * (by_step >= 0).to(tl.int32)
+            sum += o * tl.load(gates + gate + s * by_step + batch * by_batch + col, col < D * has_gate,
+                               other=1.0).to(ACC)
     if WRITE_X:
         tl.store(x + at, sum.to(x.dtype.element_ty), mask)
 
@@ -81,9 +83,10 @@ def gated_norm(k: int, embedded: Tensor, x: Tensor, h: Tensor | None, arena: Ten
                write_x: bool, norm: bool, eps: float) -> None:
     """The norm before branch k, or the final one (k = K).
 
-    embedded, x, h: [B, N, D] contiguous. arena: [history, K, B, N, D]. gates: what the entries' distances are from.
-    entries: int64 [K, 4], see `graphs.gated.norm.point`. compute, slot, forecast_weights: [K], start: [K + 1], step:
-    [1], of the memory that decides. shift, scale: rows [T, B or 1, D], with their strides by step and by batch entry.
+    embedded, x, h: [B, N, D] contiguous. arena: [history, K, B, N, D]. gates: the tensor from which the distances to
+    gate rows count. entries: int64 [K, 4], see `graphs.gated.norm.point`. compute, slot, forecast_weights [K],
+    start [K + 1], step [1]: of the decision memory. shift, scale: rows [T, B or 1, D] with their strides by step and by
+    batch entry.
     """
     batch, tokens, width = x.shape
     block = triton.next_power_of_2(width)

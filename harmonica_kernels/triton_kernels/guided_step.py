@@ -1,8 +1,8 @@
 """Classifier-free guidance and the scheduler's linear update in one pass over the latents.
 
-Bytes: B·C·H·W values of x, the conditional output and out, and of the unconditional one on the guided channels. At
-8·4·32·32 that is below a microsecond of traffic: the launch is what it costs. The coefficients come as numbers, or are
-read from a table on the device at a step that stands on the device too: what a loop inside a CUDA graph needs.
+Bytes: B·C·H·W values each of x, the conditional output and out, and those of the unconditional output's guided
+channels. At 8·4·32·32 the traffic takes less than a microsecond, so the launch is the cost. The coefficients come as
+numbers or, for a loop inside a CUDA graph, from a table and a step that both lie on the device.
 """
 
 import triton
@@ -38,8 +38,8 @@ def _guided_step(x, out, conditional, unconditional, conditional_stride, uncondi
 
 def guided_step(x: Tensor, out: Tensor, conditional: Tensor, unconditional: Tensor | None, guidance: float,
                 channels: int, a: float, b: float, table: Tensor | None, step: Tensor | None) -> None:
-    """x, out, conditional, unconditional [B, C, pixels], out contiguous, the others within each batch entry; table
-    [T, 2] contiguous; step of one element."""
+    """x, out, conditional, unconditional: [B, C, pixels]; out is contiguous, each batch entry of the others too.
+    table: [T, 2] contiguous. step: one element."""
     size = x.numel()
     if size == 0:
         return

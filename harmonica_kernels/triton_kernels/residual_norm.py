@@ -1,13 +1,13 @@
 """Accumulate, normalise, modulate in one pass: a row of x stays in registers from its load to its norm.
 
 Memory bound. Bytes: B·N·D·(x + every latest + every forecast's previous + fresh, read; x_out + h + first, written),
-each in its own storage size. At 3.35 TB/s (H100) and bfloat16, 4096 rows of 1152 are 9.4 MB and 2.8 µs an activation:
-5.6 µs at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. Modulation rows are shared by the tokens of a batch
-entry and come from the L1 cache: they are loaded with evict_last, activations, read once, with evict_first.
+each in its own storage size. At 3.35 TB/s (H100), an activation of 4096 rows of 1152 in bfloat16 is 9.4 MB and 2.8 µs:
+5.6 µs at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. The tokens of a batch entry share modulation rows,
+which come from the L1 cache: they are loaded with evict_last. Activations are read once and loaded with evict_first.
 
-The run is unrolled, so that the loads of several terms are in flight at once. So that few lengths are compiled, a run
-of more than 4 terms is padded to 8, 16 or 32: a padded term's loads are predicated off. So are the previous output of a
-term that does not extrapolate and the gate of one that has none, wherever another term of the run has one.
+The run is unrolled, so that the loads of several terms are in flight at once. A run of more than 4 terms is padded to
+8, 16 or 32, so that few lengths are compiled; a padded term's loads are predicated off. If only some terms of a run
+have a forecast or a gate, the loads of the others' previous outputs or gates are predicated off too.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from torch import Tensor
 from ._launch import accumulator, device_of, tile
 
 GROUP = tl.constexpr(8)  # terms whose loads are in flight together; with 16, registers spill
-EXACT = 4  # runs up to this long are compiled for their length
-LONGEST = 32  # longer runs are cut, and summed up in float32 on the way
-NO_GATE = -16  # a row stride; a multiple of 16 like those of real rows, or it would be compiled anew
+EXACT = 4  # each run length up to this is compiled
+LONGEST = 32  # longer runs take several launches, with a float32 sum between them
+NO_GATE = -16  # a row stride that says no gate; a multiple of 16 like real strides, or Triton would compile anew
 
 
 @triton.jit(do_not_specialize=["rows", "tokens", "count"])
 def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, scale, scale_stride, rows, tokens,
-                   count, TERMS: tl.constexpr, FORECAST: tl.constexpr, GATED: tl.constexpr, PADDED: tl.constexpr,
+                   count, TERMS: tl.constexpr, FORECAST: tl.constexpr, HAS_GATE: tl.constexpr, PADDED: tl.constexpr,
                    DEVICE_E: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr,
                    ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -40,7 +40,7 @@ def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, 
 
     sum = tl.load(x + at, mask, other=0.0, eviction_policy="evict_first").to(ACC)
     for group in tl.static_range(0, TERMS, GROUP):
-        if group < count:  # a branch on a number of the launch, which loads are not hoisted out of
+        if group < count:  # a branch on a launch argument, so that loads are not hoisted out of it
             for j in tl.static_range(group, min(group + GROUP, TERMS)):
                 latest, previous, gate, gate_stride = terms[j]
                 there = mask
@@ -62,7 +62,7 @@ def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, 
                             + (1 - score) * o
                     if first is not None:
                         tl.store(first + at, o.to(first.dtype.element_ty), mask)
-                if GATED:
+                if HAS_GATE:
                     o *= tl.load(gate + batch * gate_stride + col, there & (col < tl.where(gate_stride >= 0, D, 0)),
                                  other=1.0, eviction_policy="evict_last").to(ACC)
                 sum += o
@@ -87,7 +87,7 @@ def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, 
                   run: Sequence[tuple], fresh: Tensor | None, r: Tensor | float, norm: tuple,
                   e: Tensor | None = None) -> None:
     """`residual_norm` of csrc/kernels.h. run: (latest, previous, e, (gate, stride)) of each term; norm: (shift, scale,
-    norm, eps). e: the coefficients on the device [len(run)], instead of those that stand in the run."""
+    norm, eps). e: the forecast weights as a tensor [len(run)] on the device, which replaces those in the run."""
     batch, tokens, width = shape
     rows = batch * tokens
     if rows == 0:
@@ -100,7 +100,7 @@ def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, 
         return
     forecasts = any(previous is not None and (e is not None or weight != 0) for _, previous, weight, _ in run)
     if forecasts and e is None and x.dtype is torch.float64:
-        # as an argument of the launch a float becomes a float32
+        # a launch would round a float argument to float32
         e = torch.tensor([weight for *_, weight, _ in run], dtype=torch.float64, device=x.device)
     some_gate = next((gate for *_, gate in run if gate is not None), None)
     terms, weights = [], []
@@ -120,5 +120,5 @@ def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, 
             x, x_out, h, first, tuple(terms) or None,
             None if not forecasts else tuple(weights) if e is None else e, fresh, None if fresh is None else r,
             *(shift or absent), *(scale or absent), rows, tokens, count, TERMS=padded, FORECAST=forecasts,
-            GATED=some_gate is not None, PADDED=padded != count, DEVICE_E=e is not None, NORM=normed, EPS=eps,
+            HAS_GATE=some_gate is not None, PADDED=padded != count, DEVICE_E=e is not None, NORM=normed, EPS=eps,
             ACC=accumulator(x), **config)

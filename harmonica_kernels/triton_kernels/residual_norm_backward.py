@@ -1,14 +1,14 @@
 """Backward of residual_norm and blend_residual_norm, from the stored x'.
 
-With G the gradient of x' that has come through h as well: dx = G, and for each term do = gate·G, dgate = Σ G·o,
+G is the whole gradient of x', the part through h included. dx = G, and for each term do = gate·G, dgate = Σ G·o,
 dfresh = r·do, dlatest = (1 - r)(1 + e)·do, dr = Σ do·(fresh - reuse), de = (1 - r)·Σ do·(latest - previous).
 
-One pass for a run of one term, which is every run of a soft row; a longer one takes a pass a term, each making G anew.
-Memory bound. Bytes of the SDT iteration's call (nothing but dx, dfresh, dr wanted): dx_new, dh, x', latest, fresh read,
-dx and dfresh written, 7·B·N·D values; at 64·256 rows of 1152 in bfloat16 264 MB, 79 µs at 3.35 TB/s (H100).
+A run takes one pass a term, and each pass computes G anew; every run of a soft row has one term.
+Memory bound. Bytes of an SDT iteration's call, which wants only dx, dfresh and dr: dx_new, dh, x', latest, fresh read,
+dx and dfresh written, 7·B·N·D values; 64·256 rows of 1152 in bfloat16 are 264 MB, 79 µs at 3.35 TB/s (H100).
 
-No atomics: a program writes its sums (one row of float32 for each modulation gradient, one number for dr and de) to a
-buffer, which torch.sum adds up in an order that depends on the shape alone.
+No atomics: a program writes its sums (a row of float32 for each modulation gradient, a number each for dr and de) to a
+buffer, and torch.sum adds them up in an order that depends on the shape alone.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ._launch import accumulator, device_of, tile
 
-TOKENS = 16  # of a program that sums modulation gradients: its float32 row costs 1/8 of a bfloat16 activation
+TOKENS = 16  # a program that sums modulation gradients; its float32 row costs 1/8 of their bfloat16 activation
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "j"])
@@ -116,8 +116,9 @@ def residual_norm_backward(shape: tuple[int, int, int], dx_new: Tensor | None, d
                            dx: Tensor | None, dfresh: Tensor | None, dlatest: Sequence[Tensor | None],
                            dshift: Tensor | None, dscale: Tensor | None, dgate: Sequence[Tensor | None],
                            dr: Tensor | None, de: Tensor | None) -> None:
-    """`residual_norm_backward` of csrc/kernels.h: writes the gradients that are there. run, norm and e as in
-    `residual_norm`; activations contiguous, dshift, dscale, dgate [B or 1, D], dr of one element, de [len(run)]."""
+    """`residual_norm_backward` of csrc/kernels.h: writes the gradients that are not None. run, norm and e as in
+    `residual_norm`. Activations are contiguous, dshift, dscale, dgate [B or 1, D]; dr has one element; de is
+    [len(run)]."""
     batch, tokens, width = shape
     config, acc = tile(width), torch.promote_types(x_new.dtype, torch.float32)
     sums_rows = any(t is not None for t in (dshift, dscale, *dgate))
@@ -138,7 +139,7 @@ def residual_norm_backward(shape: tuple[int, int, int], dx_new: Tensor | None, d
             gradient.copy_(sums)
 
     if de is not None:
-        de.zero_()  # what a term without a previous output has
+        de.zero_()  # the gradient of a term without a previous output
     for j in range(max(1, len(run))):
         latest, previous, _, gate = run[j] if run else (None, None, 0.0, None)
         blended = (fresh, r) if j == 0 else (None, None)

@@ -1,13 +1,13 @@
-"""Trajectories whose steps are decided on the device: one CUDA graph for every router and every threshold.
+"""Trajectories whose steps the device decides: one CUDA graph for every router and every threshold.
 
-    loop.py             what a trajectory is made of
-    plan.py             what the graph holds, in which order: data, no tensor and no CUDA
-    decision_memory.py  what decides: scores, thresholds, steps, slots, in the memory of the device
-    parts.py            what the plan's captured parts compute, in static buffers
-    norm.py             the norm among these parts, whose run of branches is known in the device's memory only
-    on_cpu.py           runs a plan node by node: what a machine without a GPU does
+    loop.py             a trajectory, split into functions that can be captured
+    plan.py             the nodes of the graph and their order: data without tensors or CUDA
+    decision_memory.py  the device memory that holds scores, threshold and decisions
+    parts.py            the ops of the plan's captured nodes, in static buffers
+    norm.py             the norm among these ops; only the device's memory says which branches its run holds
+    on_cpu.py           runs a plan node by node, on a machine without a GPU
     on_cuda.py          makes a plan one CUDA graph
-    executor.py         the front: call it like the function it stands for
+    executor.py         the executor: call it like the function that it stands for
 """
 
 from .executor import Gated

@@ -1,19 +1,19 @@
-"""What decides, in the memory of the device: `DecisionMemory` of csrc/kernels.h."""
+"""The memory in which the device decides: `DecisionMemory` of csrc/kernels.h, as tensors."""
 
 import torch
 from torch import Tensor
 
-PARTS = 264  # of the sums of the change rule: two for each of an H100's 132 multiprocessors
+PARTS = 264  # partial sums of the change rule: two for each of an H100's 132 multiprocessors
 
 
 class DecisionMemory:
-    """Scores, extrapolation and threshold, which the host writes between trajectories, and what is decided from them.
+    """Scores, extrapolation and threshold, and the decisions that the device makes from them.
 
-    Every tensor stays where it is, so that a graph may know its address.
+    The host writes the first three between trajectories. Every tensor stays where it is: the graph holds its address.
 
     Args:
-        steps, branches: T and K. history: cache slots of a branch, 1 or 2. device: of all tensors.
-        parts: of the sums of the change rule.
+        steps, branches: T and K. history: cache slots per branch, 1 or 2. device: of all tensors.
+        parts: how many partial sums the change rule takes.
     """
 
     def __init__(self, steps: int, branches: int, history: int, device: torch.device, parts: int = PARTS):
@@ -35,5 +35,5 @@ class DecisionMemory:
         self.reused = zeros(T, K, dtype=torch.uint8)
 
     def addresses(self) -> dict[str, int]:
-        """What the compiled decision takes: sizes, and the tensors' addresses."""
+        """Sizes and the tensors' addresses by name, as the compiled `decide` takes them."""
         return {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in vars(self).items()}

@@ -1,4 +1,4 @@
-"""The front of trajectories that are decided on the device."""
+"""The executor of trajectories whose steps the device decides."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -17,42 +17,41 @@ from .plan import plan
 
 
 class Gated:
-    """Runs whole trajectories whose steps are decided on the device, see `harmonica_kernels.compile`.
+    """Runs whole trajectories whose steps the device decides; see `harmonica_kernels.compile`.
 
-    Called as `executor(trajectory, noise, schedule=None)`, with the result of the function that it stands for. The
-    first call with a model, batch and number of steps captures; after it, a call is one launch, whatever router and
-    threshold. Another router, schedule or threshold is a write to the device's memory.
+    Call it as `executor(trajectory, noise, schedule=None)`; it returns what `function` would. The first call with a
+    model, batch and number of steps captures a graph. After that a call is one launch, with any router and threshold:
+    to change the router, schedule or threshold is a write to the device's memory.
 
-    The trajectory offers
-        graph_parts() -> (key, tensors, rebuild): the hashable rest that decides what it does, the tensors that it
-            holds, and a function from such tensors to the same trajectory holding those;
+    The trajectory has
+        graph_parts() -> (key, tensors, rebuild), see `harmonica_kernels.compile`;
         loop() -> Loop; start(noise) -> x_0; steps, T.
-    A router or schedule offers
-        decision_tables() -> (scores, extrapolation): float32 [T, K] each, the second None where it repeats.
+    A router or schedule has
+        decision_tables() -> (scores, extrapolation): float32 [T, K] each; extrapolation is None if all reuse repeats.
 
     Args:
-        function: what it stands for. rule: "scores" or "change", see `plan`. graphs: how many are kept alive; the one
-            longest unused goes first.
+        function: what the executor stands for. rule: "scores" or "change", see `plan`. graphs: how many graphs are kept
+            alive; the least recently used one goes first.
     """
 
     def __init__(self, function: Callable, rule: str, graphs: int):
-        plan(2, rule)  # refuses an unknown rule
+        plan(2, rule)  # raises on an unknown rule
         self.function, self.rule = function, rule
         self._limit = graphs
         self._threshold = 0.1
         self._router: Any = None
         self._tables: tuple[Tensor, Tensor | None] | None = None
-        self._loops: OrderedDict[Hashable, _Loop] = OrderedDict()  # the longest unused first
+        self._loops: OrderedDict[Hashable, _Loop] = OrderedDict()  # least recently used first
         self._last: _Loop | None = None
 
     @property
     def graphs(self) -> int:
-        """How many are alive."""
+        """How many graphs are alive."""
         return len(self._loops)
 
     @property
     def threshold(self) -> float:
-        """τ of the rule: the score above which a branch is computed, or the relative change. May be set at any time."""
+        """τ of the rule: branches are computed above this score or relative change. May be set at any time."""
         return self._threshold
 
     @threshold.setter
@@ -64,7 +63,7 @@ class Gated:
             loop.memory.threshold.fill_(self._threshold)
 
     def load(self, router: Any) -> None:
-        """The trajectories after this follow `router` (or a schedule): a copy of its [T, K] tables to the device."""
+        """Copies the [T, K] tables of `router` (or a schedule) to the device; later trajectories follow them."""
         scores, extrapolation = router.decision_tables()
         for name, table in (("scores", scores), ("extrapolation", extrapolation)):
             if table is not None and (table.shape != scores.shape or table.dim() != 2 or table.dtype != torch.float32):
@@ -77,7 +76,7 @@ class Gated:
 
     @property
     def reused(self) -> Tensor:
-        """What the last trajectory reused, bool [T, K] on the CPU; its mean is the cache utilization ratio (CUR)."""
+        """Which entries the last trajectory reused, bool [T, K] on the CPU; the mean is the cache utilization ratio."""
         if self._last is None:
             raise RuntimeError("reused: nothing has run yet")
         return self._last.memory.reused.bool().cpu()
@@ -86,12 +85,12 @@ class Gated:
     def __call__(self, trajectory: Any, noise: Tensor, schedule: Any = None) -> Tensor:
         """Runs a trajectory from its noise [n, C, ...] to images [n, C, ...], which are the caller's own.
 
-        schedule: loaded where it is another than the last; None keeps what was loaded, and computes everything where
-            nothing was.
+        schedule: loaded unless it is the one loaded last. None keeps the loaded one; without one everything is
+            computed.
 
         Raises:
-            ValueError: what is loaded is for another T or K.
-            RuntimeError: a part of the model cannot be captured; the message names it, and the node.
+            ValueError: the loaded tables are for another T or K.
+            RuntimeError: autocast is on, or a part of the model cannot be captured; the message names part and node.
         """
         if torch.is_autocast_enabled(noise.device.type):
             raise RuntimeError('mode="gated" does not run under autocast: cast the model instead')
@@ -125,7 +124,7 @@ class Gated:
 
     def _build(self, trajectory: Any, noise: Tensor, tensors: tuple[Tensor, ...], rebuild: Callable,
                history: int) -> "_Loop":
-        with torch.inference_mode(False):  # such buffers can be written to in any mode
+        with torch.inference_mode(False):  # inference tensors cannot be written to outside inference mode
             inputs = [t.clone() for t in tensors]
             loop = rebuild(*inputs).loop()
             nodes = plan(len(loop.branches), self.rule)
@@ -140,7 +139,7 @@ class Gated:
             return _Loop(inputs, parts, memory, lambda: walk(nodes, parts, memory), lambda: None)
 
     def _write(self, memory: DecisionMemory) -> None:
-        """The loaded tables into a loop's memory; without any, everything is computed."""
+        """Writes the loaded tables into a loop's memory; without tables everything is computed."""
         if self._tables is None:
             memory.scores.fill_(float("inf"))
             return
@@ -162,12 +161,12 @@ class Gated:
 
 
 def builds_graphs(device: torch.device) -> bool:
-    """Whether a trajectory there becomes a CUDA graph, or is walked node by node."""
+    """Whether trajectories on this device become CUDA graphs; on others they are run node by node."""
     return device.type == "cuda"
 
 
 class _Loop(NamedTuple):
-    """One captured trajectory: its inputs' buffers, its memory, and how to run and free it."""
+    """One captured trajectory: the buffers of its inputs, its parts and memory, and functions to run and free it."""
 
     inputs: list[Tensor]
     parts: Parts

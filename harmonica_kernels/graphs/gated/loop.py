@@ -1,4 +1,4 @@
-"""What a trajectory is made of, taken apart so that a graph can hold it."""
+"""A trajectory, split into functions that a graph can capture."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from ...forward import Branch, Modulation
 class Loop:
     """T denoising steps: `x_{s+1} = a_s·x_s + b_s·ε_s`, `ε_s` the guided output of a transformer of K branches.
 
-    Its functions are called while a graph is captured: they must launch the same work whenever they are called, on
-    static tensors, wait for nothing, and draw no random numbers.
+    Its functions are called while a graph is captured. They must launch the same work at every call, on static tensors,
+    wait for nothing, and draw no random numbers.
 
     Args:
         branches: the K branches in execution order.
-        modulation: `modulation() -> Modulation` of all steps: rows of shape [T, B or 1, D]. Called once a trajectory.
+        modulation: `modulation() -> Modulation` of all steps, rows [T, B or 1, D]. Called once a trajectory.
         embed: [n, C, ...] latents -> tokens [B, N, D]; B = 2n with guidance, the conditional rows first.
         head: [B, N, D] after the final norm -> the model's output [B, C', ...], C' ≥ C.
         updates: [T, 2] float32, the scheduler's a and b.
-        guidance: of classifier-free guidance (Ho & Salimans, 2022); 1 where B = n.
+        guidance: scale of classifier-free guidance (Ho & Salimans, 2022); 1 where B = n.
         channels: how many leading channels are guided; None for all.
-        context: what the bodies are given beside h, see `Branch`.
+        context: what the bodies get beside h, see `Branch`.
         eps: of the final norm.
     """
 

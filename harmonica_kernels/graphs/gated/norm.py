@@ -1,4 +1,4 @@
-"""The norm of a gated trajectory: which branches its run holds stands in the memory that decides."""
+"""The norm of a gated trajectory; the decision memory says which branches its run holds."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from ...ops import Term, residual_norm
 from .parts import Parts
 
-NO_GATE = -16  # in place of a stride; a multiple of 16 like the strides of real rows
+NO_GATE = -16  # stands for the stride of a branch without gate; a multiple of 16, as `is_aligned` promises of strides
 
 
 def norm_on_cpu(parts: Parts, k: int) -> None:
-    """The norm before branch k, or the final one, where the host reads the memory that decides."""
+    """The norm before branch k, or the final one (k = K); the host reads the decision memory."""
     memory, mod, final = parts.memory, parts.modulation, k == parts.memory.branches
     s, start = int(memory.step), int(memory.start[k])
-    computed = k > 0 and bool(memory.compute[start])  # otherwise no norm has gone before in this step
+    computed = k > 0 and bool(memory.compute[start])  # otherwise this is the step's first norm
     run, weights = [], []
     for j in range(start, k):
         slot = int(memory.slot[j])
@@ -34,23 +34,25 @@ def norm_on_cpu(parts: Parts, k: int) -> None:
 
 
 def norm_on_cuda(parts: Parts, k: int) -> None:
-    """The same where only the device knows the run: one launch, whatever it will hold."""
+    """The same if only the device knows the run: one launch, whatever the run will be."""
     from ...triton_kernels.gated_norm import gated_norm
 
     loop, memory, mod, final = parts.loop, parts.memory, parts.modulation, k == parts.memory.branches
     branch = None if final else loop.branches[k]
     shift, scale = ((None, 0, 0) if rows is None else (rows, *strides(rows)) for rows in (mod.shift[k], mod.scale[k]))
-    gated_norm(k, parts.tokens, parts.x, parts.h if parts.changes(k) else None, parts.arena, gate_rows(parts),
+    gated_norm(k, parts.tokens, parts.x, parts.h if parts.needs_h(k) else None, parts.arena, gate_rows(parts),
                parts.entries, memory.compute, memory.start, memory.slot, memory.forecast_weights, memory.step, shift,
-               scale, aligned=aligned(parts), write_x=not final, norm=final or branch.norm,
+               scale, aligned=is_aligned(parts), write_x=not final, norm=final or branch.norm,
                eps=loop.eps if final else branch.eps)
 
 
 def point(parts: Parts, fresh: Sequence[int]) -> None:
-    """Writes the table that the norm on CUDA reads, a row [4] a branch: where the body leaves its output, as a distance
-    from the arena, and where its gate rows lie, as one from `gate_rows`, with their strides by step and by batch entry.
+    """Writes the table [K, 4] that the norm on CUDA reads. All entries count values.
 
-    fresh: the addresses where the bodies leave their outputs.
+    Columns: the distance from the arena to the output that the body leaves; the distance from `gate_rows` to the
+    branch's gate rows; the strides of these rows by step (NO_GATE without gate) and by batch entry.
+
+    fresh: the addresses of the outputs that the bodies leave.
     """
     entries = []
     for address, rows in zip(fresh, parts.modulation.gate, strict=True):
@@ -61,24 +63,24 @@ def point(parts: Parts, fresh: Sequence[int]) -> None:
 
 
 def gate_rows(parts: Parts) -> Tensor:
-    """The first branch's gate rows that there are; where there are none, any tensor."""
+    """The gate rows of the first branch that has a gate; if none has, any tensor."""
     return next((rows for rows in parts.modulation.gate if rows is not None), parts.arena)
 
 
-def aligned(parts: Parts) -> bool:
-    """Whether all that the norm on CUDA finds in its table are multiples of 16 values."""
+def is_aligned(parts: Parts) -> bool:
+    """Whether D, and the gates' distances and strides in the table of the norm on CUDA, are multiples of 16 values."""
     rows = [rows for rows in parts.modulation.gate if rows is not None]
     found = [number for r in rows for number in (_distance(gate_rows(parts), r.data_ptr()), *strides(r))]
     return all(number % 16 == 0 for number in (parts.x.shape[2], *found))
 
 
 def strides(rows: Tensor) -> tuple[int, int]:
-    """From a step's rows [T, B or 1, D] to the next's, and from a batch entry's to the next's."""
+    """The strides of rows [T, B or 1, D] by step and by batch entry; 0 where one row serves every entry."""
     return rows.stride(0), 0 if rows.shape[1] == 1 else rows.stride(1)
 
 
 def _distance(base: Tensor, address: int) -> int:
-    """From the beginning of base, in its values."""
+    """From the beginning of base to address, in base's values."""
     return (address - base.data_ptr()) // base.element_size()
 
 

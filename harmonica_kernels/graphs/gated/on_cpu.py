@@ -1,18 +1,18 @@
-"""Runs a plan node by node: what a machine without a GPU does, and what the graph has to equal."""
+"""Runs a plan node by node, on a machine without a GPU. The CUDA graph must give the same results."""
 
 from collections.abc import Sequence
 
 from ...ops._library import kernels
 from .decision_memory import DecisionMemory
 from .parts import Parts
-from .plan import Captured, Change, Decide, If, Node, Rewind, While
+from .plan import Capture, Change, Decide, If, Node, Rewind, While
 
 
 def walk(nodes: Sequence[Node], parts: Parts, memory: DecisionMemory) -> None:
-    """Runs the nodes on `parts` and `memory`, which lie in the memory of the CPU."""
+    """Runs the nodes on `parts` and `memory`, both on the CPU."""
     for node in nodes:
         match node:
-            case Captured():
+            case Capture():
                 for op in node.ops:
                     parts.run(op)
             case Rewind():

@@ -1,6 +1,6 @@
-"""Makes a plan one CUDA graph. Nothing is decided here; `plan` says what stands where.
+"""Makes a plan one CUDA graph. Only `plan` decides which nodes there are and where they stand.
 
-Not yet run on a GPU: the tests drive it with a stand-in for CUDA that executes what is built.
+Not yet run on a GPU: the tests use a stand-in for CUDA that executes the graph built here.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from ..recording import record_into, stream_of
 from .decision_memory import DecisionMemory
 from .norm import point
 from .parts import Parts
-from .plan import Captured, Change, Decide, If, Node, Rewind, While
+from .plan import Capture, Change, Decide, If, Node, Rewind, While
 
 
 class Recorder:
-    """Recording through PyTorch on one device: one stream and one pool of memory, which the parts can share since they
-    run one after the other.
+    """Records through PyTorch on one device, with one stream and one memory pool. The recorded parts can share the pool
+    since they run one after the other.
 
     Raises:
         RuntimeError: this installation, driver or allocator cannot serve a gated graph.
@@ -37,18 +37,18 @@ class Recorder:
         self.device = device
         self._stream = stream_of(self, device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: list[torch.cuda.CUDAGraph] = []  # the pool lives as long as they do
+        self._graphs: list[torch.cuda.CUDAGraph] = []  # they keep the pool alive
 
     def graph(self):
         """An empty gated graph."""
         return kernels.GatedGraph(self.device.index)
 
     def stream(self) -> int:
-        """The caller's, for launches."""
+        """The caller's stream, for launches."""
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def warm_up(self, call: Callable[[], None]) -> None:
-        """Runs what must not happen for the first time in a recording: compiling, tuning, loading of kernels."""
+        """Runs call() once before it is recorded: a recording must not compile, tune or load kernels."""
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         before = self._random_state()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
@@ -56,10 +56,10 @@ class Recorder:
         if not torch.equal(before, self._random_state()):
             raise RuntimeError('mode="gated": the model draws random numbers, which a graph would repeat')
         torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()  # memory outside the pool cannot be used inside
+        torch.cuda.empty_cache()  # a recording allocates from the pool and cannot use other cached memory
 
     def record(self, name: str, call: Callable[[], None]) -> int:
-        """What call() launches as a cudaGraph_t, which is valid as long as this object."""
+        """Records what call() launches as a cudaGraph_t, which is valid until `close`."""
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         try:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream), record_into(graph, self._pool):
@@ -74,13 +74,13 @@ class Recorder:
         return graph.raw_cuda_graph()
 
     def close(self) -> None:
-        """Gives the pool back; nothing recorded may run any more."""
+        """Frees the pool; nothing recorded may run after this."""
         for graph in self._graphs:
             graph.reset()
         self._graphs.clear()
 
     def wait(self) -> None:
-        """Until nothing runs on the device."""
+        """Waits until nothing runs on the device."""
         torch.cuda.synchronize(self.device)
 
     def _random_state(self) -> Tensor:
@@ -88,18 +88,18 @@ class Recorder:
 
 
 class GraphLoop:
-    """A plan as one executable graph: `run` is one launch. Keeps alive all that the graph has the addresses of.
+    """A plan as one executable graph; `run` is one launch. It keeps alive everything whose address the graph holds.
 
     Raises:
-        RuntimeError: a part cannot be captured, or holds what a conditional node must not; the message names part and
-            node.
+        RuntimeError: a part cannot be captured, or holds a node that may not stand in a conditional node; the message
+            names part and node.
     """
 
     def __init__(self, nodes: Sequence[Node], parts: Parts, memory: DecisionMemory, recorder: Recorder):
         self.parts, self.memory, self._recorder = parts, memory, recorder
-        self._fresh = [0] * memory.branches  # where the captured bodies leave their outputs
+        self._fresh = [0] * memory.branches  # addresses of the outputs that the captured bodies leave
         self._handles = [0] * (memory.branches + 1)
-        recorder.warm_up(lambda: self._once(nodes))
+        recorder.warm_up(lambda: self._run_once(nodes))
         self._graph = recorder.graph()
         try:
             self._add(0, nodes)
@@ -118,17 +118,17 @@ class GraphLoop:
     def close(self) -> None:
         """Frees the graph and its memory; it must not be run again."""
         self._recorder.wait()
-        self._graph = None  # before what it was cloned from
+        self._graph = None  # freed before the graphs that it was cloned from
         self._recorder.close()
 
-    def _once(self, nodes: Sequence[Node]) -> None:
+    def _run_once(self, nodes: Sequence[Node]) -> None:
         for node in nodes:
-            if isinstance(node, Captured):
-                self._ops(node)
+            if isinstance(node, Capture):
+                self._run_ops(node)
             elif isinstance(node, (If, While)):
-                self._once(node.body)
+                self._run_once(node.body)
 
-    def _ops(self, node: Captured) -> None:
+    def _run_ops(self, node: Capture) -> None:
         for op in node.ops:
             self.parts.run(op)
 
@@ -136,10 +136,12 @@ class GraphLoop:
         graph, memory, parts = self._graph, self.memory, self.parts
         for node in nodes:
             match node:
-                case Captured():
-                    graph.child(chain, self._recorder.record(node.name, partial(self._ops, node)), node.name)
+                case Capture():
+                    graph.child(chain, self._recorder.record(node.name, partial(self._run_ops, node)), node.name)
                     for op in node.ops:
-                        if op.kind == "body":  # the next norm reads it, and nothing is written to the pool before that
+                        if op.kind == "body":
+                            # The output's memory goes back to the pool: the next norm reads it before anything is
+                            # written to the pool again.
                             self._fresh[op.branch] = parts.fresh[op.branch].data_ptr()
                             parts.fresh[op.branch] = None
                 case Rewind():

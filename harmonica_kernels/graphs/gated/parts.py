@@ -1,4 +1,4 @@
-"""What a plan's captured parts compute, in buffers that stay where they are.
+"""The ops of a plan's captured nodes, in buffers that stay where they are.
 
 The same lines run eagerly on the CPU and under capture on the GPU. Only the norm differs (norm.py): on the GPU the host
 does not know which branches a run holds.
@@ -19,13 +19,13 @@ from .plan import Op
 class Parts:
     """The ops of a loop's plan, and their memory.
 
-    sample [n, C, ...] is the trajectory's noise before it runs and its image afterwards. x [B, N, D] is the residual
-    stream, h what the bodies are given and, at the end of a step, what the head is given. Each branch has `history`
-    slots in the arena [history, K, B, N, D]. A body writes into its slot where the slot is known beforehand (one of
-    them, and a `body_out`); otherwise the next norm copies the output there on the way, and it lives until then.
+    sample [n, C, ...] holds the noise before a trajectory and the image after it. x [B, N, D] is the residual stream.
+    h [B, N, D] is the input of the bodies and, at the end of a step, of the head. Each branch has `history` slots in
+    the arena [history, K, B, N, D]. With one slot, a `body_out` writes straight into it. Otherwise the next norm copies
+    the body's output into the slot, and the output must stay until then.
 
     Args:
-        loop: the trajectory. memory: what decides it. noise: [n, C, ...], of which the sample takes shape, dtype and
+        loop: the trajectory. memory: its decision memory. noise: [n, C, ...]; the sample gets its shape, dtype and
             device. norm: `norm(parts, k)` computes the norm before branch k, or the final one (K), on that device.
     """
 
@@ -42,11 +42,11 @@ class Parts:
         K = memory.branches
         self.arena = torch.zeros(memory.history, K, B, N, D, dtype=dtype, device=noise.device)
         self.scratch = torch.zeros(B, N, D, dtype=dtype, device=noise.device) if memory.history == 2 else None
-        self.fresh: list[Tensor | None] = [None] * K  # where the bodies left their outputs
+        self.fresh: list[Tensor | None] = [None] * K  # the outputs that the bodies left
         self.output: Tensor | None = None
-        # What the norm on CUDA reads of each branch, see `norm.point`.
+        # The table that the norm on CUDA reads, see `norm.point`.
         self.entries = torch.zeros(K, 4, dtype=torch.int64, device=noise.device)
-        # Of the change rule: branch 0's output that the others were computed with, and the one to compare.
+        # For the change rule: branch 0's output when the other branches were last computed, and its newest output.
         self.reference = torch.zeros(2, *self.arena.shape[2:], dtype=dtype, device=noise.device)
 
     def run(self, op: Op) -> None:
@@ -61,7 +61,7 @@ class Parts:
 
     def _body(self, k: int) -> None:
         branch, context = self.loop.branches[k], self.loop.context
-        h = self.h if self.changes(k) else self.x
+        h = self.h if self.needs_h(k) else self.x
         if branch.body_out is not None and h.dtype == self.arena.dtype:
             out = self.arena[0, k] if self.scratch is None else self.scratch
             branch.body_out(h, context, out)
@@ -72,7 +72,7 @@ class Parts:
                                  f"{self.arena.dtype} of shape {tuple(h.shape)}, as branch 0")
             out = out.contiguous()
             if out.data_ptr() % 64:
-                out = out.clone()  # the norm on CUDA reads whole vectors
+                out = out.clone()  # the norm on CUDA reads whole vectors, which must be aligned
         self.fresh[k] = out
 
     def _norm(self, k: int) -> None:
@@ -87,14 +87,14 @@ class Parts:
         guided_step(self.sample, self.output[:n], unconditional, guidance=loop.guidance, channels=loop.channels,
                     table=self.updates, step=self.memory.step, out=self.sample)
 
-    def changes(self, k: int) -> bool:
-        """Whether branch k (K: the head) is given something other than x itself."""
+    def needs_h(self, k: int) -> bool:
+        """Whether branch k (K: the head) gets another input than x itself."""
         final = k == self.memory.branches
         return final or self.loop.branches[k].norm or self.modulation.shift[k] is not None \
             or self.modulation.scale[k] is not None
 
     def change(self) -> None:
-        """The sums of the change rule, as the CUDA kernel writes them."""
+        """Writes the sums of the change rule and keeps branch 0's output, as the CUDA kernel does."""
         which, o = int(self.memory.reference), self.fresh[0]
         reference = self.reference[which].double()
         self.memory.change.zero_()
@@ -104,7 +104,7 @@ class Parts:
 
 
 def _check(loop: Loop, memory: DecisionMemory, mod: Modulation, sample: Tensor, B: int, D: int) -> None:
-    """Refuses what the parts could not run, before any of it does."""
+    """Raises on a loop that the parts cannot run, before any body runs."""
     T, K = memory.steps, memory.branches
     if tuple(loop.updates.shape) != (T, 2):
         raise ValueError(f"loop.updates: got shape {tuple(loop.updates.shape)}, expected [{T}, 2]")

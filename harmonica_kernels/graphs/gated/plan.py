@@ -1,7 +1,6 @@
-"""The plan of a gated trajectory: which nodes the graph has, in which order, steered by which conditions.
+"""The plan of a gated trajectory: the nodes of its graph, their order, and the conditions that steer them.
 
-Data alone. `on_cpu` runs it node by node, `on_cuda` makes it one graph; what either does is therefore what the plan
-says.
+The plan is data. `on_cpu` runs it node by node and `on_cuda` makes it one graph, so both do what the plan says.
 """
 
 from dataclasses import dataclass
@@ -11,15 +10,15 @@ RULES = ("scores", "change")
 
 @dataclass(frozen=True)
 class Op:
-    """Something that is computed; `branch` where it belongs to one, K for the final norm."""
+    """One computation. branch: the branch that it belongs to, K for the final norm, None if it belongs to none."""
 
     kind: str  # "modulation", "embed", "norm", "body", "head", "update"
     branch: int | None = None
 
 
 @dataclass(frozen=True)
-class Captured:
-    """Ops recorded together through PyTorch: a child graph."""
+class Capture:
+    """Ops that PyTorch records together, as one child graph."""
 
     name: str
     ops: tuple[Op, ...]
@@ -34,8 +33,8 @@ class Rewind:
 
 @dataclass(frozen=True)
 class Decide:
-    """Decides the branches first..last-1 of a step and writes their conditions; with first = 0 also goes on to the next
-    step and writes the loop's condition. rule: see `DecisionRule` in csrc/kernels.h."""
+    """Decides the branches first..last-1 of a step and writes their conditions. With first = 0 it first goes on to the
+    next step and also writes the loop's condition. rule: see `DecisionRule` in csrc/kernels.h."""
 
     first: int
     last: int
@@ -48,14 +47,14 @@ class Decide:
 
 @dataclass(frozen=True)
 class Change:
-    """How far branch 0's output is from its reference."""
+    """Measures how far branch 0's output is from its reference."""
 
     name: str = "change of branch 0"
 
 
 @dataclass(frozen=True)
 class If:
-    """Runs its body where the branch is computed at this step."""
+    """Runs its body if the branch is computed at this step."""
 
     branch: int
     body: tuple["Node", ...]
@@ -67,26 +66,26 @@ class If:
 
 @dataclass(frozen=True)
 class While:
-    """Runs its body as long as a step follows; tested before the first time too."""
+    """Runs its body as long as another step follows; the condition is tested before the first step too."""
 
     body: tuple["Node", ...]
     name: str = "WHILE over the steps"
 
 
-Node = Captured | Rewind | Decide | Change | If | While
+Node = Capture | Rewind | Decide | Change | If | While
 
 
 def plan(branches: int, rule: str = "scores") -> tuple[Node, ...]:
-    """The nodes of a trajectory of any number of steps, each to run after the one before it.
+    """The nodes of a trajectory of any number of steps. Each node runs after the one before it.
 
-    The norm before branch k adds the run since the branch that was computed last, wherever in the model that is: a run
-    of reused branches is one pass, and what stands outside the IF nodes is what every step has. Nothing depends on
-    scores, threshold or extrapolation, so none of them changes the plan.
+    The norm before branch k adds the run that begins at the branch computed last in this step, so any number of reused
+    branches costs one pass and no node of its own. Nodes outside the IF nodes run at every step. Scores, threshold and
+    extrapolation do not change the plan.
 
     Args:
         branches: K.
-        rule: "scores", or "change": branch 0 is computed at every step, and the others are where its output has
-            changed by more than the threshold, relative to the output that was last followed by computed ones.
+        rule: "scores", or "change": branch 0 is computed at every step. The others are computed if its output has
+            changed, since the last step that computed them, by more than the threshold relative to its size.
 
     Raises:
         ValueError: an argument is out of range.
@@ -97,11 +96,11 @@ def plan(branches: int, rule: str = "scores") -> tuple[Node, ...]:
     least = 2 if rule == "change" else 1
     if K < least:
         raise ValueError(f"branches: got {K}, the rule {rule!r} needs at least {least}")
-    ifs = [If(k, (Captured(f"branch {k}", (Op("norm", k), Op("body", k))),)) for k in range(K)]
-    embed = Captured("embedding", (Op("embed"),))
+    ifs = [If(k, (Capture(f"branch {k}", (Op("norm", k), Op("body", k))),)) for k in range(K)]
+    embed = Capture("embedding", (Op("embed"),))
     if rule == "scores":
         decided = [Decide(0, K, "scores"), embed, *ifs]
     else:
         decided = [Decide(0, 1, "always"), embed, ifs[0], Change(), Decide(1, K, "change"), *ifs[1:]]
-    step = (*decided, Captured("head", (Op("norm", K), Op("head"), Op("update"))))
-    return Captured("modulation", (Op("modulation"),)), Rewind(), While(step)
+    step = (*decided, Capture("head", (Op("norm", K), Op("head"), Op("update"))))
+    return Capture("modulation", (Op("modulation"),)), Rewind(), While(step)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
-from harmonica_kernels.graphs.gated.plan import Captured, Change, Decide, If, Op, Rewind, While, plan
+from harmonica_kernels.graphs.gated.plan import Capture, Change, Decide, If, Op, Rewind, While, plan
 from harmonica_kernels.ops import residual_norm
 from support.loops import Table, Trajectory
 
@@ -127,13 +127,13 @@ def test_change_rule_decides_as_its_definition():
 
 
 def test_plan_of_a_router():
-    branch = [If(k, (Captured(f"branch {k}", (Op("norm", k), Op("body", k))),)) for k in range(3)]
-    head = Captured("head", (Op("norm", 3), Op("head"), Op("update")))
+    branch = [If(k, (Capture(f"branch {k}", (Op("norm", k), Op("body", k))),)) for k in range(3)]
+    head = Capture("head", (Op("norm", 3), Op("head"), Op("update")))
     assert plan(3) == (
-        Captured("modulation", (Op("modulation"),)), Rewind(),
-        While((Decide(0, 3, "scores"), Captured("embedding", (Op("embed"),)), *branch, head)))
+        Capture("modulation", (Op("modulation"),)), Rewind(),
+        While((Decide(0, 3, "scores"), Capture("embedding", (Op("embed"),)), *branch, head)))
     loop = plan(3, "change")[-1]
-    assert [type(node) for node in loop.body] == [Decide, Captured, If, Change, Decide, If, If, Captured]
+    assert [type(node) for node in loop.body] == [Decide, Capture, If, Change, Decide, If, If, Capture]
     assert loop.body[4] == Decide(1, 3, "change")
 
 
