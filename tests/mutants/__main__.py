@@ -84,35 +84,34 @@ class Copy:
 class Run:
     """The tests of the unchanged tree, then every mutant, with what an earlier run found out."""
 
-    def __init__(self, processes: int):
-        self.processes, self.stop = processes, threading.Event()
+    def __init__(self, copies: list[Copy]):
+        self.copies: queue.Queue = queue.Queue()
+        for copy in copies:
+            self.copies.put(copy)
+        self.root, self.stop = copies[0].root, copies[0].stop
         self.found = json.loads(STATE.read_text()) if STATE.exists() else {}
-        files = [*ROOT.glob("harmonica_kernels/**/*"), *ROOT.glob("python/**/*.py"), *ROOT.glob("tests/**/*.py")]
-        self.sources = digest(*(file.read_bytes() for file in sorted(files) if file.suffix in (".py", ".so")
-                                and not file.name.startswith("test_") and Path(__file__).parent not in file.parents))
+        self.sources = digest(*(file.read_bytes() for file in sorted(self.root.rglob("*"))
+                                if file.suffix in (".py", ".so") and not file.name.startswith("test_")
+                                and not file.is_relative_to(self.root / "tests" / "mutants")))
 
     def key(self, tests: tuple[str, ...], *what: str) -> str:
         """What a result stands under: all that it depends on."""
-        contents = [(ROOT / "tests" / test.partition("::")[0]).read_bytes() for test in tests]
+        contents = [(self.root / "tests" / test.partition("::")[0]).read_bytes() for test in tests]
         return digest(self.sources.encode(), *contents, *(text.encode() for text in (*tests, *what)))
 
     def all(self, jobs: dict, description: str, job) -> dict:
         """Results of job(copy, *arguments) for jobs {key: arguments}; those that are known are not run again."""
-        with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(self.processes) as pool, \
+        def in_a_copy(arguments):
+            copy = self.copies.get()
+            try:
+                return job(copy, *arguments)
+            finally:
+                self.copies.put(copy)
+
+        missing = [key for key in jobs if key not in self.found]
+        with ThreadPoolExecutor(self.copies.qsize()) as pool, \
                 Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                          TextColumn("left:"), TimeRemainingColumn(), speed_estimate_period=600) as progress:
-            copies: queue.Queue = queue.Queue()
-            for i in range(self.processes):
-                copies.put(Copy(Path(folder) / str(i), self.stop))
-
-            def in_a_copy(arguments):
-                copy = copies.get()
-                try:
-                    return job(copy, *arguments)
-                finally:
-                    copies.put(copy)
-
-            missing = [key for key in jobs if key not in self.found]
             task = progress.add_task(description, total=len(jobs), completed=len(jobs) - len(missing))
             futures = {pool.submit(in_a_copy, jobs[key]): key for key in missing}
             try:
@@ -147,30 +146,34 @@ def unchanged(copy: Copy, test: str) -> float:
     return round(seconds, 1)
 
 
-def main() -> None:
+def main() -> str | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="at a time, of one thread each (2)")
-    run = Run(parser.parse_args().processes)
-    tests = {file: tuple(test for test in names if test not in MAY_BE_MISSING or (ROOT / "tests" / test).exists())
-             for part in PARTS for file, names in part.tests.items()}
-    mutants = [mutant for part in PARTS for mutant in draw(ROOT, part.name, part.tests, part.draws, SEED)]
-    mutants += [named(ROOT, change.part, change.what, change.file, change.old, change.new) for change in NAMED]
-    equivalents = read_equivalents(ROOT)
+    processes, stop = parser.parse_args().processes, threading.Event()
     try:
-        every = sorted({test for names in tests.values() for test in names})
-        keys = {test: run.key((test,)) for test in every}
-        seconds = run.all({keys[test]: (test,) for test in every}, "unchanged", unchanged)
-        jobs = {}
-        for mutant in mutants:
-            names = tests[mutant.file]
-            limit = 30 + 3 * sum(seconds[keys[test]] for test in names)
-            jobs[run.key(names, mutant.file, mutant.text)] = (mutant, names, limit)
-        outcomes = run.all(jobs, "mutants", Copy.try_out)
+        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+            return test_all(Run([Copy(Path(folder) / str(i), stop) for i in range(processes)]))
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
-    results = [(mutant, outcomes[run.key(tests[mutant.file], mutant.file, mutant.text)]) for mutant in mutants]
-    sys.exit(write(ROOT, results, equivalents, SEED))
+        return "stopped; the same command goes on from here"
+
+
+def test_all(run: Run) -> str | None:
+    """Tests the unchanged tree and every mutant, and writes the table. Returns what is left to do, if anything."""
+    tests = {file: tuple(test for test in names if test not in MAY_BE_MISSING or (run.root / "tests" / test).exists())
+             for part in PARTS for file, names in part.tests.items()}
+    mutants = [mutant for part in PARTS for mutant in draw(run.root, part.name, part.tests, part.draws, SEED)]
+    mutants += [named(run.root, *change) for change in NAMED]
+    equivalents = read_equivalents(run.root)
+    keys = {test: run.key((test,)) for test in sorted({test for names in tests.values() for test in names})}
+    seconds = run.all({key: (test,) for test, key in keys.items()}, "unchanged", unchanged)
+    jobs = {}
+    for mutant in mutants:
+        names = tests[mutant.file]
+        limit = 30 + 3 * sum(seconds[keys[test]] for test in names)
+        jobs[run.key(names, mutant.file, mutant.text)] = mutant, names, limit
+    outcomes = run.all(jobs, "mutants", Copy.try_out)
+    return write(ROOT, [(mutant, outcomes[key]) for key, (mutant, *_) in jobs.items()], equivalents, SEED)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

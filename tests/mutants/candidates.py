@@ -104,7 +104,7 @@ def draw(root: Path, part: str, files, count: int, seed: int) -> list[Mutant]:
     return mutants
 
 
-def named(root: Path, part: str, what: str, file: str, old: str, new: str) -> Mutant:
+def named(root: Path, what: str, part: str, file: str, old: str, new: str) -> Mutant:
     """The change of the one line `old` of a file into `new`.
 
     Raises:
