@@ -1,6 +1,7 @@
 """The plan, walked on the CPU with the compiled gate, against trajectories step by step through `cached_forward`."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,6 +134,7 @@ def test_plan_of_a_router():
         Captured("modulation", (Op("modulation"),)), Rewind(),
         While((Gate(0, 3, "scores"), Captured("embedding", (Op("embed"),)), *branch, head)))
     loop = plan(3, "change")[-1]
+    assert hash(plan(3)) == hash(plan(3))  # a plan is a value
     assert [type(node) for node in loop.body] == [Gate, Captured, If, Change, Gate, If, If, Captured]
     assert loop.body[4] == Gate(1, 3, "change")
 
@@ -182,3 +184,41 @@ def test_refusals():
     executor.load(Table(torch.rand(3, 4)))
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="autocast"):
         executor(trajectory, noise)
+
+
+def rows(part, k, change):
+    """The modulation of a loop with one row of one part changed."""
+    def changed(loop):
+        mod = loop.modulation()
+        found = list(getattr(mod, part))
+        found[k] = change(found[k])
+        return dict(modulation=lambda: mod._replace(**{part: found}))
+    return changed
+
+
+def branch(k, **change):
+    return lambda loop: dict(branches=[replace(b, **change) if j == k else b for j, b in enumerate(loop.branches)])
+
+
+@pytest.mark.parametrize("error, message, change", [
+    (ValueError, r"updates: got shape \(2, 2\), expected \[3, 2\]", lambda loop: dict(updates=loop.updates[:2])),
+    (ValueError, r"updates: got shape \(3, 1\)", lambda loop: dict(updates=loop.updates[:, :1])),
+    (ValueError, "embed: returned . rows for 2 samples", lambda loop: dict(embed=lambda x: loop.embed(x)[:1])),
+    (ValueError, "got 4 entries in scale, expected 5",
+     lambda loop: dict(modulation=lambda: loop.modulation()._replace(scale=loop.modulation().scale[1:]))),
+    (ValueError, "branch 1 says gated=True", rows("gate", 1, lambda row: None)),
+    (ValueError, "branch 1 says gated=False", branch(1, gated=False)),
+    (TypeError, r"shift\[2\] is torch.float64, expected one dtype", rows("shift", 2, lambda row: row.double())),
+    (ValueError, r"shift\[4\] has shape \(2, ", rows("shift", 4, lambda row: row[:2])),
+    (ValueError, r"gate\[0\] has shape \(3, ., 15\)", rows("gate", 0, lambda row: row[..., :15])),
+    (ValueError, r"branches\[1\].body: returned torch.float64 of shape",
+     branch(1, body=lambda h, context: h.double(), body_out=None)),
+    (ValueError, r"branches\[3\].body: returned torch.float32 of shape \(., 1, 16\)",
+     branch(3, body=lambda h, context: h[:, :1], body_out=None)),
+])
+def test_a_loop_that_contradicts_itself_is_refused(error, message, change):
+    trajectory = Trajectory(3, 4, plain=True)
+    loop = trajectory.loop()
+    trajectory.loop = lambda: replace(loop, **change(loop))
+    with pytest.raises(error, match=message):
+        gated()(trajectory, torch.randn(trajectory.shape))
