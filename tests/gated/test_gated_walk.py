@@ -8,6 +8,8 @@ import torch
 from loops import Table, Trajectory
 
 import harmonica_kernels as hk
+from harmonica_kernels.gated.memory import GateMemory
+from harmonica_kernels.gated.pieces import Pieces
 from harmonica_kernels.gated.plan import Captured, Change, Gate, If, Op, Rewind, While, plan
 from harmonica_kernels.ops import residual_norm
 
@@ -188,6 +190,18 @@ def test_refusals():
     executor.load(Table(torch.rand(3, 4)))
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="autocast"):
         executor(trajectory, noise)
+
+
+@pytest.mark.parametrize("width, tokens, first, aligned", [(32, 3, 32, True), (24, 16, 32, False), (32, 16, 33, False)])
+def test_the_norm_is_promised_multiples_of_16_only_where_all_are(width, tokens, first, aligned):
+    """`first`: where the second branch's gate rows begin, counted from the first's."""
+    trajectory = Trajectory(2, 2, tokens=tokens, width=width, plain=True)
+    loop = trajectory.loop()
+    wide = torch.zeros(2, trajectory.B, 80)
+    mod = loop.modulation()._replace(gate=[wide[..., :width], wide[..., first:first + width]])
+    loop = replace(loop, modulation=lambda: mod)
+    pieces = Pieces(loop, GateMemory(2, 2, 1, torch.device("cpu")), torch.randn(trajectory.shape))
+    assert pieces.aligned is aligned
 
 
 def rows(part, k, change):
