@@ -86,6 +86,8 @@ def test_a_coefficient_without_two_outputs_forecasts_nothing():
     (dict(timesteps=(10**400, 1)), ValueError, "timesteps: expected 2"),
     (dict(timesteps=(True, 1)), ValueError, "timesteps: expected 2"),
     (dict(origin=None), TypeError, "origin"),
+    (dict(architecture={"class": 1.5}), TypeError, "architecture"),
+    (dict(architecture={1: "class"}), TypeError, "architecture"),
 ])
 def test_what_is_no_schedule_is_refused(change, error, message):
     good = dict(compute=table("11", "01"), branches=NAMES, flops=FLOPS)

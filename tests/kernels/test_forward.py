@@ -206,6 +206,20 @@ def test_fused_calls(monkeypatch, op):
             assert len(calls) == sum(row) + 1 and sum(calls) == K
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_x_is_accumulated_in_one_buffer_and_inference_has_one_h(monkeypatch, grad):
+    """Without grad all bodies are given one h, with grad each its own, which it may keep."""
+    given, sums, original = [], [], forward_module.residual_norm
+    monkeypatch.setattr(forward_module, "residual_norm",
+                        lambda *args, x_out, **kwargs: sums.append(x_out) or original(*args, x_out=x_out, **kwargs))
+    row = torch.randn(1, 8)
+    with torch.set_grad_enabled(grad):
+        hk.cached_forward([hk.Branch(lambda h, context: given.append(h) or h.sin())] * K, torch.randn(2, 3, 8),
+                          hk.Modulation([row] * (K + 1), [row] * (K + 1), [row] * K))
+    assert len({h.data_ptr() for h in given}) == (K if grad else 1)
+    assert len(sums) == K + 1 and len({x.data_ptr() for x in sums if x is not None}) == 1
+
+
 @pytest.mark.parametrize("row", [None, (True, False, True, False), (False,) * K, "soft"])
 @pytest.mark.parametrize("first_norm", [False, True])
 def test_the_callers_x_is_never_changed(row, first_norm):

@@ -1,5 +1,6 @@
 """Comparisons: rows that must come out as they do, and methods made from files."""
 
+import inspect
 import json
 import runpy
 import sys
@@ -14,6 +15,7 @@ from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, f
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import uncached
 from harmonica_dit.router import Router
+from harmonica_dit.sample import sample
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,11 @@ def test_rows_say_what_the_methods_do(net):
     assert repeated["error"] != forecast["error"]
     split = compare(net, methods[:1], [0, 1, 2], steps=4, batch=1, judge=None)[1]
     assert split["error"] == pytest.approx(repeated["error"], rel=1e-4)
+
+
+def test_seed_and_batches_are_by_default_those_of_sample():
+    mine, theirs = (inspect.signature(function).parameters for function in (compare, sample))
+    assert [mine[name].default for name in ("seed", "batch")] == [theirs[name].default for name in ("seed", "batch")]
 
 
 def test_the_bundled_model_is_judged(net):

@@ -1,11 +1,15 @@
 """The plan, walked on the CPU with the compiled gate, against trajectories step by step through `cached_forward`."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 import harmonica_kernels as hk
+from harmonica_kernels.graphs.gated.decision_memory import DecisionMemory
+from harmonica_kernels.graphs.gated.norm import is_aligned, norm_on_cpu
+from harmonica_kernels.graphs.gated.parts import Parts
 from harmonica_kernels.graphs.gated.plan import Capture, Change, Decide, If, Op, Rewind, While, plan
 from harmonica_kernels.ops import residual_norm
 from support.loops import Table, Trajectory
@@ -138,6 +142,11 @@ def test_plan_of_a_router():
 
 
 @pytest.mark.parametrize("rule", ["scores", "change"])
+def test_a_plan_is_a_value(rule):
+    assert len({plan(3, rule), plan(3, rule), plan(4, rule)}) == 2
+
+
+@pytest.mark.parametrize("rule", ["scores", "change"])
 def test_every_condition_is_written_once_a_step_and_before_it_is_read(rule):
     body = plan(9, rule)[-1].body
     written = []
@@ -182,3 +191,53 @@ def test_refusals():
     executor.load(Table(torch.rand(3, 4)))
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="autocast"):
         executor(trajectory, noise)
+
+
+@pytest.mark.parametrize("width, tokens, first, aligned", [(32, 3, 32, True), (24, 16, 32, False), (32, 16, 33, False)])
+def test_the_norm_is_promised_multiples_of_16_only_where_all_are(width, tokens, first, aligned):
+    """`first`: where the second branch's gate rows begin, counted from the first's."""
+    trajectory = Trajectory(2, 2, tokens=tokens, width=width, plain=True)
+    loop = trajectory.loop()
+    wide = torch.zeros(2, trajectory.B, 80)
+    mod = loop.modulation()._replace(gate=[wide[..., :width], wide[..., first:first + width]])
+    loop = replace(loop, modulation=lambda: mod)
+    memory = DecisionMemory(2, 2, 1, torch.device("cpu"))
+    assert is_aligned(Parts(loop, memory, torch.randn(trajectory.shape), norm_on_cpu)) is aligned
+
+
+def rows(part, k, change):
+    """The modulation of a loop with one row of one part changed."""
+    def changed(loop):
+        mod = loop.modulation()
+        found = list(getattr(mod, part))
+        found[k] = change(found[k])
+        return dict(modulation=lambda: mod._replace(**{part: found}))
+    return changed
+
+
+def branch(k, **change):
+    return lambda loop: dict(branches=[replace(b, **change) if j == k else b for j, b in enumerate(loop.branches)])
+
+
+@pytest.mark.parametrize("error, message, change", [
+    (ValueError, r"updates: got shape \(2, 2\), expected \[3, 2\]", lambda loop: dict(updates=loop.updates[:2])),
+    (ValueError, r"updates: got shape \(3, 1\)", lambda loop: dict(updates=loop.updates[:, :1])),
+    (ValueError, "embed: returned . rows for 2 samples", lambda loop: dict(embed=lambda x: loop.embed(x)[:1])),
+    (ValueError, "got 4 entries in scale, expected 5",
+     lambda loop: dict(modulation=lambda: loop.modulation()._replace(scale=loop.modulation().scale[1:]))),
+    (ValueError, "branch 1 says gate=True", rows("gate", 1, lambda row: None)),
+    (ValueError, "branch 1 says gate=False", branch(1, gate=False)),
+    (TypeError, r"shift\[2\] is torch.float64, expected one dtype", rows("shift", 2, lambda row: row.double())),
+    (ValueError, r"shift\[4\] has shape \(2, ", rows("shift", 4, lambda row: row[:2])),
+    (ValueError, r"gate\[0\] has shape \(3, ., 15\)", rows("gate", 0, lambda row: row[..., :15])),
+    (ValueError, r"branches\[1\].body: returned torch.float64 of shape",
+     branch(1, body=lambda h, context: h.double(), body_out=None)),
+    (ValueError, r"branches\[3\].body: returned torch.float32 of shape \(., 1, 16\)",
+     branch(3, body=lambda h, context: h[:, :1], body_out=None)),
+])
+def test_a_loop_that_contradicts_itself_is_refused(error, message, change):
+    trajectory = Trajectory(3, 4, plain=True)
+    loop = trajectory.loop()
+    trajectory.loop = lambda: replace(loop, **change(loop))
+    with pytest.raises(error, match=message):
+        gated()(trajectory, torch.randn(trajectory.shape))
