@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harmonica_dit.flops import Flops, count_flops
-from harmonica_dit.load import unpickled_tensors
+from harmonica_dit.load import read_checkpoint
 from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
@@ -48,7 +48,7 @@ def _arguments(path: str | os.PathLike, kind: str, net) -> dict:
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    content = unpickled_tensors(path)
+    content = read_checkpoint(path)
     made_with = content.get("args") if isinstance(content, dict) else None
     made_with = vars(made_with) if isinstance(made_with, argparse.Namespace) else {}
     if isinstance(made_with.get("image_size"), Tensor):
