@@ -55,18 +55,18 @@ Prompts = Annotated[Path | None, typer.Option(help="File of prompts for a text p
                                                    "their numbers, from 0.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the model's weights: float32, bfloat16 or float16; training refuses "
                                          "float16.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.  [default: the model's own]")]
-Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:1.  [default: cuda if "
-                                                 "there is one, else cpu]")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.", show_default="the model's own")]
+Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:1.",
+                                            show_default="cuda if there is one, else cpu")]
 FILE = "File of a router or a schedule, or the name of a bundled router, such as fashion-dit-2.0x"
-OwnGuidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the "
-                                                        "router's, or the model's own]")]
-OwnScheduler = Annotated[str | None, typer.Option(help='"ddim", or the name of a diffusers scheduler.  [default: the '
-                                                       'router\'s, or the model\'s own]')]
+OwnGuidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.",
+                                                   show_default="the router's, or the model's own")]
+OwnScheduler = Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.',
+                                                  show_default="the router's, or the model's own")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")]
 Batch = Annotated[int, typer.Option(help="How many images to sample at a time.")]
-Threshold = Annotated[float | None, typer.Option(help="Compute a branch where the router's score is above this.  "
-                                                      "[default: the router's own threshold]")]
+Threshold = Annotated[float | None, typer.Option(help="Compute a branch where the router's score is above this.",
+                                                 show_default="the router's own threshold")]
 
 
 @app.command()
@@ -103,10 +103,10 @@ def train(
     extrapolation: Annotated[str, typer.Option(help='What a reused branch returns: "none" repeats its latest output, a '
                                                     'number forecasts with this coefficient (1: first-order Taylor), '
                                                     '"learned" learns the coefficients.')] = "none",
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the "
-                                                        "model's own]")] = None,
-    scheduler: Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.  '
-                                                       "[default: the model's own]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.",
+                                                   show_default="the model's own")] = None,
+    scheduler: Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.',
+                                                  show_default="the model's own")] = None,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in the backward pass: "
                                                 "less memory, more time.")] = False,
     seed: Seed = 0,
@@ -131,7 +131,8 @@ def sample(
     out: Annotated[Path, typer.Option(help="File to write: .png for a picture, .safetensors for the values themselves "
                                            "(such as latents).")],
     labels: Annotated[str | None, typer.Option(help="Labels, separated by commas: numbers or, for fashion-dit, class "
-                                                    "names, such as dress,bag,3.  [default: the first ten]")] = None,
+                                                    "names, such as dress,bag,3.", show_default="the first ten")]
+    = None,
     schedule: Annotated[Path | None, typer.Option("--schedule", "--router", help=f"{FILE}; without one, everything is "
                                                   "computed.")] = None,
     threshold: Threshold = None,
@@ -141,7 +142,7 @@ def sample(
     dtype: Dtype = "float32",
     image_size: ImageSize = None,
     device: Device = None,
-    steps: Annotated[int | None, typer.Option(help="Number of steps.  [default: the schedule's, or 20]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.", show_default="the schedule's, or 20")] = None,
     guidance: OwnGuidance = None,
     scheduler: OwnScheduler = None,
     seed: Seed = 0,
@@ -178,8 +179,8 @@ def evaluate(
     schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help=f"{FILE}; may be given "
                                                         "again.")] = None,
     every: Annotated[list[int] | None, typer.Option("--fora", help="Compare FORA, which computes at every n-th step, "
-                                                    "once repeating and once forecasting; may be given again.  "
-                                                    "[default: 2 and 3]")] = None,
+                                                    "once repeating and once forecasting; may be given again.",
+                                                    show_default="2 and 3")] = None,
     fewer: Annotated[list[int] | None, typer.Option("--fewer", help="Compare uncached sampling in this number of "
                                                     "steps; may be given again.")] = None,
     samples: Annotated[int, typer.Option(help="Images per method; the Fréchet distance needs 2,000.")] = 200,
@@ -223,7 +224,7 @@ def evaluate(
 @app.command()
 def show(
     file: Annotated[Path, typer.Argument(help=f"{FILE}; or a .pt file from published code.")],
-    out: Annotated[Path | None, typer.Option(help="The picture to write, a .png.  [default: beside the file]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The picture, a .png.", show_default="beside the file")] = None,
     threshold: Threshold = None,
     kind: Annotated[str, typer.Option(help=f"Which published code wrote a .pt file: {' or '.join(KINDS)}.")] = KINDS[0],
 ) -> None:
