@@ -102,7 +102,7 @@ class Trajectory:
         self._linear = isinstance(self.scheduler, ReferenceDDIM)  # its step is a·x + b·ε and keeps no history
         self._updates = self.scheduler.updates().tolist() if self._linear else []
         unconditional = [] if guidance == 1 else [torch.full_like(self.labels, net.num_classes)]
-        # always the same tensor: by it a text model recognises that its prompts have not changed
+        # the same tensor at every step: a text model looks its prompts up again only for another tensor
         self._model_labels = torch.cat([self.labels, *unconditional])
         self._generators = None
         if "generator" in inspect.signature(self.scheduler.step).parameters:

@@ -15,8 +15,8 @@ def measure_importance(router: Router, trajectory: Trajectory, noise: Tensor, *,
                        rows: str = "soft", cache: hk.FeatureCache | None = None) -> Tensor:
     """Measures λ [T]. λ_0 is 0, because row 0 computes everything.
 
-    "paper": λ_s = mean((x_final - x_final^(s))²). For x_final the router runs at every step; for x_final^(s) it does,
-    but row s computes everything (leave-one-out; HarmoniCa, section 3.3, with the mean for the squared norm).
+    "paper": λ_s = mean((x_final - x_final^(s))²). x_final comes from the router's rows at every step; for x_final^(s)
+    row s computes everything (leave-one-out; HarmoniCa, section 3.3, with the mean for the squared norm).
 
     "reference", the published code: it starts with all rows computing everything and turns the router's rows on one
     after another, from the noisiest step on. λ_s is the mean squared change of the final image that row s makes.

@@ -129,7 +129,7 @@ class FusedAdapter:
 
     def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float],
               *args, **kwargs) -> Iterator[dict[str, Any]]:
-        """Further arguments of each step's call: for many steps at once, what depends on the conditioning alone.
+        """Computes for many steps at once what depends on the conditioning alone; yields more arguments for each call.
 
         rows, timesteps: the steps' hard rows and timesteps. args, kwargs: of one of these calls; all calls must have
         its conditioning (labels, text).
