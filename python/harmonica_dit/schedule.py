@@ -1,4 +1,4 @@
-"""A schedule: which branches are computed at which step, and how the others are forecast. Every method ends as one."""
+"""A schedule: which branches are computed at which step, and how the others are forecast. Every method makes one."""
 
 import math
 import os
@@ -27,14 +27,14 @@ from harmonica_dit.validate import (
 )
 
 FIELDS = ("branches", "flops", "origin", "model", "timesteps")
-OPTIONAL = ("guidance", "resolution", "architecture")  # files of before these were kept have none
+OPTIONAL = ("guidance", "resolution", "architecture")  # older files lack these
 
 
 def forecast_ratios(compute: Tensor) -> Tensor:
-    """What a coefficient a is multiplied by to give the forecast weight e of the step after `compute`'s rows.
+    """The ratios in e = a·ratio, from extrapolation coefficient a to forecast weight e, for the step after `compute`.
 
-    (steps since the latest computed output) / (steps between the last two computed ones), after TaylorSeer (Liu et
-    al., 2025), first order.
+    A ratio is (steps since the latest computed output) / (steps between the last two computed ones), as in TaylorSeer
+    (Liu et al., 2025) of first order.
 
     Args:
         compute: bool [s, K], the decisions of steps 0..s-1.
@@ -44,7 +44,7 @@ def forecast_ratios(compute: Tensor) -> Tensor:
     """
     s = len(compute)
     numbers = torch.arange(1, s + 1, device=compute.device)[:, None]
-    computed = torch.nn.functional.pad(torch.where(compute, numbers, 0), (0, 0, 1, 0))  # a row for "never"
+    computed = torch.nn.functional.pad(torch.where(compute, numbers, 0), (0, 0, 1, 0))  # step number 0 means "never"
     latest = computed.amax(0)
     previous = torch.where(computed < latest, computed, 0).amax(0)
     return torch.where(previous > 0, (s + 1 - latest) / (latest - previous), 0.0)
@@ -57,14 +57,13 @@ class Schedule:
     Args:
         compute: bool [T, K], True where branch k is computed at step s; row 0 computes everything.
         branches: the K branches' names in execution order.
-        flops: what a row's forward costs, branch by branch.
+        flops: of a forward of batch 1, branch by branch.
         extrapolation: float32 [T, K] extrapolation coefficients a; None is zeros, which repeat the latest output.
         origin: the method and its settings, in words.
-        model: name of the model that it was made for, "" if any.
-        timesteps: the T timesteps that it was made for, None if any.
-        guidance: the guidance scale that it was made for, None if any.
-        resolution: height and width of the latents that it was made for, None if any.
-        architecture: the fingerprint of the model's class (see `adapt`), None where it is not known.
+        model: name of the model that the schedule was made for; "" is any model.
+        timesteps, guidance, resolution: the T timesteps, the guidance scale, and height and width of the latents that
+            the schedule was made for; None is any.
+        architecture: the fingerprint of the model's class (see `adapt`), None if unknown.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -119,13 +118,13 @@ class Schedule:
 
     @property
     def speedup(self) -> float:
-        """FLOPs of the uncached trajectory / FLOPs of this one, what no schedule skips counted in both."""
+        """FLOPs of the uncached trajectory / FLOPs of this one. Both include the FLOPs that no schedule skips."""
         computed = (self.compute.double() @ torch.tensor(self.flops.branches, dtype=torch.float64)).sum().item()
         return self.steps * self.flops.total / (self.steps * self.flops.fixed + computed)
 
     @property
     def history(self) -> int:
-        """Outputs that a feature cache has to keep for each branch: 2 where a reused branch is forecast, else 1."""
+        """How many outputs of each branch a feature cache has to keep: 2 if any is forecast, else 1."""
         return 1 if all(row is None for row in self.forecast_weights) else 2
 
     @cached_property
@@ -135,7 +134,7 @@ class Schedule:
 
     @cached_property
     def forecast_weights(self) -> tuple[tuple[float, ...] | None, ...]:
-        """The T rows of forecast weights e = a·ratio, 0 where a branch is computed; None for a row that has none."""
+        """For each step, K forecast weights e = a·ratio, 0 where a branch is computed; None if all are 0."""
         rows = []
         for s in range(self.steps):
             e = self.extrapolation[s] * forecast_ratios(self.compute[:s]) * ~self.compute[s]
@@ -143,7 +142,9 @@ class Schedule:
         return tuple(rows)
 
     def resampled(self, timesteps: tuple[float, ...]) -> "Schedule":
-        """For other timesteps, as many as you like: each row is the one of the nearest timestep; row 0 computes.
+        """This schedule for other timesteps, any number of them: each step takes the row of the nearest timestep.
+
+        Row 0 computes everything.
 
         Raises:
             ValueError: this schedule does not say what timesteps it was made for.
@@ -153,14 +154,17 @@ class Schedule:
                              "others")
         timesteps = check_timesteps(timesteps, len(timesteps))
         made, wanted = (torch.tensor(values, dtype=torch.float64) for values in (self.timesteps, timesteps))
-        rows = (wanted[:, None] - made).abs().argmin(1)  # the noisier of two equally near
+        rows = (wanted[:, None] - made).abs().argmin(1)  # of two equally near ones the noisier
         compute = self.compute[rows]
         compute[0] = True
         return replace(self, compute=compute, extrapolation=self.extrapolation[rows], timesteps=timesteps,
                        origin=f"{self.origin}, resampled from {self.steps} steps")
 
     def decision_tables(self) -> tuple[Tensor, Tensor | None]:
-        """Scores that every threshold decides alike, and extrapolation coefficients [T, K], for `executor.load`."""
+        """Scores and extrapolation coefficients [T, K], for `executor.load`.
+
+        The scores are ±∞, so every threshold decides alike. The coefficients are None if nothing is forecast.
+        """
         scores = torch.where(self.compute, math.inf, -math.inf)
         return scores, None if self.history == 1 else self.extrapolation
 
@@ -182,7 +186,7 @@ class Schedule:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike) -> "Schedule":
-        """What `load` makes of a file's content; `path` is for its messages."""
+        """Makes a schedule from the content of a file, for `load`. path: for error messages."""
         tensors, metadata = check_content(tensors, metadata, path, "schedule", ("compute", "extrapolation"), FIELDS,
                                           optional_fields=OPTIONAL)
         try:
@@ -191,10 +195,10 @@ class Schedule:
             raise ValueError(f"{path}: {error}") from None
 
     def check(self, net, trajectory) -> None:
-        """Refuses a model with other branches or a trajectory of other length; other timesteps are a warning.
+        """Refuses another architecture, other branches and another number of steps; warns of other timesteps.
 
         Raises:
-            ValueError: it cannot run this schedule; the message says what differs.
+            ValueError: the schedule does not fit; the message says what differs.
         """
         check_fits("schedule: ", self, net)
         if trajectory.steps != self.steps:

@@ -28,9 +28,9 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
         scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one; None is the
             model's own.
         batch: images at a time.
-        executor: "eager"; "captured", which records the trajectory's second batch as a CUDA graph and replays it for
-            the batches after; or `harmonica_kernels.compile(harmonica_dit.denoise)`, an executor that keeps its graphs
-            for the next call. On the CPU all run alike.
+        executor: "eager" runs every call as it is. "captured" records the second batch as a CUDA graph and replays it
+            for the batches after. An executor `harmonica_kernels.compile(harmonica_dit.denoise)` also keeps its graphs
+            for the next call. On the CPU all three run alike.
         progress: called with the number of images done after each batch.
 
     Returns:
@@ -38,7 +38,8 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the schedule is for another model or another T.
-        RuntimeError: the trajectory cannot be captured, as where the scheduler draws noise; the message says why.
+        RuntimeError: the trajectory cannot be captured, for example because the scheduler draws noise; the message says
+            why.
     """
     labels = check_labels(labels, net.num_classes)
     if schedule is not None and not isinstance(schedule, Schedule):
@@ -66,7 +67,7 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
 def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = None) -> Tensor:
     """Runs one trajectory from its noise [n, C, H, W] to images.
 
-    `harmonica_kernels.compile(denoise)` is its executor: one CUDA graph for the whole trajectory.
+    `harmonica_kernels.compile(denoise)` makes an executor that runs the whole trajectory as one CUDA graph.
     """
     cache = None if schedule is None else hk.FeatureCache(schedule.history)
     rows = [None] * trajectory.steps if schedule is None else schedule.rows
@@ -84,6 +85,6 @@ def _runner(executor) -> Callable[..., Tensor]:
     if isinstance(executor, str) and executor == "captured":
         return hk.compile(denoise)
     if getattr(executor, "function", None) is not denoise:
-        raise ValueError(f'executor: got {executor!r}, expected "eager", "captured", or an executor of this call\'s '
-                         "denoise: harmonica_kernels.compile(harmonica_dit.denoise)")
+        raise ValueError(f'executor: got {executor!r}, expected "eager", "captured", or an executor from '
+                         "harmonica_kernels.compile(harmonica_dit.denoise)")
     return executor
