@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,16 @@ def count_call(net, call: Callable[[], object]) -> Flops:
           replace_bodies(net, lambda k, body: partial(count_body, k, body))):
         call()
     return Flops(tuple(counts), float(counter.get_total_flops()) - sum(counts))
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which by itself leaves out the attention kernel of the CPU."""
+
+    def attention(query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention})
 
 
 @contextmanager

@@ -105,6 +105,7 @@ class Malicious:
         return exec, ("raise SystemExit('the file was run')",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")  # torch's, of one of the damaged files
 def test_hostile_files_are_refused_by_name(net, tmp_path):
     path = tmp_path / "r.pt"
     rows = logits()

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harmonica_dit import Schedule, scheduled
 from harmonica_dit.flops import Flops
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
-from support.generic_models import make, row, state
+from support.generic_models import make, random_row, state
 
 
 def schedule_of(adapter, T, history=2):
     K = len(adapter.branch_names)
-    compute = torch.tensor([(True,) * K, *(row(K, s) for s in range(1, T))])
+    compute = torch.tensor([(True,) * K, *(random_row(K, s) for s in range(1, T))])
     return Schedule(compute, adapter.branch_names, Flops((1.0,) * K, 1.0), torch.full((T, K), 0.5 * (history - 1)))
 
 

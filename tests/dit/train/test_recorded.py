@@ -64,8 +64,16 @@ def test_a_recorded_training_ends_with_the_same_bits(net, monkeypatch, executors
     [executor] = executors
     replays = sum(recording.graph.replays for recording in executor._recordings.values())
     assert replays > 8 * (5 - 2)  # more than all students: teachers and λ too
-    assert same(train_router(net, executor="eager", **SETTINGS | options), eager)
-    assert len(executors) == 1
+
+
+def test_a_training_can_be_told_not_to_record(net, monkeypatch, executors):
+    options = SETTINGS | dict(extrapolation="learned")
+    on_host = train_router(net, **options)
+    executors.clear()
+    CpuRecorder.install(monkeypatch)
+    monkeypatch.setattr(forward, "HOST", ())
+    assert same(train_router(net, executor="eager", **options), on_host)
+    assert not executors
 
 
 @pytest.mark.parametrize("history", [1, 2])

@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from harmonica_dit.train import check_arguments, start, train_router
 from harmonica_dit.train.log import COLUMNS, Log
 
 SMALL = dict(steps=4, batch=2, lr=0.1, refresh=12, progress=False, trajectories=6)
+pytestmark = pytest.mark.filterwarnings("ignore:target_")  # twelve entries cannot meet a target to 2 %
 
 
 def same(a, b):
@@ -24,15 +24,16 @@ def same(a, b):
         and (a.threshold, a.beta) == (b.threshold, b.beta)
 
 
-@pytest.fixture(autouse=True)
-def coarse_targets_may_be_missed():
-    """Twelve entries cannot meet a target to 2 %."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "target_")
-        yield
+@pytest.fixture(scope="module", params=[
+    dict(target_speedup=1.5), dict(beta=1e-5, extrapolation="learned"),
+    dict(target_cur=0.4, extrapolation=0.5, scheduler="DPMSolverMultistepScheduler", importance="reference",
+         importance_rows="hard")], ids=["speedup", "learned extrapolation", "another scheduler"])
+def training(request, net):
+    """Options, and the router of a training with them that nothing interrupts."""
+    return request.param, train_router(net, **request.param, **SMALL)
 
 
-@pytest.mark.parametrize("lr, trajectories", [(1e-2, 40), (1e-1, 40), (1e-1, 100)])
+@pytest.mark.parametrize("lr, trajectories", [(1e-2, 40), (1e-1, 100)])
 def test_target_speedup_is_met(net, lr, trajectories):
     settings = SMALL | dict(steps=6, lr=lr, trajectories=trajectories, refresh=100)
     router = train_router(net, target_speedup=1.6, **settings)
@@ -51,13 +52,10 @@ def test_a_larger_beta_reuses_more(net):
     assert few < 0.4 and many == 0.75
 
 
-@pytest.mark.parametrize("options", [dict(target_speedup=1.5), dict(beta=1e-5, extrapolation="learned"),
-                                     dict(target_cur=0.4, extrapolation=0.5, scheduler="DPMSolverMultistepScheduler",
-                                          importance="reference", importance_rows="hard")])
 @pytest.mark.parametrize("calls", [0, 13, 20, 40])
-def test_an_interrupted_training_ends_with_the_same_bits(net, tmp_path, calls, options):
+def test_an_interrupted_training_ends_with_the_same_bits(net, tmp_path, calls, training):
     """Ctrl-C after so many forwards: before the first trajectory is over, in the middle of one, in a λ refresh."""
-    whole = train_router(net, **options, **SMALL)
+    options, whole = training
     count = iter(range(calls))
 
     def interrupt(module, inputs, keywords):

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from harmonica_dit.flops import Flops
+from harmonica_dit.flops import Flops, flop_counter
 from harmonica_kernels.forward import _check_forecast_weights, _check_row
 
 from .find_branches import feeders, find_branches
@@ -291,13 +290,3 @@ def _signature(args: tuple, kwargs: dict) -> tuple:
     named = [*enumerate(args), *sorted(kwargs.items())]
     return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named
                  for t in tensors_of(value) if isinstance(t, Tensor))
-
-
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, which also counts the CPU's attention kernel; by itself it leaves that out."""
-
-    def attention(query, key, value, *_, out_shape=None, **__) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    return FlopCounterMode(display=False, custom_mapping={
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention})
