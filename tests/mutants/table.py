@@ -3,8 +3,7 @@
 from typing import NamedTuple
 
 SEED = 1  # of the draw, and of the tests' inputs
-MAY_BE_MISSING = ("train/test_oracle.py", "train/test_method.py")  # tests in the making
-INTERPRETED = "kernels/test_triton_interpreted.py::test_in_the_interpreter"  # the ops' CUDA side, on the CPU
+INTERPRETED = "kernels/triton_kernels/test_triton_interpreted.py::test_in_the_interpreter"  # the ops' CUDA side, on the CPU
 
 
 class Part(NamedTuple):
@@ -29,61 +28,71 @@ class Named(NamedTuple):
 
 
 HK, DIT = "harmonica_kernels/", "python/harmonica_dit/"
-TRAIN, OPS, GATED = DIT + "train/", HK + "ops/", HK + "gated/"
-METHOD = ("train/test_sdt.py", "train/test_oracle.py", "train/test_importance.py", "train/test_train.py",
-          "train/test_method.py")
-FORWARD = ("test_forward.py", "test_graph.py", "test_dit.py")
-KERNELS = ("kernels/test_residual_norm.py", "kernels/test_blend_residual_norm.py", "kernels/test_extension.py")
-WALKED = ("gated/test_gated_walk.py", "gated/test_gated_sampling.py", "gated/test_gated_cuda.py")
+TRAIN, OPS, GATED = DIT + "train/", HK + "ops/", HK + "graphs/gated/"
+TESTS_OF_TRAIN, TESTS_OF_OPS = "dit/train/", "kernels/ops/"
+SDT, ORACLE, IMPORTANCE, TRAINING, WORTH, RECORDED, PIPELINES = (
+    f"{TESTS_OF_TRAIN}test_{name}.py" for name in ("sdt", "oracle", "importance", "train", "method", "recorded",
+                                                   "train_pipelines"))
+METHOD = (SDT, ORACLE, IMPORTANCE, TRAINING, WORTH)
+FORWARD = ("kernels/test_forward.py", "kernels/test_cache.py", "kernels/test_forward_input.py",
+           "kernels/test_forward_compiled.py", "kernels/graphs/test_captured_caches.py", "dit/models/test_dit.py")
+RESIDUAL_NORM, BLEND, PLAIN_OPS = (f"{TESTS_OF_OPS}test_{name}.py" for name in
+                                   ("residual_norm", "blend_residual_norm", "plain_ops"))
+WALKED = ("kernels/graphs/gated/test_on_cpu.py", "dit/sample/test_gated_sampling.py",
+          "kernels/graphs/gated/test_on_cuda.py")
+SAMPLE, SCHEDULERS = "dit/sample/test_sample.py", "dit/sample/test_schedulers.py"
 
 PARTS = (
     Part("train", 30, {
-        TRAIN + "budget.py": ("train/test_budget.py", *METHOD),
-        TRAIN + "checkpoint.py": ("train/test_train.py",),
-        TRAIN + "importance.py": ("train/test_importance.py", "train/test_oracle.py", "train/test_train.py",
-                                  "train/test_method.py"),
-        TRAIN + "log.py": ("train/test_train.py",),
+        TRAIN + "budget.py": (TESTS_OF_TRAIN + "test_budget.py", *METHOD),
+        TRAIN + "checkpoint.py": (TRAINING,),
+        TRAIN + "frozen_model.py": (SDT, RECORDED, PIPELINES),
+        TRAIN + "importance.py": (IMPORTANCE, ORACLE, TRAINING, WORTH),
+        TRAIN + "log.py": (TRAINING,),
         TRAIN + "sdt.py": METHOD,
-        TRAIN + "settings.py": ("train/test_train.py", "train/test_pipelines.py"),
-        TRAIN + "train.py": (*METHOD, "train/test_recorded.py", "train/test_pipelines.py"),
-        TRAIN + "walk.py": (*METHOD, "train/test_recorded.py"),
+        TRAIN + "settings.py": (TRAINING, PIPELINES),
+        TRAIN + "start.py": (*METHOD, PIPELINES),
+        TRAIN + "student.py": (*METHOD, RECORDED),
+        TRAIN + "train.py": (*METHOD, RECORDED, PIPELINES),
     }),
     Part("forward and cache", 14, {
         HK + "forward.py": FORWARD,
         HK + "cache.py": FORWARD,
     }),
     Part("schedule and router", 16, {
-        DIT + "schedule.py": ("test_schedule.py", "test_router.py", "test_sample.py"),
-        DIT + "router.py": ("test_router.py", "train/test_sdt.py", "evaluate/test_pictures.py", "test_cli.py"),
+        DIT + "schedule.py": ("dit/test_schedule.py", "dit/test_router.py", SAMPLE),
+        DIT + "validate.py": ("dit/test_schedule.py", "dit/test_router.py", TRAINING),
+        DIT + "router.py": ("dit/test_router.py", SDT, "dit/evaluate/test_pictures.py", "dit/test_cli.py"),
     }),
     Part("sample", 14, {
-        DIT + "sample/sampling.py": ("test_sample.py",),
-        DIT + "sample/schedulers.py": ("test_schedulers.py", "test_sample.py"),
-        DIT + "sample/trajectory.py": ("test_schedulers.py", "gated/test_gated_sampling.py", "test_sample.py"),
+        DIT + "sample/sampling.py": (SAMPLE,),
+        DIT + "sample/schedulers.py": (SCHEDULERS, SAMPLE),
+        DIT + "sample/trajectory.py": (SCHEDULERS, "dit/sample/test_gated_sampling.py", SAMPLE),
     }),
     Part("evaluate", 10, {
-        DIT + "evaluate/metrics.py": ("evaluate/test_metrics.py", "evaluate/test_compare.py"),
-        DIT + "evaluate/compare.py": ("evaluate/test_compare.py",),
+        DIT + "evaluate/metrics.py": ("dit/evaluate/test_metrics.py", "dit/evaluate/test_compare.py"),
+        DIT + "evaluate/compare.py": ("dit/evaluate/test_compare.py",),
     }),
     Part("ops", 20, {
-        OPS + "_arguments.py": (*KERNELS, "kernels/test_plain_ops.py", INTERPRETED),
-        OPS + "bias_gelu.py": ("kernels/test_plain_ops.py", INTERPRETED),
-        OPS + "blend_residual_norm.py": ("kernels/test_blend_residual_norm.py", INTERPRETED),
-        OPS + "cache_commit.py": ("kernels/test_plain_ops.py", INTERPRETED),
-        OPS + "guided_step.py": ("kernels/test_plain_ops.py", INTERPRETED),
-        OPS + "reference.py": ("kernels/test_plain_ops.py", *KERNELS),
-        OPS + "residual_norm.py": ("kernels/test_residual_norm.py", INTERPRETED),
+        OPS + "_arguments.py": (RESIDUAL_NORM, BLEND, PLAIN_OPS, "kernels/test_extension.py", INTERPRETED),
+        OPS + "bias_gelu.py": (PLAIN_OPS, INTERPRETED),
+        OPS + "blend_residual_norm.py": (BLEND, INTERPRETED),
+        OPS + "cache_commit.py": (PLAIN_OPS, INTERPRETED),
+        OPS + "guided_step.py": (PLAIN_OPS, INTERPRETED),
+        OPS + "reference.py": (PLAIN_OPS, RESIDUAL_NORM, BLEND),
+        OPS + "residual_norm.py": (RESIDUAL_NORM, INTERPRETED),
     }),
     Part("gated", 14, {
         GATED + "plan.py": WALKED,
-        GATED + "walk.py": WALKED,
-        GATED + "pieces.py": (*WALKED, "gated/test_gated_norm.py"),
+        GATED + "norm.py": (*WALKED, "kernels/graphs/gated/test_gated_norm.py"),
+        GATED + "on_cpu.py": WALKED,
+        GATED + "parts.py": (*WALKED, "kernels/graphs/gated/test_gated_norm.py"),
     }),
 )
 
 NAMED = (
     Named("λ replaced by ones", "train", TRAIN + "train.py",
-          'training.importance = normalised(_finite(found, "λ", n))',
+          'training.importance = normalise(_check_finite(found, "λ", n))',
           "training.importance = torch.ones_like(found)"),
     Named("costs ignored", "train", TRAIN + "train.py",
           'costs = torch.tensor(router.flops.branches if settings.costs == "flops" else [1.0] * len(router.branches))',
@@ -91,10 +100,10 @@ NAMED = (
     Named("compare ignored", "train", TRAIN + "train.py",
           'channels=net.sample_shape[0] if settings.compare == "noise" else None)',
           "channels=None)"),
-    Named("Adam's eps as usual", "train", TRAIN + "train.py",
+    Named("Adam's eps as usual", "train", TRAIN + "start.py",
           "optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-16,",
           "optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-8,"),
-    Named("initial logits a tenth", "train", TRAIN + "train.py",
+    Named("initial logits a tenth", "train", TRAIN + "start.py",
           "logits = torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)",
           "logits = 0.1 * torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)"),
     Named("λ refreshed by trajectories", "train", TRAIN + "train.py",
