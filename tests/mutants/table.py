@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 SEED = 1  # of the draw, and of the tests' inputs
-INTERPRETED = "kernels/triton_kernels/test_triton_interpreted.py::test_in_the_interpreter"  # the ops' CUDA side, on the CPU
+INTERPRETED = "kernels/triton_kernels/test_triton_interpreted.py::test_in_the_interpreter"  # the CUDA side, on the CPU
 
 
 class Part(NamedTuple):
