@@ -30,7 +30,7 @@ from harmonica_dit.flops import Flops, count_call
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
 
-TINY = dict(steps=6, rounds=1, heads=1, layers=3)
+TINY = dict(steps=6, rounds=1, warmup=0, heads=1, layers=3)
 COLUMNS = {
     "method": cell("method"),
     "CUR": cell("cur", "{:.1%}"),
@@ -48,7 +48,7 @@ error: of the final latents, root mean square relative to the uncached ones."""
 
 @pytest.fixture(scope="module")
 def measured(settings):
-    return measure(**settings(TINY, steps=10, rounds=5, heads=None, layers=None))
+    return measure(**settings(TINY, steps=10, rounds=5, warmup=1, heads=None, layers=None))
 
 
 @pytest.mark.parametrize("candidate", ["uncached", "clocked", *(f"{method}{of}" for method in METHODS
@@ -57,7 +57,8 @@ def test_cache(measured, replay, candidate):
     replay(measured, candidate)
 
 
-def measure(steps: int, rounds: int, heads: int | None, layers: int | None) -> Measured:
+def measure(steps: int, rounds: int, warmup: int, heads: int | None,
+            layers: int | None) -> Measured:
     """heads, layers: instead of the model's own.
 
     Raises:
@@ -91,7 +92,7 @@ def measure(steps: int, rounds: int, heads: int | None, layers: int | None) -> M
         candidates = {"uncached": plain.run, "clocked": run_clocked}
         for name, (theirs, ours, _) in pairs.items():
             candidates |= {name: theirs.run, f"{name}: ours": ours.run}
-        seconds = interleave(candidates, rounds)
+        seconds = interleave(candidates, rounds, warmup=warmup)
     middle = medians(seconds)
     body = [median(values) / steps for values in zip(*own_times[-rounds:])]
     rest = middle["clocked"] - steps * sum(body)

@@ -29,7 +29,7 @@ from harmonica_dit.pipelines.adapters.generic import GenericAdapter
 from harmonica_dit.schedule import Schedule
 
 LONG = {"pixart-alpha-1024"}
-TINY = dict(steps=4, rounds=1, heads=1, layers=2)
+TINY = dict(steps=4, rounds=1, warmup=0, heads=1, layers=2)
 COLUMNS = {
     "model": cell("model"),
     "K": cell("K"),
@@ -51,7 +51,7 @@ error at CUR 0: largest difference from the plain forward over its largest value
 def measured(request, settings):
     if request.param in LONG and not request.config.getoption("long"):
         pytest.skip("takes long; --long runs it")
-    return measure(request.param, **settings(TINY, steps=5, cur=0.56, rounds=5, heads=None, layers=None))
+    return measure(request.param, **settings(TINY, steps=5, cur=0.56, rounds=5, warmup=1, heads=None, layers=None))
 
 
 @pytest.mark.parametrize("candidate", ["plain", "computed", "cached"])
@@ -60,7 +60,8 @@ def test_model(measured, replay, candidate):
 
 
 @torch.inference_mode()
-def measure(name: str, steps: int, cur: float, rounds: int, heads: int | None, layers: int | None) -> Measured:
+def measure(name: str, steps: int, cur: float, rounds: int, warmup: int, heads: int | None,
+            layers: int | None) -> Measured:
     """One of MODELS; heads, layers: instead of its own."""
     run = Runner(MODELS[name], steps, heads, layers)
     schedule = random_schedule(run.adapter.branch_names, run.flops, steps, cur)
@@ -75,7 +76,7 @@ def measure(name: str, steps: int, cur: float, rounds: int, heads: int | None, l
         own_times.append(bodies)
 
     seconds = interleave({"plain": lambda: [run.plain(s) for s in range(steps)], "computed": run_clocked,
-                          "cached": lambda: run.cached(schedule, hoists["cached"])}, rounds)
+                          "cached": lambda: run.cached(schedule, hoists["cached"])}, rounds, warmup=warmup)
     middle = medians(seconds)
     body = [median(values) / steps for values in zip(*own_times[-rounds:])]
     hoist = {kind: median(values[-rounds:]) for kind, values in hoists.items()}

@@ -27,7 +27,7 @@ from harmonica_dit.pipelines import apply
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
 
-TINY = dict(steps=3, cur=0.5, rounds=1, heads=4, layers=2)
+TINY = dict(steps=3, cur=0.5, rounds=1, warmup=0, heads=4, layers=2)
 GROUP = 72  # weights that share a scale of int4: the width of a head, which divides that of every linear
 COLUMNS = {
     "weights": cell("weights"),
@@ -81,7 +81,7 @@ KINDS: dict[str, Callable] = {"int8 weight-only": int8_weight_only, "int8 dynami
 
 @pytest.fixture(scope="module")
 def measured(settings):
-    return measure(**settings(TINY, steps=10, cur=0.56, rounds=5, heads=None, layers=None))
+    return measure(**settings(TINY, steps=10, cur=0.56, rounds=5, warmup=1, heads=None, layers=None))
 
 
 @pytest.mark.parametrize("candidate", ["plain", "router", *(f"{kind}{of}" for kind in KINDS for of in ("", ": both"))])
@@ -89,7 +89,8 @@ def test_pipeline(measured, replay, candidate):
     replay(measured, candidate)
 
 
-def measure(steps: int, cur: float, rounds: int, heads: int | None, layers: int | None) -> Measured:
+def measure(steps: int, cur: float, rounds: int, warmup: int, heads: int | None,
+            layers: int | None) -> Measured:
     """A row for each kind of quantized weights; a kind that cannot run here says why. heads, layers: instead of the
     model's own."""
     transformer, arguments = MODELS["pixart-alpha-256"].build(heads, layers)
@@ -112,7 +113,7 @@ def measure(steps: int, cur: float, rounds: int, heads: int | None, layers: int 
             row["note"] = f"cannot run here: {type(error).__name__}: {' '.join(str(error).split())}"
         else:
             candidates |= {kind: partial(alone.run, steps), f"{kind}: both": partial(both.run, steps)}
-    seconds = interleave(candidates, rounds)
+    seconds = interleave(candidates, rounds, warmup=warmup)
     speedup = {name: medians(seconds)["plain"] / value for name, value in medians(seconds).items()}
     for kind, row in rows.items():
         if kind in seconds:

@@ -22,7 +22,7 @@ from bench.replay import Measured
 from bench.sdt_loops import LOOPS, Problem
 from bench.timing import interleave, medians
 
-TOLERANCES = {"float32": 1e-2, "bfloat16": 0.2}  # of the losses, relative
+TOLERANCES = {"float32": 1e-2, "bfloat16": 0.5}  # relative, of losses that are little more than roundings in bfloat16
 TINY = dict(model="DiT-S/8", images=1, steps=2, rounds=1, warmup=0)
 COLUMNS = {
     "loop": cell("loop"),

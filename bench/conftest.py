@@ -21,7 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench.record import machine, moment, table
+from bench.record import machine, moment, processor, table
 from bench.replay import Measured, ReplayClock
 
 CLOCK = ReplayClock()
@@ -82,8 +82,8 @@ def replay(benchmark, request) -> Callable[[Measured, str], None]:
     return run
 
 
-def pytest_benchmark_update_machine_info(config, machine_info) -> None:
-    machine_info.update(machine())
+def pytest_benchmark_generate_machine_info() -> dict:
+    return machine()
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
@@ -98,5 +98,5 @@ def pytest_terminal_summary(config) -> None:
     load = config.stash[START]["load"][0]
     for suite, cases in config.stash[CASES].items():
         rows = [row for measured in cases.values() for row in measured.rows.values()]
-        title = f"{suite.__name__}, {machine()['processor']}, threads: {torch.get_num_threads()}, load {load:.1f}"
+        title = f"{suite.__name__}: {processor()}, threads {torch.get_num_threads()}, load {load:.1f}"
         Console(width=140).print(table(title, suite.CAPTION, suite.COLUMNS, rows))

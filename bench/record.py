@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from bench import ROOT
 
@@ -66,14 +68,13 @@ def cell(key: str, form: str = "{}", empty: str = "–") -> Callable[[dict], str
     return lambda row: empty if row.get(key) is None else form.format(row[key])
 
 
-def table(title: str, caption: str, columns: Mapping[str, Callable[[dict], str]], rows: Sequence[dict]) -> Table:
+def table(title: str, caption: str, columns: Mapping[str, Callable[[dict], str]], rows: Sequence[dict]) -> Group:
     """The rows as a table: a column for each heading and what makes its cells, and the rows' notes below."""
-    first = next(iter(columns.values()))
-    notes = [f"{first(row)}: {row['note']}" for row in rows if row.get("note")]
-    made = Table(title=title, title_justify="left", title_style="bold", caption="\n".join([caption, *notes]),
-                 caption_justify="left")
+    made = Table()
     for number, heading in enumerate(columns):
         made.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
         made.add_row(*(make(row) for make in columns.values()))
-    return made
+    first = next(iter(columns.values()))
+    notes = dict.fromkeys(f"{first(row)}: {row['note']}" for row in rows if row.get("note"))
+    return Group(Text(title, "bold"), made, Text("\n".join([caption, *notes])))
