@@ -23,7 +23,7 @@ from bench.sdt_loops import LOOPS, Problem
 from bench.timing import interleave, medians
 
 TOLERANCES = {"float32": 1e-2, "bfloat16": 0.5}  # relative, of losses that are little more than roundings in bfloat16
-TINY = dict(model="DiT-S/8", images=1, steps=2, rounds=1, warmup=0)
+TINY = dict(model="DiT-S/8", images=1, steps=2, depth=1, rounds=1, warmup=0)
 COLUMNS = {
     "loop": cell("loop"),
     "dtype": cell("dtype"),
@@ -39,7 +39,7 @@ CAPTION = "time / ours: median of the rounds' ratios. ours / peak: our loop's pe
 
 @pytest.fixture(scope="module", params=TOLERANCES)
 def measured(request, settings):
-    return measure(request.param, **settings(TINY, model="DiT-S/2", images=4, steps=4, rounds=5, warmup=1))
+    return measure(request.param, **settings(TINY, model="DiT-S/2", images=4, steps=4, depth=None, rounds=5, warmup=1))
 
 
 @pytest.mark.parametrize("candidate", LOOPS)
@@ -47,10 +47,10 @@ def test_sdt(measured, replay, candidate):
     replay(measured, candidate)
 
 
-def measure(dtype: str, model: str, images: int, steps: int, rounds: int, warmup: int) -> Measured:
+def measure(dtype: str, model: str, images: int, steps: int, depth: int | None, rounds: int, warmup: int) -> Measured:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imports once, before each process counts its own memory
-    made = dict(model=model, images=images, steps=steps, dtype=dtype)
+    made = dict(model=model, images=images, steps=steps, depth=depth, dtype=dtype, device="cpu")
     with context.Pool(1, maxtasksperchild=1) as pool:
         peaks = dict(zip(LOOPS, pool.starmap(peak, [(loop, made) for loop in LOOPS], chunksize=1)))
     problem, losses = Problem(**made), {}

@@ -28,11 +28,12 @@ THRESHOLD, BETA = 0.5, 1e-9  # so small that the losses compared are the errors
 class Problem:
     """One model with random weights, one batch of noise, one set of scores, for every loop alike.
 
-    images: the model sees twice as many rows. steps: T. dtype: "bfloat16" is autocast. device: "cpu" or "cuda".
+    images: the model sees twice as many rows. steps: T. depth: blocks, None for the model's own. dtype: "bfloat16" is
+    autocast. device: "cpu" or "cuda".
     """
 
-    def __init__(self, model: str, images: int, steps: int, dtype: str = "float32", device: str = "cpu"):
-        config = CONFIGS[model] | dict(input_size=32, in_channels=4)
+    def __init__(self, model: str, images: int, steps: int, depth: int | None, dtype: str, device: str):
+        config = CONFIGS[model] | dict(input_size=32, in_channels=4) | ({} if depth is None else dict(depth=depth))
         self.steps, self.autocast, self.device = steps, None if dtype == "float32" else dtype, torch.device(device)
         torch.manual_seed(0)
         with self.device:

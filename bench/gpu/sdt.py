@@ -64,7 +64,8 @@ def measure(record: Record, images: int) -> bool:
 
 
 def problem(record: Record, dtype: str, images: int, steps: int) -> Problem:
-    return Problem("DiT-S/8" if record.tiny else "DiT-XL/2", images, steps, dtype, record.device.type)
+    model, depth = ("DiT-S/8", 1) if record.tiny else ("DiT-XL/2", None)
+    return Problem(model, images, steps, depth, dtype, record.device.type)
 
 
 def runner(problem: Problem, loop: str) -> Callable[[], list[float]]:
