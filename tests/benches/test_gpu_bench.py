@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from textwrap import dedent
 from types import SimpleNamespace
 
@@ -128,19 +129,19 @@ def test_a_gated_trajectory_that_is_wrong_has_no_ratio(reported, monkeypatch):
     assert not agree(nan, torch.ones(2), 0.02) and not agree(torch.ones(2), nan, 0.02)
 
 
-def test_a_step_that_hangs_or_fails_is_ended():
+def test_a_step_that_hangs_or_fails_is_ended(monkeypatch, capfd):
     """And the next one runs."""
-    done = python("""
-        import time
-        from bench.gpu import gated
-        gated.LIMITS = dict(hangs=2, fails=20, works=20)
-        gated.hangs, gated.fails = lambda: time.sleep(60), lambda: 1 / 0
-        gated.works = lambda: gated.report(found=1)
+    monkeypatch.setattr(gated, "LIMITS", dict(hangs=2, fails=20, works=20))
+    monkeypatch.setattr(gated, "hangs", lambda: time.sleep(60), raising=False)
+    monkeypatch.setattr(gated, "fails", lambda: 1 / 0, raising=False)
+    monkeypatch.setattr(gated, "works", lambda: gated.report(found=1), raising=False)
+    monkeypatch.setattr(sys, "argv", ["gated"])
+    with pytest.raises(SystemExit) as ended:
         gated.main()
-    """)
-    assert [(f.get("step"), f.get("ended")) for f in findings(done.stdout.splitlines())] == [
+    out, err = capfd.readouterr()
+    assert [(f.get("step"), f.get("ended")) for f in findings(out.splitlines())] == [
         ("hangs", "no end within 2 s"), ("fails", 1), (None, None), ("works", 0)]
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert ended.value.code and "ZeroDivisionError" in err
 
 
 def test_a_part_that_is_stopped_has_time_to_say_so(tmp_path):
