@@ -24,12 +24,12 @@ def config(tiny: bool) -> dict:
     return TINY if tiny else XL
 
 
-def model(tiny: bool, device: torch.device, attention: str = "sdpa") -> DiT:
+def model(tiny: bool, device: torch.device) -> DiT:
     """Random weights in bfloat16 under which every branch counts: products keep the size of what they are given, and
     gates and modulation are not zero, as they are before a training."""
     torch.manual_seed(0)
     with device:
-        net = DiT(**config(tiny), name="DiT-XL/2", attention=attention)
+        net = DiT(**config(tiny), name="DiT-XL/2")
         for p in net.parameters():
             p.data.normal_(std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
     return net.to(torch.bfloat16).eval().requires_grad_(False)
