@@ -1,6 +1,7 @@
 """The suites of bench/ at tiny sizes: numbers that do not depend on the clock, and what is refused."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -103,6 +104,12 @@ def test_the_folder_collects_every_suite_and_plain_pytest_none(pytester, pytestc
     assert pytestconfig.getini("testpaths") == ["tests"] and not list((ROOT / "tests").rglob("bench_*.py"))
 
 
+def test_what_takes_long_is_left_out_unasked(pytester):
+    result = pytester.runpytest_inprocess(QUICK, "--tiny", "-k", "alpha-1024", "--rootdir", ROOT, "-c",
+                                          ROOT / "pyproject.toml", ROOT / "bench/bench_models.py")
+    result.assert_outcomes(skipped=3, deselected=30)
+
+
 def test_a_round_calls_every_candidate_once_in_turn():
     called, now = [], 0.0
 
@@ -131,9 +138,15 @@ def test_a_schedules_branches_take_what_is_computed():
 
 
 def test_memory_that_was_used_stays_in_the_peak():
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # whose peak begins at what it has
+        assert 64 << 20 <= pool.apply(use_memory, [64 << 20]) < 72 << 20
+
+
+def use_memory(size: int) -> int:
+    """Bytes by which the peak has grown after so many were used and given back."""
     before = resident()
-    torch.ones(64 << 20, dtype=torch.uint8)
-    assert resident() >= before > 64 << 20
+    torch.ones(size, dtype=torch.uint8)
+    return resident() - before
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +313,7 @@ def test_a_trajectorys_rows_hold_together():
     for kind, row in found.rows.items():
         assert row["wall_over_flops"] == pytest.approx(row["wall_speedup"] / row["flops_speedup"])
         assert row["wall_speedup"] == pytest.approx(found.seconds["ours"][0] / found.seconds[kind][0])
+        assert row["plain_over_ours"] == pytest.approx(found.seconds["plain"][0] / found.seconds["ours"][0])
         assert row["flops_speedup"] > 1 and row["rows"] == 2
 
 

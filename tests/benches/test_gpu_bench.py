@@ -218,6 +218,14 @@ def test_a_stopped_part_leaves_what_it_had(tmp_path):
     assert not found["finished"] and found["stage"] == "third" and "wrong" in found["failed"]["second"]
 
 
+def test_a_sample_is_of_one_launch(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.gpu.record.interleave", lambda *_, **how: {"ours": [10.0, 30.0, 20.0]})
+    with Record("kernels", tmp_path, tiny=True) as record:
+        assert record.time("gelu", {"ours": print}, 3, launches=10) == {"ours": 2}
+    assert record.content["samples"] == {"gelu: ours": dict(median=2, quartiles=[1.5, 2, 2.5], least=1, most=3, count=3,
+                                                            unit="s")}
+
+
 def test_what_is_wrong_is_not_timed(tmp_path):
     with Record("kernels", tmp_path, tiny=True) as record:
         for error in (0.2, float("nan")):
