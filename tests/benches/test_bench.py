@@ -165,6 +165,7 @@ def test_a_models_row(of_models, number, name, K, shape):
     assert (row["model"], row["K"], row["rows"], row["tokens"], row["width"]) == (name, K, B, N, D)
     assert row["cache_bytes"] == K * B * N * D * 4
     assert row["cur"] == pytest.approx(round(0.56 * 4 * K) / (4 * K))
+    assert row["wall_speedup"] == pytest.approx(row["seconds"]["plain"][1] / row["seconds"]["cached"][1])
     assert row["wall_over_flops"] == pytest.approx(row["wall_speedup"] / row["flops_speedup"])
     assert 1 < row["flops_speedup"] < 1 / (1 - row["cur"]) * 2
     assert row["error_at_cur_0"] < 1e-5 and row["path"] == ("generic" if name.startswith("wan") else "fused")
@@ -325,6 +326,14 @@ def test_a_shape_of_residual_norm_is_measured():
         moved = 256 * 1152 * (3 + shape.R if shape.R else 2) * shape.dtype.itemsize  # of one row of the batch
         assert row["ours_gb_s"] == pytest.approx(moved / found.seconds["ours"][0] / 1e9) and row["shape"][:2] == "[1"
         assert row["eager_over_ours"] == pytest.approx(found.seconds["eager"][0] / found.seconds["ours"][0])
+
+
+def test_a_short_call_is_timed_as_its_share_of_several(monkeypatch):
+    monkeypatch.setattr(bench_residual_norm, "interleave", lambda *_, **how: dict(ours=[6.0], eager=[9.0], copy=[1.0]))
+    copy, shape = bench_residual_norm.Copy(rows=1, rotate=1), bench_residual_norm.CASES[-1]
+    times = (1 << 20) // (4 * 1152 * 4)  # as often as its four tensors fit in 1 MB
+    found = bench_residual_norm.measure(shape, copy, **bench_residual_norm.TINY | dict(rotate=1 << 20))
+    assert found.seconds == dict(ours=[6 / times], eager=[9 / times], copy=[1])
 
 
 @pytest.mark.parametrize("measure, said", [
