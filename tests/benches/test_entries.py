@@ -92,7 +92,7 @@ def test_a_count_below_one_is_refused(run_suite, option):
 
 @pytest.fixture(scope="module")
 def suites() -> set[str]:
-    """The files of the suites, imported: `pytester` forgets what is imported inside it, and torch bears no second import.
+    """The files of the suites, imported: `pytester` forgets what is imported inside it, but torch cannot come twice.
     """
     found = {path.name for path in (ROOT / "bench").glob("bench_*.py")}
     for name in found:
