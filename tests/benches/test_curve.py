@@ -3,21 +3,19 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 
 def test_the_curve_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    script = Path(__file__).parents[2] / "bench" / "curve.py"
     out = tmp_path / "curve.json"
 
     def run(*more):
         monkeypatch.setattr(sys, "argv", ["curve.py", "--samples", "4", "--steps", "3", "--batch", "2", "--fewer", "2",
                                           "--threads", str(torch.get_num_threads()), "--out", str(out), "--work",
                                           str(tmp_path / "work"), *more])
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_module("bench.curve", run_name="__main__")
         return json.loads(out.read_text())["rows"]
 
     first = run("--fora")

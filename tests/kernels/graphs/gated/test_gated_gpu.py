@@ -86,5 +86,5 @@ def test_memory_does_not_grow():
             executor.reset()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            used.append(torch.cuda.memory_reserved())  # of this process; bench/gpu_gated.py has the device to itself
+            used.append(torch.cuda.memory_reserved())  # of this process; bench/gpu/gated.py has the device to itself
     assert used[-1] <= used[1]
