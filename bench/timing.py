@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harmonica_kernels.graphs.recording import recording
+from harmonica_kernels.graphs.recording import record_into
 
 CPU = torch.device("cpu")
 
@@ -113,7 +113,7 @@ def capture(call: Callable[[], object], device: torch.device) -> Callable[[], ob
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with recording(graph, torch.cuda.graph_pool_handle()):
+    with record_into(graph, torch.cuda.graph_pool_handle()):
         call()
     return Replay(graph, call)
 

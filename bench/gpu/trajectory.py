@@ -136,10 +136,7 @@ def report(record: Record, net, schedules: dict, seconds: dict[str, float], imag
 
 def profile(call: Callable[[], object]) -> str:
     """Where the GPU's time goes in one call: kernels by their total."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    if not torch.cuda.is_available():
-        activities.pop()
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as found:
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

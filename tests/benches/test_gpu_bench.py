@@ -90,7 +90,7 @@ def test_a_command_that_hangs_is_ended(tmp_path):
 def test_the_tests_of_a_gpu_are_found():
     found = commands.gpu_tests()
     graphs = "tests/kernels/graphs"
-    assert {f"{graphs}/test_captured.py", f"{graphs}/gated/test_gated_gpu.py", commands.TRITON} <= {*found}
+    assert {f"{graphs}/test_captured_gpu.py", f"{graphs}/gated/test_gated_gpu.py", commands.TRITON} <= {*found}
     assert "tests/dit/test_schedule.py" not in found and all((ROOT / path).exists() for path in found)
 
 
