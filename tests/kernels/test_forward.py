@@ -108,11 +108,11 @@ def test_fused_calls(monkeypatch, op):
     toy, cache, calls = Toy(), hk.FeatureCache(), []
     original = getattr(forward_module, op)
 
-    def counted(x, run, *args, **kwargs):
+    def count(x, run, *args, **kwargs):
         calls.append(len(run))
         return original(x, run, *args, **kwargs)
 
-    monkeypatch.setattr(forward_module, op, counted)
+    monkeypatch.setattr(forward_module, op, count)
     toy.x.requires_grad_(op == "blend_residual_norm")
     with torch.set_grad_enabled(toy.x.requires_grad):
         toy(toy.x, cache=cache)

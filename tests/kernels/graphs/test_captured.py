@@ -101,25 +101,25 @@ def test_the_longest_unused_graph_goes_first(recorder):
     executor = hk.compile(double, graphs=2)
     x = torch.randn(3)
 
-    def twice(y):
+    def call_twice(y):
         for _ in range(2):
             assert torch.equal(executor(x, y), double(x, y))
 
-    def freed():
+    def count_freed():
         return [what for what, _ in recorder.log].count("free")
 
-    twice(1), twice(2)
-    assert (executor.graphs, freed()) == (2, 0)
+    call_twice(1), call_twice(2)
+    assert (executor.graphs, count_freed()) == (2, 0)
     executor(x, 1)
-    twice(3)  # 2 goes
-    assert (executor.graphs, freed()) == (2, 1)
+    call_twice(3)  # 2 goes
+    assert (executor.graphs, count_freed()) == (2, 1)
     executor(x, 1)
-    assert freed() == 1
-    twice(2)  # 3 goes
-    assert (executor.graphs, freed()) == (2, 2)
+    assert count_freed() == 1
+    call_twice(2)  # 3 goes
+    assert (executor.graphs, count_freed()) == (2, 2)
     executor.reset()
-    assert (executor.graphs, freed()) == (0, 4)
-    twice(1)
+    assert (executor.graphs, count_freed()) == (0, 4)
+    call_twice(1)
     assert [what for what, _ in recorder.log if what != "free"] == ["new pool", "pool", "pool", "pool", "new pool"]
     for y in range(100, 200):
         executor(x, y)
@@ -134,12 +134,12 @@ def test_random_numbers_are_refused(recorder):
 
 def test_memory_that_is_not_there_is_said_as_it_is(recorder):
     """Callers try again with less."""
-    def big(x):
+    def exhaust_memory(x):
         if recorder.recording:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return x
 
-    executor = hk.compile(big)
+    executor = hk.compile(exhaust_memory)
     executor(torch.ones(3))
     with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
         executor(torch.ones(3))

@@ -61,8 +61,8 @@ def test_a_recording_that_fails_changes_nothing(recorder):
     cache, net = hk.FeatureCache(2), ThreeBranches()
     x = torch.randn(2, 3, 8)
 
-    def waits(x, cache, gate):
-        y = net(x, cache=cache, row=gate)
+    def waits(x, cache, row):
+        y = net(x, cache=cache, row=row)
         if recorder.recording:
             raise RuntimeError("operation not permitted when stream is capturing")
         return y

@@ -39,16 +39,16 @@ def test_a_new_shape_is_captured_anew(tensors):
 
 
 def test_graphs_share_one_pool_and_its_memory_returns():
-    def big(x, y):
+    def allocate(x, y):
         return ((x + y).cumsum(0) * 2).sum(0)  # two intermediate results of 64 MiB
 
     x = torch.randn(1 << 24, 1, device="cuda")
-    big(x, 0), torch.cuda.synchronize(), torch.cuda.empty_cache()
+    allocate(x, 0), torch.cuda.synchronize(), torch.cuda.empty_cache()
     start = torch.cuda.memory_reserved()
-    executor, reserved = hk.compile(big, graphs=3), []
+    executor, reserved = hk.compile(allocate, graphs=3), []
     for y in range(9):
         for _ in range(3):
-            torch.testing.assert_close(executor(x, y), big(x, y))
+            torch.testing.assert_close(executor(x, y), allocate(x, y))
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved() - start)
     assert executor.graphs == 3

@@ -95,22 +95,22 @@ def test_arguments_are_checked_before_anything_runs():
     adapter = GenericAdapter(transformer)
     K, cache = len(adapter.branch_names), adapter.new_cache()
 
-    def refused(error, said, arguments=arguments, **options):
+    def check_refusal(error, said, arguments=arguments, **options):
         with pytest.raises(error, match=said):
             adapter(**arguments, **options)
 
-    refused(ValueError, "row: got 2 entries", row=(True, False), cache=cache)
-    refused(ValueError, "reuses branches; pass cache", row=(False,) * K)
-    refused(ValueError, "holds no output of branch 0", row=(False,) * K, cache=cache)
-    refused(TypeError, "cache: got int", cache=3)
-    refused(ValueError, "threshold: got 2", threshold=2)
-    refused(ValueError, "forecast_weights: got 1", cache=cache, forecast_weights=(1.0,))
+    check_refusal(ValueError, "row: got 2 entries", row=(True, False), cache=cache)
+    check_refusal(ValueError, "reuses branches; pass cache", row=(False,) * K)
+    check_refusal(ValueError, "holds no output of branch 0", row=(False,) * K, cache=cache)
+    check_refusal(TypeError, "cache: got int", cache=3)
+    check_refusal(ValueError, "threshold: got 2", threshold=2)
+    check_refusal(ValueError, "forecast_weights: got 1", cache=cache, forecast_weights=(1.0,))
     adapter(**arguments, cache=cache)
     held = cache.nbytes
     assert held > 0
-    refused(ValueError, "last two computed outputs", row=(False,) * K, forecast_weights=(1.0,) * K, cache=cache)
+    check_refusal(ValueError, "last two computed outputs", row=(False,) * K, forecast_weights=(1.0,) * K, cache=cache)
     doubled = {name: torch.cat([value, value]) for name, value in arguments.items()}
-    refused(ValueError, "cache: holds a forward of", doubled, row=(False,) * K, cache=cache)
+    check_refusal(ValueError, "cache: holds a forward of", doubled, row=(False,) * K, cache=cache)
     cache.reset()
     adapter(**doubled, cache=cache)
     assert cache.nbytes == 2 * held
@@ -175,7 +175,7 @@ def test_threads_share_a_transformer():
 
     @torch.no_grad()
     def run_steps(i):
-        if i == 2:  # one that knows nothing of gates
+        if i == 2:  # one that knows nothing of rows
             return [values(transformer(**arguments_at(arguments, s))) for s in range(12)]
         cache = adapters[i].new_cache()
         rows = [None, *(random_row(K, 10 * i + s) for s in range(1, 12))]

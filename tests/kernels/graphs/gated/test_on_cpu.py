@@ -1,4 +1,4 @@
-"""The plan, walked on the CPU with the compiled gate, against trajectories step by step through `cached_forward`."""
+"""The plan, walked on the CPU with what decides in C++, against trajectories step by step through `cached_forward`."""
 
 import random
 from dataclasses import replace
@@ -12,11 +12,7 @@ from harmonica_kernels.graphs.gated.norm import is_aligned, norm_on_cpu
 from harmonica_kernels.graphs.gated.parts import Parts
 from harmonica_kernels.graphs.gated.plan import Capture, Change, Decide, If, Op, Rewind, While, plan
 from harmonica_kernels.ops import residual_norm
-from support.loops import Table, Trajectory
-
-
-def gated(rule="scores"):
-    return hk.compile(Trajectory.run, mode="gated", rule=rule)
+from support.loops import Table, Trajectory, compile_gated
 
 
 def random_table(T, K, forecast):
@@ -29,7 +25,7 @@ def random_table(T, K, forecast):
     return Table(scores, coefficients)
 
 
-def stepwise(trajectory, noise, table, threshold):
+def run_step_by_step(trajectory, noise, table, threshold):
     compute, weights = table.rows(threshold)
     image = trajectory.run(noise, lambda s, tokens, rows: (tuple(compute[s].tolist()), weights[s]))
     return image, compute
@@ -41,13 +37,13 @@ def test_equals_cached_forward_on_random_schedules(part):
     for _ in range(25):
         T, K = random.randint(1, 6), random.randint(1, 7)
         trajectory = Trajectory(T, K, n=random.randint(1, 2), tokens=random.randint(1, 3))
-        executor = gated()
+        executor = compile_gated()
         for i in range(10):
             table = random_table(T, K, forecast=i % 2 == 1)
             executor.load(table)
             executor.threshold = threshold = random.choice((0.1, random.random()))
             noise = torch.randn(trajectory.shape)
-            image, compute = stepwise(trajectory, noise, table, threshold)
+            image, compute = run_step_by_step(trajectory, noise, table, threshold)
             torch.testing.assert_close(executor(trajectory, noise), image, rtol=0, atol=0)
             assert torch.equal(executor.reused, ~compute)
         assert executor.graphs == 1
@@ -57,20 +53,20 @@ def test_bfloat16_bodies():
     for _ in range(20):
         trajectory = Trajectory(4, 5, dtype=torch.bfloat16)
         table, noise = random_table(4, 5, True), torch.randn(trajectory.shape)
-        executor = gated()
+        executor = compile_gated()
         executor.load(table)
-        torch.testing.assert_close(executor(trajectory, noise), stepwise(trajectory, noise, table, 0.1)[0], rtol=0,
-                                   atol=0)
+        expected, _ = run_step_by_step(trajectory, noise, table, 0.1)
+        torch.testing.assert_close(executor(trajectory, noise), expected, rtol=0, atol=0)
 
 
 def test_a_changed_router_threshold_or_label_equals_a_fresh_executor_to_the_bit():
     trajectory = Trajectory(5, 6)
-    used = gated()
+    used = compile_gated()
     for i in range(40):
         table, threshold = random_table(5, 6, forecast=i > 20), random.random()
         trajectory.labels = torch.randint(7, (2,))
         noise = torch.randn(trajectory.shape)
-        fresh = gated()
+        fresh = compile_gated()
         for executor in (used, fresh):
             executor.load(table)
             executor.threshold = threshold
@@ -81,7 +77,7 @@ def test_a_changed_router_threshold_or_label_equals_a_fresh_executor_to_the_bit(
 
 def test_threshold_decides_in_double_precision():
     """In float32, 0.1 is not above 0.1; as a Python float, float32's 0.1 is above 0.1, as everywhere else here."""
-    trajectory, executor = Trajectory(2, 1), gated()
+    trajectory, executor = Trajectory(2, 1), compile_gated()
     executor.load(Table(torch.full((2, 1), 0.1)))
     for threshold, reused in ((0.1, False), (float(torch.tensor(0.1)), True)):
         executor.threshold = threshold
@@ -118,7 +114,7 @@ def test_change_rule_decides_as_its_definition():
     decisions = set()
     for _ in range(150):
         T, K = random.randint(1, 7), random.randint(2, 6)
-        trajectory, executor = Trajectory(T, K), gated("change")
+        trajectory, executor = Trajectory(T, K), compile_gated("change")
         coefficients = random.choice((None, torch.randn(T, K)))
         executor.load(Table(torch.rand(T, K), coefficients))
         executor.threshold = random.random() * 0.6
@@ -172,7 +168,7 @@ def test_tf32_is_another_graph():
 
 
 def test_refusals():
-    executor = gated()
+    executor = compile_gated()
     trajectory = Trajectory(3, 4)
     noise = torch.randn(trajectory.shape)
     with pytest.raises(RuntimeError, match="nothing has run yet"):
@@ -185,9 +181,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="float32"):
         executor.load(Table(torch.rand(3, 4).double()))
     with pytest.raises(ValueError, match="rule: got 'first'"):
-        gated("first")
+        compile_gated("first")
     with pytest.raises(ValueError, match="at least 2"):
-        gated("change")(Trajectory(2, 1), noise)
+        compile_gated("change")(Trajectory(2, 1), noise)
     executor.load(Table(torch.rand(3, 4)))
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="autocast"):
         executor(trajectory, noise)
