@@ -42,8 +42,8 @@ def test_cur_as_well(seed, target):
 
 
 def test_rounding_costs_no_entry():
-    """Of a target that a schedule meets exactly, with FLOPs of the size of a model's."""
-    flops, values = Flops((1.3e9, 5.7e10, 3.1e11), 7.7e8), torch.linspace(0.9, 0.1, 15)
+    """Of a target that a schedule meets exactly, with FLOPs of the size of a model's and no round numbers."""
+    flops, values = Flops((3e9 / 7, 5e9 / 7, 8e9 / 7), 1e9 / 3), torch.linspace(0.9, 0.1, 15)
     for count in range(1, 15):
         spent = 6 * flops.fixed + sum(flops.branches) + sum((flops.branches * 5)[:count])
         cut = Budget(flops, 6, speedup=6 * flops.total / spent).cut(values.view(5, 3))
