@@ -236,4 +236,4 @@ def test_a_loop_that_contradicts_itself_is_refused(error, message, change):
     loop = trajectory.loop()
     trajectory.loop = lambda: replace(loop, **change(loop))
     with pytest.raises(error, match=message):
-        gated()(trajectory, torch.randn(trajectory.shape))
+        compile_gated()(trajectory, torch.randn(trajectory.shape))
