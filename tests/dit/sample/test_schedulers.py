@@ -229,5 +229,5 @@ def test_steps_of_a_number_of_calls(name, calls, steps):
 
 
 def test_a_number_of_calls_that_no_steps_make_is_refused():
-    with pytest.raises(ValueError, match="'HeunDiscreteScheduler' never calls the model 6 times"):
+    with pytest.raises(ValueError, match="'HeunDiscreteScheduler' cannot call the model 6 times"):
         steps_of(6, "HeunDiscreteScheduler")
