@@ -15,8 +15,8 @@ from .record import Record
 
 TAIL = 400  # lines of a command's output that are kept
 FAREWELL = 6  # seconds in which commands that were interrupted may say where
-PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.at_once",
-          "-o", "faulthandler_timeout=40", "-m", "gpu"]
+PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-p",
+          "bench.gpu.at_once", "-o", "faulthandler_timeout=40", "-m", "gpu"]
 TRITON = "tests/kernels/triton_kernels/test_triton.py"
 GATED = ("smallest", "dit", "bodies", "cublas", "change", "memory")  # what matters most first
 

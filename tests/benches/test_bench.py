@@ -1,5 +1,6 @@
 """The suites of bench/ at tiny sizes: numbers that do not depend on the clock, and what is refused."""
 
+import io
 import multiprocessing
 
 import pytest
@@ -224,7 +225,7 @@ def test_what_cannot_be_measured_is_said(measure, said):
 
 
 def test_tables_show_every_model_and_cache(of_models, of_caches):
-    console = Console(width=250, record=True, file=open("/dev/null", "w"))
+    console = Console(width=250, record=True, file=io.StringIO())
     console.print(table("title", bench_models.CAPTION, bench_models.COLUMNS, of_models))
     console.print(table("title", bench_caches.CAPTION, bench_caches.COLUMNS, list(of_caches.values())))
     text = console.export_text()
