@@ -53,8 +53,8 @@ def write(root: Path, results: list[tuple[Mutant, str]], equivalents: dict, seed
     lines += [f"| {part} | {count.total()} | {count['killed'] + count['timed out']} | {count['equivalent']} | "
               f"{count['survived']} |" for part, count in counts.items()]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True).stdout
-    lines += ["", f"`make mutants`, seed {seed}, commit {commit.strip() or 'unknown'}; {counts['all']['timed out']} of the "
-              "killed ran out of time."]
+    lines += ["", f"`make mutants`, seed {seed}, commit {commit.strip() or 'unknown'}; {counts['all']['timed out']} of "
+              "the killed ran out of time."]
     lines += ["", "Survived:", "", *survivors] if survivors else []
     lines += ["", "Equivalent, for they change nothing that a caller could see:", "", *equal] if equal else []
     before, _, rest = (root / PAGE).read_text().partition(BEGIN)
