@@ -4,13 +4,17 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test
+.PHONY: demo test mutants
 
 demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest
+
+# Whether the tests notice single changed lines, see docs/testing.md.
+mutants: $(VENV)/.installed-mutants
+	$(VENV)/bin/python tests/mutants
 
 # The demo installs fewer packages than the tests.
 $(VENV)/.installed-%: pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)

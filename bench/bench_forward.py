@@ -1,6 +1,6 @@
 """A whole trajectory: ours beside the same model in plain PyTorch, and beside what its schedule promises.
 
-    OMP_NUM_THREADS=2 python -m pytest bench/bench_forward.py [-k fashion]
+    OMP_NUM_THREADS=2 python -m pytest bench/bench_forward.py [-k fashion] [--rounds 4]
 
 plain / ours: uncached trajectory of the plain model (tests/support/plain_dit.py) over ours; ≥ 1 is no slower.
 should / does: the time that the schedule should take over the time that it takes. Should = the fixed part + the
@@ -9,9 +9,6 @@ should / does: the time that the schedule should take over the time that it take
 wall, FLOPs: its speedups over our own uncached trajectory.
 """
 
-import sys
-import time
-from pathlib import Path
 from statistics import median
 
 import pytest
@@ -19,98 +16,80 @@ import torch
 
 import harmonica_dit
 import harmonica_kernels as hk
-from harmonica_dit.methods import fora
+from bench.problems import Plain, random_schedule
+from bench.record import cell
+from bench.replay import Measured
+from bench.timing import add_time, branch_seconds, interleave, medians
+from harmonica_dit.fashion import FASHION
+from harmonica_dit.flops import count_flops
+from harmonica_dit.methods.fora import fora
 from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.sample import Trajectory, denoise, image_noise
-from harmonica_dit.schedule import Schedule
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support.plain_dit import PlainDiT  # noqa: E402  (the tests' reference model is this benchmark's too)
-
-ROUNDS = 4
-MODELS = {"fashion-dit": dict(images=32, steps=20), "DiT-B/2": dict(images=8, steps=4)}  # rows: twice the images
-
-
-class Plain(torch.nn.Module):
-    """The plain model behind the denoisers' signature."""
-
-    guidance, guidance_channels, scheduler = DiT.guidance, DiT.guidance_channels, DiT.scheduler
-
-    def __init__(self, net: DiT, **config):
-        super().__init__()
-        self.net, self.sample_shape, self.num_classes = PlainDiT(**config).eval(), net.sample_shape, net.num_classes
-        self.net.load_state_dict(net.state_dict())
-
-    def forward(self, x, t, y):
-        return self.net(x, t, y)
+SIZES = {"fashion-dit": dict(images=32, steps=20), "DiT-B/2": dict(images=8, steps=4)}
+TINY = dict(images=1, steps=3, rounds=1, warmup=0, depth=1)
+SCHEDULES = {"FORA n=2": lambda net, steps: fora(net, steps, 2),
+             "random": lambda net, steps: random_schedule(net.branch_names, count_flops(net), steps, 0.375)}
+COLUMNS = {
+    "model": cell("model"),
+    "rows": cell("rows"),
+    "T": cell("steps"),
+    "ours, s": cell("ours_s", "{:.3g}"),
+    "plain / ours": cell("plain_over_ours", "{:.2f}"),
+    "schedule": cell("schedule"),
+    "should / does": cell("should_over_does", "{:.3f}"),
+    "wall": cell("wall_speedup", "{:.2f}×"),
+    "FLOPs": cell("flops_speedup", "{:.2f}×"),
+    "wall / FLOPs": cell("wall_over_flops", "{:.3f}"),
+}
+CAPTION = "rows: of a forward, with guidance twice the images. ours: uncached."
 
 
-class Clocks:
-    """Adds up, for each branch, the time spent in its body."""
-
-    def __init__(self, net: DiT):
-        self.seconds = [0.0] * len(net.branches)
-        self.branches = [hk.Branch(self._timed(k, b.body)) for k, b in enumerate(net.branches)]
-
-    def _timed(self, k, body):
-        def timed(h, context):
-            start = time.perf_counter()
-            o = body(h, context)
-            self.seconds[k] += time.perf_counter() - start
-            return o
-        return timed
+@pytest.fixture(scope="module", params=SIZES)
+def measured(request, settings):
+    return measure(request.param, **settings(TINY, **SIZES[request.param], rounds=4, warmup=2, depth=None))
 
 
-def schedules(net: DiT, steps: int) -> list[Schedule]:
-    """FORA n=2, and rows that reuse 37.5 % of the entries at random."""
-    every_second = fora(net, steps, 2)
-    entries = torch.rand(steps - 1, len(net.branches), generator=torch.Generator().manual_seed(0))
-    reused = int(0.375 * steps * len(net.branches))
-    compute = torch.ones(steps, len(net.branches), dtype=torch.bool)
-    compute[1:].view(-1)[entries.view(-1).argsort()[:reused]] = False
-    return [every_second, Schedule(compute=compute, branches=net.branch_names, flops=count_flops(net),
-                                   origin="random, CUR 37.5 %")]
+@pytest.mark.parametrize("candidate", ["plain", "ours", "clocked", *SCHEDULES])
+def test_trajectory(measured, replay, candidate):
+    replay(measured, candidate)
 
 
-@pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
-def test_trajectory(interleaved, report, name):
-    images, steps = MODELS[name].values()
-    torch.manual_seed(0)
+def measure(name: str, images: int, steps: int, rounds: int, warmup: int, depth: int | None) -> Measured:
+    """depth: of a model with random weights, in place of its own."""
     if name == "fashion-dit":
-        net, config = harmonica_dit.load(name), harmonica_dit.models.FASHION
+        net, config = harmonica_dit.load(name), FASHION
     else:
-        config = CONFIGS[name] | dict(input_size=32, in_channels=4)
+        torch.manual_seed(0)
+        config = CONFIGS[name] | dict(input_size=32, in_channels=4) | ({} if depth is None else dict(depth=depth))
         net = DiT(**config, name=name).eval().requires_grad_(False)
         for p in net.parameters():
             p.normal_(std=0.02)
-    plain, labels = Plain(net, **config), torch.arange(images) % net.num_classes
-    noise = image_noise(0, 0, images, net.sample_shape)
-    clocks, own_branches, bodies = Clocks(net), net.branches, []
+    labels, noise = torch.arange(images) % net.num_classes, image_noise(0, 0, images, net.sample_shape)
+    plain, ours = (Trajectory(model, labels, steps=steps) for model in (Plain(net, torch.float32, config), net))
+    schedules = {kind: make(net, steps) for kind, make in SCHEDULES.items()}
+    bodies: list[list[float]] = []  # of each clocked trajectory
 
-    def run(model, schedule=None):
-        trajectory = Trajectory(model, labels, steps=steps)
-        start = time.perf_counter()
-        denoise(trajectory, noise, schedule)
-        return time.perf_counter() - start
+    def run_clocked() -> None:
+        bodies.append([0.0] * len(own))
+        net.branches = [hk.Branch(add_time(branch.body, bodies[-1], k)) for k, branch in enumerate(own)]
+        denoise(ours, noise)
+        net.branches = own
 
-    def clocked(_):
-        net.branches, clocks.seconds[:] = clocks.branches, [0.0] * len(own_branches)
-        seconds = run(net)
-        net.branches = own_branches
-        bodies.append(list(clocks.seconds))
-        return seconds
-
-    found = {schedule.origin: schedule for schedule in schedules(net, steps)}
-    seconds = interleaved({"plain": lambda _: run(plain), "ours": lambda _: run(net), "clocked": clocked}
-                          | {origin: lambda _, schedule=schedule: run(net, schedule)
-                             for origin, schedule in found.items()}, ROUNDS)
-    body = [median(values) / steps for values in zip(*bodies[-ROUNDS:])]
-    fixed = seconds["clocked"] - steps * sum(body)
-    for origin, schedule in found.items():
-        should = fixed + sum(sum(b for b, c in zip(body, row) if c) for row in schedule.rows)
-        wall = seconds["ours"] / seconds[origin]
-        report(model=name, rows=2 * images, T=steps, **{
-            "ours, s": seconds["ours"], "plain / ours": seconds["plain"] / seconds["ours"], "schedule": origin,
-            "should / does": should / seconds[origin], "wall": wall, "FLOPs": schedule.speedup,
-            "wall / FLOPs": wall / schedule.speedup})
+    own = net.branches
+    seconds = interleave({"plain": lambda: denoise(plain, noise), "ours": lambda: denoise(ours, noise),
+                          "clocked": run_clocked}
+                         | {kind: lambda schedule=schedule: denoise(ours, noise, schedule)
+                            for kind, schedule in schedules.items()}, rounds, warmup=warmup)
+    middle = medians(seconds)
+    body = [median(values) / steps for values in zip(*bodies[-rounds:])]
+    fixed = middle["clocked"] - steps * sum(body)
+    rows = {}
+    for kind, schedule in schedules.items():
+        should, wall = fixed + branch_seconds(schedule.rows, body), middle["ours"] / middle[kind]
+        rows[kind] = dict(model=name, rows=2 * images, steps=steps, ours_s=middle["ours"],
+                          plain_over_ours=middle["plain"] / middle["ours"], schedule=schedule.origin,
+                          should_over_does=should / middle[kind], wall_speedup=wall, flops_speedup=schedule.speedup,
+                          wall_over_flops=wall / schedule.speedup)
+    return Measured(name, seconds, rows)

@@ -7,31 +7,58 @@ move: each argument read once, x and h written once (the floor of docs/design.md
 `cached_forward` and as the copy is given its target; PyTorch's chain allocates its results, as in use.
 """
 
-import time
+import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.nn.functional import layer_norm
 
+from bench.record import cell
+from bench.replay import Measured
+from bench.timing import interleave, medians
 from harmonica_kernels.ops import Term, residual_norm
 
-ROTATE = 256 << 20
-ROUNDS = 15
-# B, N, D, run length, dtype
+
+class Shape(NamedTuple):
+    """x is [B, N, D]; R branches are accumulated."""
+
+    B: int
+    N: int
+    D: int
+    R: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"[{self.B}, {self.N}, {self.D}] {str(self.dtype)[6:]} R={self.R}"
+
+
+F32, BF16 = torch.float32, torch.bfloat16
 CASES = [
-    (32, 256, 1152, 0, torch.float32), (32, 256, 1152, 1, torch.float32), (32, 256, 1152, 2, torch.float32),
-    (32, 256, 1152, 8, torch.float32), (32, 256, 1152, 1, torch.bfloat16), (32, 256, 1152, 8, torch.bfloat16),
-    (32, 49, 128, 1, torch.float32), (32, 49, 128, 4, torch.float32), (2, 256, 1152, 1, torch.float32),
-    (1, 1, 1152, 1, torch.float32),
+    Shape(32, 256, 1152, 0, F32), Shape(32, 256, 1152, 1, F32), Shape(32, 256, 1152, 2, F32),
+    Shape(32, 256, 1152, 8, F32), Shape(32, 256, 1152, 1, BF16), Shape(32, 256, 1152, 8, BF16),
+    Shape(32, 49, 128, 1, F32), Shape(32, 49, 128, 4, F32), Shape(2, 256, 1152, 1, F32), Shape(1, 1, 1152, 1, F32),
 ]
+ROTATE = 256 << 20
+TINY = dict(rows=1, rotate=1, rounds=1, warmup=0)
+COLUMNS = {
+    "shape": cell("shape"),
+    "ours, µs": cell("ours_us", "{:.3g}"),
+    "eager / ours": cell("eager_over_ours", "{:.2f}"),
+    "ours, GB/s": cell("ours_gb_s", "{:.3g}"),
+    "copy, GB/s": cell("copy_gb_s", "{:.3g}"),
+    "ours / copy": cell("ours_over_copy", "{:.3f}"),
+}
+CAPTION = "eager: PyTorch's chain. ours / copy: in bytes per second."
 
 
 class Case:
-    """One shape: as many sets of buffers as fill ROTATE bytes, and the candidates that work on a set."""
+    """One shape: as many sets of buffers as fill `rotate` bytes, and the candidates that work on a set."""
 
-    def __init__(self, b, n, d, run, dtype):
+    def __init__(self, shape: Shape, rotate: int):
+        b, n, d, run, dtype = shape
         self.values, self.size = b * n * d, torch.empty(0, dtype=dtype).element_size()
-        sets = max(2, -(-ROTATE // (self.values * self.size * (run + 2))))
+        sets = max(2, -(-rotate // (self.values * self.size * (run + 2))))
         self.x = [torch.randn(b, n, d, dtype=dtype) for _ in range(sets)]
         # Outputs small enough that x, which the ops keep adding to, does not overflow.
         self.o = [[torch.randn(b, n, d, dtype=dtype) * 1e-3 for _ in range(run)] for _ in range(sets)]
@@ -53,10 +80,10 @@ class Case:
 
 
 class Copy:
-    """`copy_` between buffers of [32, 256, 1152] float32, one read and one write."""
+    """`copy_` between buffers of [rows, 256, 1152] float32 that fill `rotate` bytes, one read and one write."""
 
-    def __init__(self):
-        self.x = [torch.randn(32, 256, 1152) for _ in range(ROTATE // (32 * 256 * 1152 * 4))]
+    def __init__(self, rows: int, rotate: int):
+        self.x = [torch.randn(rows, 256, 1152) for _ in range(max(2, rotate // (rows * 256 * 1152 * 4)))]
         self.bytes = 2 * self.x[0].nbytes
 
     def run(self, i):
@@ -64,27 +91,42 @@ class Copy:
 
 
 @pytest.fixture(scope="module")
-def copy() -> Copy:
-    return Copy()
+def copy(settings) -> Copy:
+    return Copy(**settings(dict(rows=1, rotate=1), rows=32, rotate=ROTATE))
 
 
-@pytest.mark.parametrize("b, n, d, run, dtype", CASES)
-def test_residual_norm(interleaved, report, copy, b, n, d, run, dtype):
-    case = Case(b, n, d, run, dtype)
-    repeats = max(1, (1 << 24) // case.bytes)  # short calls several at once
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def measured(request, settings, copy):
+    return measure(request.param, copy, **settings(TINY, rows=None, rotate=ROTATE, rounds=15, warmup=2))
 
-    def each(f):
-        def timed(number):
-            start = time.perf_counter()
-            for i in range(repeats):
-                f((number * repeats + i) % len(case.x))
-            return (time.perf_counter() - start) / repeats
-        return timed
 
-    with torch.inference_mode():
-        seconds = interleaved({"ours": each(case.ours), "eager": each(case.eager),
-                               "copy": lambda number: copy.run(number % len(copy.x))}, ROUNDS)
-    speed, copy_speed = case.bytes / seconds["ours"], copy.bytes / seconds["copy"]
-    report(shape=f"[{b}, {n}, {d}]", dtype=str(dtype)[6:], R=run, **{
-        "ours, µs": seconds["ours"] * 1e6, "eager / ours": seconds["eager"] / seconds["ours"],
-        "ours, GB/s": speed / 1e9, "copy, GB/s": copy_speed / 1e9, "ours / copy": speed / copy_speed})
+@pytest.mark.parametrize("candidate", ["ours", "eager", "copy"])
+def test_residual_norm(measured, replay, candidate):
+    replay(measured, candidate)
+
+
+@torch.inference_mode()
+def measure(shape: Shape, copy: Copy, rows: int | None, rotate: int, rounds: int, warmup: int) -> Measured:
+    """rows: at most so many, B."""
+    timed = shape if rows is None else shape._replace(B=min(rows, shape.B))
+    case = Case(timed, rotate)
+    repeats = max(1, min(rotate, 1 << 24) // case.bytes)  # short calls several at once
+
+    def rotate_sets(call, sets: int, times: int = 1):
+        numbers = itertools.cycle(range(sets))
+
+        def run() -> None:
+            for i in itertools.islice(numbers, times):
+                call(i)
+        return run
+
+    seconds = interleave({"ours": rotate_sets(case.ours, len(case.x), repeats),
+                          "eager": rotate_sets(case.eager, len(case.x), repeats),
+                          "copy": rotate_sets(copy.run, len(copy.x))}, rounds, warmup=warmup)
+    for name in ("ours", "eager"):
+        seconds[name] = [value / repeats for value in seconds[name]]
+    middle = medians(seconds)
+    speed, copy_speed = case.bytes / middle["ours"], copy.bytes / middle["copy"]
+    row = dict(shape=str(timed), ours_us=middle["ours"] * 1e6, eager_over_ours=middle["eager"] / middle["ours"],
+               ours_gb_s=speed / 1e9, copy_gb_s=copy_speed / 1e9, ours_over_copy=speed / copy_speed)
+    return Measured(str(shape), seconds, {"ours": row})

@@ -1,6 +1,6 @@
 """The large-sample curve that ships with the package: quality against speedup, bundled model, float32.
 
-    python bench/curve.py --routers runs/r16.safetensors runs/r20.safetensors --fora 2 3 4 --fewer 14 12 10 8
+    python -m bench.curve --routers runs/r16.safetensors runs/r20.safetensors --fora 2 3 4 --fewer 14 12 10 8
 
 Each finished row is saved at once; the same command goes on with the rows that are missing, and recomputes those whose
 schedule has changed. The uncached images are kept beside, in build/curve. Wall-clock speedups are measured at the end,
@@ -11,18 +11,20 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from rich.progress import track
 
 import harmonica_dit
-from harmonica_dit.demo import CURVE
-from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file
+from bench.record import commit, processor
+from bench.timing import interleave, medians
+from harmonica_dit.demo import fashion_judge
+from harmonica_dit.evaluate import Method, fora_methods, from_file
 from harmonica_dit.evaluate.compare import Tally, time_sample
 from harmonica_dit.evaluate.named_methods import check_names
+from harmonica_dit.fashion import CURVE
 from harmonica_dit.files import load_tensors, replacement, save_tensors
 
 ROUNDS = 5  # of the timing, each of them one batch with every method
@@ -71,7 +73,7 @@ def main() -> None:
     speedups = wall_speedups(net, methods, args)
     for row in rows:
         if row["name"] in speedups:
-            row |= dict(wall_speedup=speedups[row["name"]], threads=args.threads, cpu=cpu_model(), cores=os.cpu_count(),
+            row |= dict(wall_speedup=speedups[row["name"]], threads=args.threads, cpu=processor(), cores=os.cpu_count(),
                         timed_commit=commit())
     save(args.out, settings, rows)
 
@@ -90,7 +92,7 @@ def measure(net, method: Method, args, seed: int, weights: str) -> dict:
     if uncached is None and method.family != "uncached":
         raise SystemExit(f"the uncached images of seed {seed} are not in {args.work}, but their row is in {args.out}: "
                          "move one of both away")
-    tally, made = Tally(Judge()), []
+    tally, made = Tally(fashion_judge()), []
     for i, part in enumerate(track(labels.split(args.batch), f"{method.name}, seed {seed}")):
         if method.family == "uncached" and uncached is not None:
             images = uncached[i]
@@ -107,14 +109,10 @@ def measure(net, method: Method, args, seed: int, weights: str) -> dict:
 def wall_speedups(net, methods: list[Method], args) -> dict[str, float]:
     """Each method's, by the median over rounds in which every method samples one batch in turn."""
     labels = torch.arange(args.batch) % net.num_classes
-    time_sample(net, labels, methods[0], seed=0, guidance=args.guidance, batch=args.batch)  # warms up
-    seconds = {method.name: [] for method in methods}
-    for number in track(range(ROUNDS), "wall-clock speedups"):
-        for method in methods:
-            seconds[method.name].append(time_sample(net, labels, method, first=number * args.batch, seed=0,
-                                                     guidance=args.guidance, batch=args.batch)[1])
-    mid = {name: median(times) for name, times in seconds.items()}
-    return {name: mid["uncached"] / time for name, time in mid.items()}
+    options = dict(seed=0, guidance=args.guidance, batch=args.batch)
+    middle = medians(interleave({method.name: partial(time_sample, net, labels, method, **options)
+                                 for method in methods}, ROUNDS))
+    return {name: middle["uncached"] / seconds for name, seconds in middle.items()}
 
 
 def digest(what) -> str:
@@ -123,18 +121,6 @@ def digest(what) -> str:
         return ""
     tensors = what if isinstance(what, dict) else {"compute": what.compute, "extrapolation": what.extrapolation}
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values())).hexdigest()[:12]
-
-
-def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def commit() -> str:
-    git = ("git", "-C", str(Path(__file__).parent))
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return head + ("+changes" if changed else "")
 
 
 if __name__ == "__main__":

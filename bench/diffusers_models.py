@@ -1,4 +1,4 @@
-"""The models of `harmonica bench models`: real configurations with fewer heads, and the arguments of one forward."""
+"""diffusers' transformers as the suites run them: real configurations with fewer heads, and a forward's arguments."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from .measure import random_weights
+from bench.problems import random_weights
 
 
 @dataclass(frozen=True)

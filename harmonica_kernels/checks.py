@@ -123,9 +123,11 @@ def check_trunk(row, weights, cache, x) -> None:
                            ("own", weights.own, (width,))):
         if t is None and name != "states":
             continue
-        if not isinstance(t, Tensor) or tuple(t.shape) != shape or not t.is_floating_point():
+        good = isinstance(t, Tensor) and t.is_floating_point() and t.shape in (shape, (*shape[:-1], 1))
+        if not good:
             got = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"forecast_weights.{name}: got {got}, expected floats of shape {list(shape)}")
+            raise ValueError(f"forecast_weights.{name}: got {got}, expected floats of shape {list(shape)} or, for one "
+                             "number for all channels, a last size of 1")
         if t.device != x.device:
             raise ValueError(f"forecast_weights.{name}: is on {t.device}, expected {x.device} like x")
 

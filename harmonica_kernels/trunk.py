@@ -19,7 +19,7 @@ class TrunkWeights(NamedTuple):
     computed step x is its own state, and base is x. At a forecast step x is the tokens that enter it; base is x if own
     or tokens is given, else c_0.
 
-    states: [n, D], n ≤ the states that the cache holds. tokens: [n, D] or None. own: [D] or None.
+    states: [n, D or 1], n ≤ the states that the cache holds. tokens: [n, D or 1] or None. own: [D or 1] or None.
     """
 
     states: Tensor
@@ -99,7 +99,7 @@ def base_and_terms(weights: TrunkWeights, x: Tensor, kept: Sequence[tuple[Tensor
     """Base, and the run that turns it into h, see `TrunkWeights`. kept: cached states and tokens, newest first."""
     own, tokens = weights.own, weights.tokens
     base = x if computed or own is not None or tokens is not None else kept[0][0]
-    run = [] if own is None else [Term(x, None, own[None])]
-    run += [Term(state, None, row[None]) for row, (state, _) in zip(weights.states, kept)]
-    run += [Term(entered, None, row[None]) for row, (_, entered) in zip(() if tokens is None else tokens, kept)]
-    return base, run
+    weighed = [] if own is None else [(own, x)]
+    weighed += zip(weights.states, (state for state, _ in kept))
+    weighed += zip(() if tokens is None else tokens, (entered for _, entered in kept))
+    return base, [Term(t, None, row.expand(1, x.shape[2])) for row, t in weighed]

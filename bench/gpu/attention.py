@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.timing import capture, relative_error, side_stream
+
 from .record import Record
-from .timing import captured, error, interleaved, side_stream
 
 LAUNCHES, ROUNDS, TOLERANCE = 28, 25, 1e-2
 BACK_ENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -34,10 +35,9 @@ def measure(record: Record, rows: int, N: int, heads: int, d: int) -> None:
             record.row(rows=rows, back_end=name, refused=str(reason)[:200])
             continue
         with record.attempt(f"{rows} rows, {name}"):
-            record.check(f"{rows} rows, {name}", error(found, exact), TOLERANCE)
-            candidates[name] = captured(lambda f=attention: [f(*t.unbind(2)) for t in qkv], record.device)
-    found = interleaved(candidates, ROUNDS, record.device)
-    seconds = record.samples(f"{rows} rows", {key: [s / LAUNCHES for s in values] for key, values in found.items()})
+            record.check(f"{rows} rows, {name}", relative_error(found, exact), TOLERANCE)
+            candidates[name] = capture(lambda f=attention: [f(*t.unbind(2)) for t in qkv], record.device)
+    seconds = record.time(f"{rows} rows", candidates, ROUNDS, launches=LAUNCHES)
     for name, value in sorted(seconds.items(), key=lambda item: item[1]):
         record.row(rows=rows, back_end=name, **{"µs": value * 1e6, "TFLOP/s": 4e-12 * rows * heads * N * N * d / value})
 

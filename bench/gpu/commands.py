@@ -9,13 +9,15 @@ import time
 from contextlib import suppress
 from importlib.util import find_spec
 
-from .merge import ROOT
+from bench import ROOT
+
 from .record import Record
 
 TAIL = 400  # lines of a command's output that are kept
 FAREWELL = 6  # seconds in which commands that were interrupted may say where
-PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "bench.gpu.at_once",
-          "-o", "faulthandler_timeout=40", "-m", "gpu"]
+PYTEST = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-p",
+          "bench.gpu.at_once", "-o", "faulthandler_timeout=40", "-m", "gpu"]
+TRITON = "tests/kernels/triton_kernels/test_triton.py"
 GATED = ("smallest", "dit", "bodies", "cublas", "change", "memory")  # what matters most first
 
 
@@ -25,14 +27,15 @@ def run(record: Record) -> None:
 
 def build(record: Record) -> None:
     """Without CUDA where it cannot be built with it: most parts need no more, and all need some."""
-    if not record.tiny and not compiled(record, "build/cmake-gpu", limit=130):
+    if not record.tiny and not compile_extension(record, "build/cmake-gpu", limit=130):
         record.row(warning="THE EXTENSION IS BUILT WITHOUT CUDA: what is gated on the device cannot run")
-        compiled(record, "build/cmake-gpu-without-cuda", "-DCMAKE_CUDA_COMPILER=", ", without CUDA")
+        compile_extension(record, "build/cmake-gpu-without-cuda", "-DCMAKE_CUDA_COMPILER=", ", without CUDA")
     call(record, {"info": [sys.executable, "-m", "harmonica_kernels"]})
 
 
-def compiled(record: Record, folder: str, option: str = "", name: str = "", limit: float | None = None) -> bool:
-    """CMake by itself: an old setuptools there could not read pyproject.toml. Whether the extension is in its place."""
+def compile_extension(record: Record, folder: str, option: str = "", name: str = "",
+                      limit: float | None = None) -> bool:
+    """By CMake itself: an old setuptools there cannot read pyproject.toml. Whether the extension is in its place."""
     from pybind11 import get_cmake_dir
 
     started = time.monotonic()
@@ -48,7 +51,7 @@ def compiled(record: Record, folder: str, option: str = "", name: str = "", limi
 def tests(record: Record) -> None:
     """Those of a GPU, side by side where xdist is, since most of their time is Triton's compiler's."""
     if record.tiny:
-        wanted = ["--collect-only", "tests/kernels/test_triton.py"]
+        wanted = ["--collect-only", TRITON]
     else:
         wanted = ["--durations=5", "--continue-on-collection-errors", *gpu_tests()]
         if find_spec("xdist"):
@@ -72,22 +75,22 @@ def sanitizer(record: Record) -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None and not record.tiny:
         raise FileNotFoundError("compute-sanitizer is not on the PATH; it comes with CUDA's toolkit")
-    pytest = [*PYTEST, "-k", "not addresses_beyond", "tests/kernels/test_triton.py"]
+    pytest = [*PYTEST, "-k", "not addresses_beyond", TRITON]
     commands = {name: [tool, "--tool", name, "--error-exitcode", "9", *pytest] for name in ("memcheck", "racecheck")}
-    commands["smallest gated graph"] = [sys.executable, "bench/gpu_gated.py", "sanitizer"]
+    commands["smallest gated graph"] = [sys.executable, "-m", "bench.gpu.gated", "sanitizer"]
     if record.tiny:
         commands = {name: [*pytest, "--version"] for name in commands}
     call(record, commands, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def gated(record: Record) -> None:
-    """bench/gpu_gated.py, which prints a line of JSON for each finding; a dry run only reads it in."""
-    read = "import runpy; print('read:', *runpy.run_path('bench/gpu_gated.py')['LIMITS'])"
-    arguments = ["-c", read] if record.tiny else ["bench/gpu_gated.py", *GATED]
+    """gated.py, which prints a line of JSON for each finding; a dry run only imports it."""
+    arguments = ["-c", "from bench.gpu import gated; print('imported:', *gated.LIMITS)"] if record.tiny else [
+        "-m", "bench.gpu.gated", *GATED]
     try:
-        call(record, {"gpu_gated.py": [sys.executable, *arguments]})
+        call(record, {"gated": [sys.executable, *arguments]})
     finally:  # stopped as well
-        for finding in findings(record.content["notes"].get("gpu_gated.py", dict(output=[]))["output"]):
+        for finding in findings(record.content["notes"].get("gated", dict(output=[]))["output"]):
             record.row(**finding)
             if "gated_by_captured" in finding:
                 reach = 1.15 if finding["rows"] == 2 else 1.05

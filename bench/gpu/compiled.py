@@ -8,14 +8,15 @@ import time
 import torch
 
 import harmonica_kernels as hk
+from bench.problems import Plain
+from bench.timing import relative_error
 from harmonica_dit.sample import denoise
 
 from . import models
 from .record import Record
-from .timing import error, interleaved
 
 
-class Compiled(models.Plain):
+class Compiled(Plain):
     """The plain model compiled, each call the next iteration of its CUDA graphs."""
 
     def __init__(self, net, tiny: bool):
@@ -30,13 +31,13 @@ class Compiled(models.Plain):
 
 def run(record: Record) -> None:
     net = models.model(record.tiny, record.device)
-    compiled, plain = Compiled(net, record.tiny), models.Plain(net, torch.bfloat16, models.config(record.tiny))
+    compiled, plain = Compiled(net, record.tiny), Plain(net, torch.bfloat16, models.config(record.tiny))
     for images, rounds in ((1, 15), (8, 9)):
         with torch.inference_mode(), record.attempt(f"{2 * images} rows, compiling"):
             measure(record, net, compiled, plain, images, rounds)
 
 
-def measure(record: Record, net, compiled: Compiled, plain: models.Plain, images: int, rounds: int) -> None:
+def measure(record: Record, net, compiled: Compiled, plain: Plain, images: int, rounds: int) -> None:
     device, steps, rows = record.device, models.steps(record.tiny), 2 * images
     noise, executor = models.noise(net, images, device), hk.compile(denoise)
     ours, theirs, eager = (models.trajectory(m, images, device, steps) for m in (net, compiled, plain))
@@ -44,11 +45,11 @@ def measure(record: Record, net, compiled: Compiled, plain: models.Plain, images
     found = denoise(theirs, noise)
     record.note(f"{rows} rows, seconds until the first compiled trajectory", time.monotonic() - began)
     record.stage(f"{rows} rows, timing")
-    record.check(f"{rows} rows: compiled beside eager", error(found, denoise(eager, noise)), 0.1)
+    record.check(f"{rows} rows: compiled beside eager", relative_error(found, denoise(eager, noise)), 0.1)
     for _ in range(3):  # runs, records, replays
         executor(ours, noise)
-    seconds = record.samples(f"{rows} rows", interleaved(
-        {"compiled": lambda: denoise(theirs, noise), "ours": lambda: executor(ours, noise)}, rounds, device))
+    seconds = record.time(f"{rows} rows", {"compiled": lambda: denoise(theirs, noise),
+                                           "ours": lambda: executor(ours, noise)}, rounds)
     record.row(rows=rows, **{f"{name}, ms": value * 1e3 for name, value in seconds.items()})
     record.ratio(f"{rows} rows, uncached: torch.compile(max-autotune) / ours", seconds["compiled"] / seconds["ours"],
                  1.0)

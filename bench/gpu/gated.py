@@ -1,4 +1,4 @@
-"""Device-gated trajectories on a GPU, from the smallest case up: `python bench/gpu_gated.py [STEP ...]`.
+"""Device-gated trajectories on a GPU, from the smallest case up: `python -m bench.gpu.gated [STEP ...]`.
 
 Every step is a process of its own with a time limit, and prints lines of JSON before the next one begins, so that a run
 that fails half-way says where. Not yet run.
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,15 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from bench import ROOT
+from bench.problems import random_schedule
+from bench.timing import interleave, medians
+from harmonica_dit.flops import Flops
+from harmonica_dit.sample import denoise
+from support.loops import Table, Trajectory
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gated")]
+from . import models
+
 DEVICE, TRAJECTORIES = torch.device("cuda", 0), 10_000
 LIMITS = dict(smallest=60, dit=150, bodies=60, cublas=60, change=60, memory=60, sanitizer=90)  # seconds
 
@@ -44,17 +50,10 @@ def report(**facts) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def milliseconds(call, repeats: int = 20) -> float:
-    """Median time on the device; the first three calls, which warm up and capture, are not counted."""
-    times = []
-    for _ in range(repeats + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[3:])
+def milliseconds(candidates: dict[str, Callable[[], object]], rounds: int = 20) -> dict[str, float]:
+    """Each one's median time on the device, interleaved, after three calls that warm up and record."""
+    found = medians(interleave(candidates, rounds, warmup=3, device=DEVICE))
+    return {name: 1e3 * seconds for name, seconds in found.items()}
 
 
 def agree(found: Tensor, expected: Tensor, limit: float, **facts) -> bool:
@@ -89,8 +88,6 @@ def sanitizer() -> None:
 
 
 def bodies() -> None:
-    from support.loops import Table, Trajectory
-
     right = True
     for _ in range(20):
         T, K = random.randint(1, 6), random.randint(1, 9)
@@ -111,39 +108,34 @@ def bodies() -> None:
 
 
 def cublas() -> None:
-    from support.loops import Table, Trajectory
-
     T, K = 20, 60
     trajectory = Trajectory(T, K, n=2, tokens=256, width=1152, dtype=torch.bfloat16, plain=True)
     there, gated = trajectory.to(DEVICE), gated_executor()
     noise = torch.randn(trajectory.shape, device=DEVICE)
     for share in (1.0, 0.5, 0.0):
         gated.load(Table((torch.rand(T, K) < share).float()))
-        time_ms = milliseconds(lambda: gated(there, noise))
+        time_ms = milliseconds({"gated": lambda: gated(there, noise)})["gated"]
         report(step="cublas", computed=1 - gated.reused.float().mean().item(), ms=time_ms)
 
 
 def dit() -> None:
-    from bench.gpu import models
-    from harmonica_dit.sample import denoise
-
     net, right = models.model(False, DEVICE), True
     for images in (1, 8):
         trajectory, noise = dit_trajectory(net, images)
-        schedule, rows = random_schedule(trajectory, 0.375), 2 * images
+        schedule, rows = new_schedule(trajectory, 0.375), 2 * images
         captured, gated = hk.compile(denoise), hk.compile(denoise, mode="gated")
         with torch.no_grad():
             begin = time.perf_counter()
             found, expected = (executor(trajectory, noise, schedule) for executor in (gated, captured))
             report(step="dit", rows=rows, first_calls_s=time.perf_counter() - begin)
             same = agree(found, expected, 0.02, step="dit", rows=rows, cur=schedule.cur)
-            times = {name: milliseconds(partial(executor, trajectory, noise, schedule))
-                     for name, executor in (("captured", captured), ("gated", gated))}
+            times = milliseconds({name: partial(executor, trajectory, noise, schedule)
+                                  for name, executor in (("captured", captured), ("gated", gated))})
             report(step="dit", rows=rows, **times)
             if same:  # or else the ratio would be of something else
                 report(step="dit", rows=rows, gated_by_captured=times["gated"] / times["captured"])
             right &= same
-            switch(gated, denoise, trajectory, noise)
+            switch(gated, trajectory, noise)
         captured.reset()
         if images == 1:
             gated.reset()
@@ -151,7 +143,7 @@ def dit() -> None:
     assert right
 
 
-def switch(gated, denoise, trajectory, noise) -> None:
+def switch(gated, trajectory, noise) -> None:
     """Time from a changed router to the end of the first image, with and without a new capture."""
     def first_image(executor, schedule) -> float:
         torch.cuda.synchronize()
@@ -161,31 +153,26 @@ def switch(gated, denoise, trajectory, noise) -> None:
         return time.perf_counter() - begin
 
     image = statistics.median(first_image(gated, None) for _ in range(5))
-    written = statistics.median(first_image(gated, random_schedule(trajectory, 0.4)) for _ in range(5))
+    written = statistics.median(first_image(gated, new_schedule(trajectory, 0.4)) for _ in range(5))
     new = hk.compile(denoise, mode="gated")
-    capture = first_image(new, random_schedule(trajectory, 0.4))
+    capture = first_image(new, new_schedule(trajectory, 0.4))
     new.reset()
     report(step="dit", rows=2 * len(noise), image_s=image, changed_router_s=written, new_capture_s=capture,
            change_alone_s=written - image, capture_alone_s=capture - image)
 
 
 def change() -> None:
-    from bench.gpu import models
-    from harmonica_dit.sample import denoise
-
     trajectory, noise = dit_trajectory(models.model(False, DEVICE), 1)
     gated = hk.compile(denoise, mode="gated", rule="change")
     with torch.no_grad():
         for threshold in (0.0, 0.05, 0.1, 0.2, 1e9):
             gated.threshold = threshold
-            time_ms = milliseconds(lambda: gated(trajectory, noise), 10)
+            time_ms = milliseconds({"gated": lambda: gated(trajectory, noise)}, 10)["gated"]
             report(step="change", threshold=threshold, reused=gated.reused.float().mean().item(), ms=time_ms)
         report(step="change", calls_inside=calls(gated._last.run))
 
 
 def memory() -> None:
-    from support.loops import Table, Trajectory
-
     trajectory, gated = Trajectory(5, 6).to(DEVICE), gated_executor()
     noise = torch.randn(trajectory.shape, device=DEVICE)
     free = []
@@ -201,34 +188,22 @@ def memory() -> None:
 
 
 def gated_executor():
-    from support.loops import Trajectory
-
     return hk.compile(Trajectory.run, mode="gated")
 
 
 def dit_trajectory(net, images: int) -> tuple:
-    from bench.gpu import models
-
     return models.trajectory(net, images, DEVICE, steps=20), models.noise(net, images, DEVICE)
 
 
-def random_schedule(trajectory, cur: float):
-    """A schedule that reuses this share of all entries, drawn at random."""
-    from harmonica_dit.flops import Flops
-    from harmonica_dit.schedule import Schedule
-
+def new_schedule(trajectory, cur: float):
+    """One that reuses this share of all entries, drawn anew at each call."""
     names = trajectory.net.branch_names
-    T, K = trajectory.steps, len(names)
-    entries = torch.randperm((T - 1) * K)[: round(cur * T * K)]
-    compute = torch.ones(T * K, dtype=torch.bool)
-    compute[K + entries] = False
-    return Schedule(compute.view(T, K), names, Flops((1.0,) * K, 0.0))
+    return random_schedule(names, Flops((1.0,) * len(names), 0.0), trajectory.steps, cur, seed=random.getrandbits(31))
 
 
 def calls(run) -> dict[str, int]:
     """The CUDA calls of the host while `run` works, by name."""
-    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=both) as profile:
+    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile:
         run()
     torch.cuda.synchronize()
     return dict(Counter(event.name for event in profile.events() if event.name.startswith(("cuda", "cu"))))

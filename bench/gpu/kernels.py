@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.timing import capture, relative_error, side_stream
 from harmonica_kernels import ops
 from harmonica_kernels.ops import Term, reference
 
 from .record import Record
-from .timing import captured, error, interleaved, side_stream
 
 ROTATE = 256 << 20
 LAUNCHES = 16  # of a graph, at least
@@ -66,11 +66,11 @@ def run(record: Record) -> None:
 def measure(record: Record, name: str, case: Case) -> None:
     with torch.no_grad():
         for what, ours, exact in case.check():
-            record.check(f"{name}: {what}", error(ours, exact), TOLERANCE)
+            record.check(f"{name}: {what}", relative_error(ours, exact), TOLERANCE)
     launches = max(case.sets, 2 if record.tiny else LAUNCHES)
 
     def each(f: Callable[[int], object]) -> Callable[[], object]:
-        return captured(lambda: [f(i % case.sets) for i in range(launches)], record.device)
+        return capture(lambda: [f(i % case.sets) for i in range(launches)], record.device)
 
     candidates = {"ours": each(case.ours), "eager": each(case.eager)}
     if case.bytes:
@@ -79,8 +79,7 @@ def measure(record: Record, name: str, case: Case) -> None:
         targets = [half.clone() for _ in range(case.sets)]
         candidates["copy"] = each(lambda i: targets[i].copy_(sources[i]))
         candidates["elementwise"] = each(lambda i: torch.neg(sources[i], out=targets[i]))
-    found = interleaved(candidates, ROUNDS, record.device)
-    seconds = record.samples(name, {key: [s / launches for s in values] for key, values in found.items()})
+    seconds = record.time(name, candidates, ROUNDS, launches=launches)
     row = {"ours, µs": seconds["ours"] * 1e6, "eager / ours": seconds["eager"] / seconds["ours"]}
     if case.bytes:
         copied = min(seconds["copy"], seconds["elementwise"])
@@ -126,7 +125,7 @@ def norm_case(device: torch.device, shape: tuple[int, int, int], R: int, rotate:
         return reference.residual_norm(x[i], runs[i], [0.0] * R, shift, scale)[1]
 
     def check() -> list[tuple[str, Tensor, Tensor]]:
-        exact_x, exact_h = reference.residual_norm(x[0].double(), doubled(runs[0]), [0.0] * R, shift.double(),
+        exact_x, exact_h = reference.residual_norm(x[0].double(), in_float64(runs[0]), [0.0] * R, shift.double(),
                                                    scale.double())
         ours(0)
         return [("h", h[0], exact_h), ("x", x[0], exact_x)]
@@ -134,7 +133,7 @@ def norm_case(device: torch.device, shape: tuple[int, int, int], R: int, rotate:
     return Case(bytes, sets, ours, eager, check)
 
 
-def doubled(run: Sequence[Term]) -> list[Term]:
+def in_float64(run: Sequence[Term]) -> list[Term]:
     return [Term(term.latest.double(), None, term.gate.double()) for term in run]
 
 

@@ -11,7 +11,8 @@ import re
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench import ROOT
+
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -44,7 +45,7 @@ def merge(folder: Path, results: Path, tiny: bool) -> list[Path]:
     print(f"\n{gpu}")
     for name, part in merged["parts"].items():
         state = "finished" if part["finished"] and not part["failed"] else f"NOT WHOLE, last at: {part['stage']}"
-        print(f"{name}: {part['seconds']:.0f} s, {state}; {part['machine']['date']}, {part['machine']['commit'][:12]}")
+        print(f"{name}: {part['seconds']:.0f} s, {state}; {part['machine']['date']}, {part['machine']['commit']}")
         for failure in part["failed"]:
             print(f"  failed: {failure}")
         for ratio in part["ratios"]:

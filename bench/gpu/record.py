@@ -2,19 +2,20 @@
 
 import json
 import os
-import platform
-import subprocess
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
 
-from .merge import ROOT, ratio_line
+from bench.record import machine, moment, read_output
+from bench.timing import interleave, medians, quartiles
+
+from .merge import ratio_line
 
 
 class Record:
@@ -28,7 +29,7 @@ class Record:
         self.device = torch.device("cpu" if tiny else "cuda")
         self.failed: dict[str, str] = {}
         self.content: dict[str, Any] = dict(
-            part=part, finished=False, seconds=0.0, stage="", machine=machine(tiny), ratios=[], rows=[], checks=[],
+            part=part, finished=False, seconds=0.0, stage="", machine=describe(tiny), ratios=[], rows=[], checks=[],
             samples={}, notes={}, failed=self.failed)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -58,14 +59,22 @@ class Record:
         self.content["stage"] = stage
         self._write()
 
-    def samples(self, group: str, seconds: dict[str, list[float]]) -> dict[str, float]:
-        """Keeps the candidates' samples; returns their medians in seconds."""
+    def time(self, group: str, candidates: dict[str, Callable[[], object]], rounds: int, *, launches: int = 1,
+             warmup: int = 2) -> dict[str, float]:
+        """Times the candidates interleaved and keeps their samples; returns their medians in seconds.
+
+        launches: how many of what is timed one call makes. In a dry run one round has to do.
+        """
+        if self.tiny:
+            rounds, warmup = 1, 0
+        found = interleave(candidates, rounds, warmup=warmup, device=self.device)
+        seconds = {name: [value / launches for value in values] for name, values in found.items()}
         for name, values in seconds.items():
             self.content["samples"][f"{group}: {name}"] = dict(
-                median=median(values), quartiles=quantiles(values, n=4) if len(values) > 1 else values * 3,
-                least=min(values), most=max(values), count=len(values), unit="s")
+                median=median(values), quartiles=quartiles(values), least=min(values), most=max(values),
+                count=len(values), unit="s")
         self._write()
-        return {name: median(values) for name, values in seconds.items()}
+        return medians(seconds)
 
     def check(self, what: str, error: float, limit: float) -> None:
         """Keeps a relative error; ValueError where it is over its limit or no number: what is wrong is not timed."""
@@ -77,7 +86,7 @@ class Record:
     def row(self, **columns: Any) -> None:
         """A line of the part's table."""
         self.content["rows"].append(columns)
-        self._say(", ".join(f"{name} {shown(value)}" for name, value in columns.items()))
+        self._say(", ".join(f"{name} {format_value(value)}" for name, value in columns.items()))
         self._write()
 
     def ratio(self, measure: str, value: float, reach: float, at_most: bool = False) -> None:
@@ -101,42 +110,17 @@ class Record:
         os.replace(part, self.path)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def machine(tiny: bool) -> dict[str, Any]:
-    """Where and with what it was measured."""
-    found = dict(date=datetime.now(timezone.utc).isoformat(timespec="seconds"), dry_run=tiny, commit=commit(),
-                 python=platform.python_version(), torch=torch.__version__, triton=triton_version())
+def describe(tiny: bool) -> dict[str, Any]:
+    """When, where and with what it was measured."""
+    found = moment() | machine() | dict(dry_run=tiny)
     if tiny:
         return found | dict(gpu="none: a dry run on the CPU with tiny sizes, its times mean nothing")
     properties = torch.cuda.get_device_properties(0)
     return found | dict(
-        gpu=properties.name, driver=output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        gpu=properties.name, driver=read_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), multiprocessors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size, memory_bytes=properties.total_memory)
-
-
-def commit() -> str:
-    if "HARMONICA_COMMIT" in os.environ:
-        return os.environ["HARMONICA_COMMIT"]
-    head = output("git", "rev-parse", "HEAD")
-    changed = output("git", "status", "--porcelain", "--untracked-files=no")
-    return f"{head}, changed" if head != "unknown" and changed not in ("", "unknown") else head
-
-
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return "none"
-    return triton.__version__
-
-
-def output(*command: str) -> str:
-    """A command's output, "unknown" where it fails or is not there."""
-    try:
-        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

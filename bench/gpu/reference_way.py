@@ -7,16 +7,15 @@ waits for the GPU; adaLN evaluated for skipped branches too. Sampler and guidanc
 import torch
 from torch import Tensor, nn
 
+from bench.problems import Plain
 from harmonica_dit.schedule import Schedule
 from support.plain_dit import modulate
-
-from .models import GUIDANCE, GUIDED, Plain
 
 
 class ReferenceWay(nn.Module):
     """The plain model under a schedule; a denoiser that keeps its own cache and finds the step by its timestep."""
 
-    guidance, guidance_channels, name = GUIDANCE, GUIDED, "reference"
+    guidance, guidance_channels, name = Plain.guidance, Plain.guidance_channels, "reference"
 
     def __init__(self, plain: Plain, schedule: Schedule, timesteps: list[int]):
         super().__init__()

@@ -1,22 +1,21 @@
 """SDT iterations of a DiT-XL/2 with random weights: time and peak memory of a trajectory, by loop.
 
-plain, published and ours are bench_sdt's loops: a sane eager loop in bfloat16, the published one as it is (float32 with
+plain, published and ours are sdt_loops's: a sane eager loop in bfloat16, the published one as it is (float32 with
 TF32, the model not frozen, the teacher with grad), and `train_trajectory` in bfloat16, replayed from graphs. Where one
 of them does not fit into the GPU at 64 rows, all are timed at half as many too, and so on. Peak memory is what was
 allocated, weights included, with nothing else on the GPU; T steps hold T - 1 iterations.
 """
 
 import gc
-from argparse import Namespace
 from collections.abc import Callable
 
 import torch
 
-from bench.bench_sdt import Problem
+from bench.sdt_loops import Problem
+from bench.timing import relative_error
 
 from .record import Record
 from .reference_way import tf32
-from .timing import error, interleaved
 
 LOOPS = {"plain": "bfloat16", "published": "float32", "ours": "bfloat16", "ours, checkpointing": "bfloat16"}
 ROUNDS, WARMUP = 3, 2  # graphs are recorded in the warm-up, but for the forward that fills the cache: in one round of 3
@@ -51,8 +50,7 @@ def measure(record: Record, images: int) -> bool:
         clean(record)
         problems = {dtype: problem(record, dtype, images, steps) for dtype in {LOOPS[loop] for loop in together}}
         candidates = {loop: runner(problems[LOOPS[loop]], loop) for loop in together}
-        seconds |= record.samples(f"{rows} rows, T = {steps}", interleaved(
-            candidates, ROUNDS, record.device, warmup=WARMUP))
+        seconds |= record.time(f"{rows} rows, T = {steps}", candidates, ROUNDS, warmup=WARMUP)
         del problems, candidates
     for loop, value in seconds.items():
         record.row(rows=rows, loop=loop, **{"ms an iteration": value / (steps - 1) * 1e3,
@@ -66,8 +64,8 @@ def measure(record: Record, images: int) -> bool:
 
 
 def problem(record: Record, dtype: str, images: int, steps: int) -> Problem:
-    return Problem(Namespace(model="DiT-S/8" if record.tiny else "DiT-XL/2", images=images, steps=steps, dtype=dtype,
-                             device=record.device.type))
+    model, depth = ("DiT-S/8", 1) if record.tiny else ("DiT-XL/2", None)
+    return Problem(model, images, steps, depth, dtype, record.device.type)
 
 
 def runner(problem: Problem, loop: str) -> Callable[[], list[float]]:
@@ -83,7 +81,7 @@ def peak(record: Record, loop: str, images: int, steps: int) -> int:
     if loop != "ours":
         clean(record)
         record.check(f"{2 * images} rows: the losses of {loop}, beside ours in {LOOPS[loop]}",
-                     error(losses, torch.tensor(runner(made, "ours")())), TOLERANCE[LOOPS[loop]])
+                     relative_error(losses, torch.tensor(runner(made, "ours")())), TOLERANCE[LOOPS[loop]])
     return found
 
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from bench.problems import Plain
+from bench.timing import branch_seconds, capture, relative_error, side_stream
 from harmonica_dit.sample import denoise
 
 from . import models
 from .record import Record
 from .reference_way import ReferenceWay, tf32
-from .timing import captured, error, interleaved, side_stream
 
 REACH = {1: dict(plain=3.0, reference=2.5), 8: dict(plain=1.2, reference=1.2)}  # by images: half as many as rows
 
@@ -27,8 +28,8 @@ REACH = {1: dict(plain=3.0, reference=2.5), 8: dict(plain=1.2, reference=1.2)}  
 def run(record: Record) -> None:
     net = models.model(record.tiny, record.device)
     config = models.config(record.tiny)
-    plain = models.Plain(net, torch.bfloat16, config)
-    exact = models.Plain(net, torch.float32, config)
+    plain = Plain(net, torch.bfloat16, config)
+    exact = Plain(net, torch.float32, config)
     measured = {}
     for images, rounds in ((1, 9), (8, 7)):
         with torch.inference_mode(), record.attempt(f"{2 * images} rows"):
@@ -39,7 +40,7 @@ def run(record: Record) -> None:
                 record.note(f"profile, {2 * images} rows, {name}", profile(candidates[name]))
 
 
-def measure(record: Record, net, plain: models.Plain, exact: models.Plain, images: int,
+def measure(record: Record, net, plain: Plain, exact: Plain, images: int,
             rounds: int) -> dict[str, Callable[[], Tensor]]:
     """Returns what was timed."""
     device, steps = record.device, models.steps(record.tiny)
@@ -66,9 +67,9 @@ def measure(record: Record, net, plain: models.Plain, exact: models.Plain, image
         eager = candidates[f"{name}, eager"]()
         for _ in range(3):  # runs, records, replays
             replayed = candidates[name]()
-        record.check(f"{2 * images} rows, {name}: captured beside eager", error(replayed, eager), 0.02)
+        record.check(f"{2 * images} rows, {name}: captured beside eager", relative_error(replayed, eager), 0.02)
 
-    seconds = record.samples(f"{2 * images} rows", interleaved(candidates | kinds, rounds, device))
+    seconds = record.time(f"{2 * images} rows", candidates | kinds, rounds)
     report(record, net, schedules, seconds, images)
     return candidates
 
@@ -79,9 +80,9 @@ def check(record: Record, where: str, ours, plain, exact, noise: Tensor) -> floa
     Returns that limit.
     """
     truth = exact.predict(noise, 0)
-    limit = 1.5 * error(plain.predict(noise, 0), truth) + 1e-3
+    limit = 1.5 * relative_error(plain.predict(noise, 0), truth) + 1e-3
     record.check(f"{where}: a forward of ours beside float32 (limit: plain bfloat16's, and half)",
-                 error(ours.predict(noise, 0), truth), limit)
+                 relative_error(ours.predict(noise, 0), truth), limit)
     return limit
 
 
@@ -90,8 +91,9 @@ def check_reuse(record: Record, where: str, ours, way, schedule, noise: Tensor, 
     other, cache = noise.flip(-1), hk.FeatureCache()
     for s, x in enumerate((noise, other)):
         found, truth = ours.predict(x, s, row=schedule.rows[s], cache=cache), way.predict(x, s)
-    record.check(f"{where}: a step with reuse beside the reference's way in float32", error(found, truth), limit)
-    record.note(f"{where}: what reuse changed there", error(ours.predict(other, 1), truth))
+    difference = relative_error(found, truth)
+    record.check(f"{where}: a step with reuse beside the reference's way in float32", difference, limit)
+    record.note(f"{where}: what reuse changed there", relative_error(ours.predict(other, 1), truth))
 
 
 def bodies(net, rows: int) -> dict[str, Callable[[], object]]:
@@ -106,7 +108,7 @@ def bodies(net, rows: int) -> dict[str, Callable[[], object]]:
                 net.branches[k].body_out(h, None, outs[k])
         return call
 
-    return {kind: captured(all_of(i), h.device) for i, kind in enumerate(("attention bodies", "feed-forward bodies"))}
+    return {kind: capture(all_of(i), h.device) for i, kind in enumerate(("attention bodies", "feed-forward bodies"))}
 
 
 def report(record: Record, net, schedules: dict, seconds: dict[str, float], images: int) -> None:
@@ -119,7 +121,7 @@ def report(record: Record, net, schedules: dict, seconds: dict[str, float], imag
     record.row(rows=rows, **{"attention body, µs": body[0] * 1e6, "feed-forward body, µs": body[1] * 1e6,
                              "fixed part, ms": fixed * 1e3})
     for name, schedule in schedules.items():
-        should = fixed + sum(body[k % 2] for row in schedule.rows for k, computed in enumerate(row) if computed)
+        should = fixed + branch_seconds(schedule.rows, body * each)
         wall = seconds["ours"] / seconds[name]
         published = seconds[f"{name}, reference's way, float32"] / seconds[name]
         in_bf16 = seconds[f"{name}, reference's way, bfloat16"] / seconds[name]
@@ -134,10 +136,7 @@ def report(record: Record, net, schedules: dict, seconds: dict[str, float], imag
 
 def profile(call: Callable[[], object]) -> str:
     """Where the GPU's time goes in one call: kernels by their total."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    if not torch.cuda.is_available():
-        activities.pop()
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as found:
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

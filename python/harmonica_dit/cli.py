@@ -29,7 +29,7 @@ console = Console()
 
 
 class Commands(TyperGroup):
-    """Says what went wrong in one line on stderr (exit code 2) and how to go on after Ctrl-C (130)."""
+    """Reports an error in one line on stderr (exit code 2). After Ctrl-C it says how to go on (exit code 130)."""
 
     def invoke(self, context):
         try:
@@ -49,66 +49,69 @@ app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pret
 
 Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, or the folder "
                                          "or repository of a diffusers pipeline.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="The model's weights, .pt or .safetensors; fashion-dit has its "
-                                                      "own.")]
-Prompts = Annotated[Path | None, typer.Option(help="Prompts for a text pipeline, one a line; as labels, they are "
-                                                   "numbered from 0.")]
-Dtype = Annotated[str, typer.Option(help="Of the model's weights: float32, bfloat16 or, but for training, float16.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.  [default: the model's own]")]
-Device = Annotated[str | None, typer.Option(help="Where to compute, such as cpu or cuda:1.  [default: cuda where there "
-                                                 "is one, else cpu]")]
-FILE = "A router's or a schedule's file, or the name of a bundled router, such as fashion-dit-2.0x"
-OwnGuidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the "
-                                                        "router's, or the model's own]")]
-OwnScheduler = Annotated[str | None, typer.Option(help='"ddim", or the name of a diffusers scheduler.  [default: the '
-                                                       'router\'s, or the model\'s own]')]
+Checkpoint = Annotated[Path | None, typer.Option(help="File of the model's weights, .pt or .safetensors; fashion-dit "
+                                                      "has its own.")]
+Prompts = Annotated[Path | None, typer.Option(help="File of prompts for a text pipeline, one a line; the labels are "
+                                                   "their numbers, from 0.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the model's weights: float32, bfloat16 or float16; training refuses "
+                                         "float16.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.", show_default="the model's own")]
+Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:1.",
+                                            show_default="cuda if there is one, else cpu")]
+FILE = "File of a router or a schedule, or the name of a bundled router, such as fashion-dit-2.0x"
+OwnGuidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.",
+                                                   show_default="the router's, or the model's own")]
+OwnScheduler = Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.',
+                                                  show_default="the router's, or the model's own")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")]
-Batch = Annotated[int, typer.Option(help="Images at a time.")]
-Threshold = Annotated[float | None, typer.Option(help="Compute where a router's score is above this, in place of the "
-                                                      "router's own threshold.")]
+Batch = Annotated[int, typer.Option(help="How many images to sample at a time.")]
+Threshold = Annotated[float | None, typer.Option(help="Compute a branch where the router's score is above this.",
+                                                 show_default="the router's own threshold")]
 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for pictures and figures.")] = Path("demo")) -> None:
-    """Train a router on the bundled model, sample with it, compare: a few minutes on a CPU."""
+    """Train a router on the bundled model, sample with it and compare it: a few minutes on a CPU."""
     check_folder(out)
     demonstration.run(out, console)
 
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for the router, its picture, the log and the checkpoint; the same "
-                                           "command goes on from there after Ctrl-C.")],
+    out: Annotated[Path, typer.Option(help="Folder for the router, its picture, the log and the checkpoint. After "
+                                           "Ctrl-C the same command goes on from the checkpoint.")],
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
     prompts: Prompts = None,
     dtype: Dtype = "float32",
     image_size: ImageSize = None,
     device: Device = None,
-    steps: Annotated[int, typer.Option(help="Steps of a trajectory, T.")] = 20,
+    steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
     target_speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach; 1.6 unless --target-cur or "
                                                               "--beta is given.")] = None,
     target_cur: Annotated[float | None, typer.Option(help="Cache utilization ratio to reach, from 0 to 1.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Weight of the cost, in place of a target.")] = None,
-    trajectories: Annotated[int, typer.Option(help="Trajectories to train on.")] = 500,
-    batch: Annotated[int, typer.Option(help="Images a trajectory; another number gives another router.")] = 32,
+    beta: Annotated[float | None, typer.Option(help="Weight of the cost in the loss, instead of a target.")] = None,
+    trajectories: Annotated[int, typer.Option(help="Number of trajectories to train on.")] = 500,
+    batch: Annotated[int, typer.Option(help="Images per trajectory; another number gives another router.")] = 32,
     lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-2,
-    threshold: Annotated[float, typer.Option(help="Compute where the score is above this. The paper's 0.1 is the "
-                                                      "default, 0.5 gave better routers. A target replaces it, at the "
-                                                      "end, by the threshold that meets the target.")] = 0.1,
-    importance: Annotated[str, typer.Option(help='How what reuse at a step costs the image is measured: "paper", '
+    threshold: Annotated[float, typer.Option(help="Threshold during training: a branch whose score is above it counts "
+                                                  "as computed. The default is the paper's; 0.5 gave better routers. "
+                                                  "With a target, the finished router gets the threshold that meets "
+                                                  "the target.")] = 0.1,
+    importance: Annotated[str, typer.Option(help='How to measure what reuse at a step costs the image: "paper", '
                                                  '"reference" (the published code) or "gain".')] = "paper",
-    extrapolation: Annotated[str, typer.Option(help='Reused outputs: "none" repeats them, a number forecasts them (1: '
-                                                  'first-order Taylor), "learned" learns how far.')] = "none",
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.  [default: the "
-                                                        "model's own]")] = None,
-    scheduler: Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.  '
-                                                       "[default: the model's own]")] = None,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in the backward: less "
-                                                "memory, more time.")] = False,
+    extrapolation: Annotated[str, typer.Option(help='What a reused branch returns: "none" repeats its latest output, a '
+                                                    'number forecasts with this coefficient (1: first-order Taylor), '
+                                                    '"learned" learns the coefficients.')] = "none",
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.",
+                                                   show_default="the model's own")] = None,
+    scheduler: Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.',
+                                                  show_default="the model's own")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations in the backward pass: "
+                                                "less memory, more time.")] = False,
     seed: Seed = 0,
 ) -> None:
-    """Train a router: which branches to compute at which step. No images are needed."""
+    """Train a router, which decides which branches to compute at which step. No images are needed."""
     if target_speedup is None and target_cur is None and beta is None:
         target_speedup = 1.6
     if extrapolation != "learned":
@@ -125,9 +128,11 @@ def train(
 
 @app.command()
 def sample(
-    out: Annotated[Path, typer.Option(help="A .png, or a .safetensors for the values themselves (such as latents).")],
-    labels: Annotated[str | None, typer.Option(help="Numbers or, for fashion-dit, class names, with commas between: "
-                                                    "dress,bag,3. All ten of fashion-dit by default.")] = None,
+    out: Annotated[Path, typer.Option(help="File to write: .png for a picture, .safetensors for the values themselves "
+                                           "(such as latents).")],
+    labels: Annotated[str | None, typer.Option(help="Labels, separated by commas: numbers or, for fashion-dit, class "
+                                                    "names, such as dress,bag,3.", show_default="the first ten")]
+    = None,
     schedule: Annotated[Path | None, typer.Option("--schedule", "--router", help=f"{FILE}; without one, everything is "
                                                   "computed.")] = None,
     threshold: Threshold = None,
@@ -137,7 +142,7 @@ def sample(
     dtype: Dtype = "float32",
     image_size: ImageSize = None,
     device: Device = None,
-    steps: Annotated[int | None, typer.Option(help="Steps; by default the schedule's, or 20.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps.", show_default="the schedule's, or 20")] = None,
     guidance: OwnGuidance = None,
     scheduler: OwnScheduler = None,
     seed: Seed = 0,
@@ -147,7 +152,7 @@ def sample(
     if out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"--out: got {out}, expected a .png or a .safetensors file")
     if threshold is not None and schedule is None:
-        raise ValueError("--threshold: it is a router's; give one with --router")
+        raise ValueError("--threshold: only a router has one; give a router with --router")
     check_file(out)
     net = load(model, checkpoint, prompts, dtype, image_size, device)
     if out.suffix == ".png" and net.sample_shape[0] not in (1, 3):
@@ -155,12 +160,12 @@ def sample(
                          "write a .safetensors file")
     found = None if schedule is None else read(schedule, net)
     used = None if found is None else schedule_of(found, threshold)
-    scheduler = own("scheduler", scheduler, [found], net.scheduler)
+    scheduler = option_value("scheduler", scheduler, [found], net.scheduler)
     if steps is None:
         steps = 20 if used is None else steps_of(used.steps, scheduler, net)
-    images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=used,
-                                  guidance=own("guidance", guidance, [found], net.guidance), scheduler=scheduler,
-                                  seed=seed, batch=batch)
+    guidance = option_value("guidance", guidance, [found], net.guidance)
+    images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=used, guidance=guidance,
+                                  scheduler=scheduler, seed=seed, batch=batch)
     if out.suffix == ".png":
         image_sheet(images, out)
     else:
@@ -173,34 +178,34 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for rows.json and tradeoff.png.")],
     schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help=f"{FILE}; may be given "
                                                         "again.")] = None,
-    every: Annotated[list[int] | None, typer.Option("--fora", help="FORA: compute at every n-th step, once repeated "
-                                                    "and once forecast; may be given again.  [default: 2 and 3]")]
-    = None,
-    fewer: Annotated[list[int] | None, typer.Option("--fewer", help="Plain sampling in so many steps; may be given "
-                                                    "again.")] = None,
-    samples: Annotated[int, typer.Option(help="Images a method; the Fréchet distance needs 2,000.")] = 200,
-    seeds: Annotated[int, typer.Option(help="How often all is repeated, with seeds 0, 1, …")] = 1,
+    every: Annotated[list[int] | None, typer.Option("--fora", help="Compare FORA, which computes at every n-th step, "
+                                                    "once repeating and once forecasting; may be given again.",
+                                                    show_default="2 and 3")] = None,
+    fewer: Annotated[list[int] | None, typer.Option("--fewer", help="Compare uncached sampling in this number of "
+                                                    "steps; may be given again.")] = None,
+    samples: Annotated[int, typer.Option(help="Images per method; the Fréchet distance needs 2,000.")] = 200,
+    seeds: Annotated[int, typer.Option(help="How often to repeat the comparison, with seeds 0, 1, …")] = 1,
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
     prompts: Prompts = None,
     dtype: Dtype = "float32",
     image_size: ImageSize = None,
     device: Device = None,
-    steps: Annotated[int, typer.Option(help="Steps of the uncached trajectory and of FORA; a file's schedule has "
-                                               "its own.")] = 20,
+    steps: Annotated[int, typer.Option(help="Number of steps of the uncached trajectory and of FORA; a schedule from "
+                                            "a file has its own.")] = 20,
     guidance: OwnGuidance = None,
     scheduler: OwnScheduler = None,
     batch: Batch = 64,
 ) -> None:
-    """Compare schedules, FORA and fewer steps on the same noise: error, label accuracy, speedup."""
+    """Compare schedules, FORA and sampling in fewer steps, on the same noise: error, label accuracy, speedup."""
     for name, value in (("--samples", samples), ("--seeds", seeds)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     check_folder(out)
     net = load(model, checkpoint, prompts, dtype, image_size, device, out)
     found = [read(path, net) for path in schedule or ()]
-    guidance = own("guidance", guidance, found, net.guidance)
-    scheduler = own("scheduler", scheduler, found, net.scheduler)
+    guidance = option_value("guidance", guidance, found, net.guidance)
+    scheduler = option_value("scheduler", scheduler, found, net.scheduler)
     methods = [name_after(path, one) for path, one in zip(schedule or (), found)]
     methods += [method for n in every or (2, 3) for method in fora_methods(net, steps, n)]
     methods += [Method(f"{n} steps", "fewer steps", n) for n in fewer or ()]
@@ -218,13 +223,13 @@ def evaluate(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help=f"{FILE}; or a .pt file that published code wrote.")],
-    out: Annotated[Path | None, typer.Option(help="The picture, a .png.  [default: beside the file]")] = None,
+    file: Annotated[Path, typer.Argument(help=f"{FILE}; or a .pt file from published code.")],
+    out: Annotated[Path | None, typer.Option(help="The picture, a .png.", show_default="beside the file")] = None,
     threshold: Threshold = None,
-    kind: Annotated[str, typer.Option(help=f"Whose a .pt file is: {' or '.join(KINDS)}.")] = KINDS[0],
+    kind: Annotated[str, typer.Option(help=f"Which published code wrote a .pt file: {' or '.join(KINDS)}.")] = KINDS[0],
 ) -> None:
     """Draw a router or a schedule, and say what it saves."""
-    out = out or file.parent / Router.find(file).with_suffix(".png").name  # a bundled one has nothing beside it here
+    out = out or file.parent / Router.find(file).with_suffix(".png").name  # of a bundled router: in the current folder
     check_file(out)
     found = load_published_router(file, kind) if file.suffix == ".pt" else read(file)
     schedule = schedule_of(found, threshold)
@@ -234,7 +239,7 @@ def show(
 
 def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, image_size: int | None,
          device: str | None, folder: Path | None = None):
-    """The denoiser that the options name; `folder` keeps the encoded prompts."""
+    """Loads the denoiser that the options name; `folder` keeps the encoded prompts."""
     return harmonica_dit.load(model, checkpoint, image_size=image_size, dtype=dtype,
                               device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
                               prompts=prompts and read_texts(prompts),
@@ -246,8 +251,8 @@ def describe(schedule: Schedule, path: Path) -> None:
                   soft_wrap=True)
 
 
-def own(option: str, given, found: list, default):
-    """An option's value: as given, or as the routers among `found` were trained with, or the default."""
+def option_value(option: str, given, found: list, default):
+    """An option's value: the given one, else the one that the routers in `found` were trained with, else `default`."""
     if given is not None:
         return given
     values = {getattr(one, option) for one in found if isinstance(one, Router)} - {None}
@@ -257,7 +262,7 @@ def own(option: str, given, found: list, default):
 
 
 def parse_labels(text: str | None, net) -> list[int]:
-    """Numbers and, for the bundled model, class names, separated by commas."""
+    """Labels from numbers and, for the bundled model, class names, separated by commas; None is the first ten."""
     if text is None:
         return list(range(min(10, net.num_classes)))
     names = {name.lower(): i for i, name in enumerate(CLASSES)} if net.name == "fashion-dit" else {}

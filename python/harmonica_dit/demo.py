@@ -1,4 +1,4 @@
-"""The demonstration: a router trained, used, and compared with the methods that need no training, in a few minutes."""
+"""The demonstration: trains a router, samples with it, and compares it with methods that need no training."""
 
 import json
 import os
@@ -26,20 +26,21 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
     Args:
         out: folder for grid.png, router.png, tradeoff.png, router.safetensors and rows.json.
         console: where the table goes.
-        steps, target_speedup, trajectories, batch: of the training; samples: images a method in the comparison.
+        steps, target_speedup, trajectories, batch: as in `train_router`.
+        samples: images per method in the comparison.
 
     Returns:
         The comparison's rows, see `compare`.
 
     Raises:
         OSError: `out` cannot be written to.
-        KeyboardInterrupt: Ctrl-C; the same call goes on with the training where it stopped.
+        KeyboardInterrupt: Ctrl-C; the same call goes on where the training stopped.
     """
     out = Path(out)
     net = harmonica_dit.load("fashion-dit")
     console.print(f"[bold]1.[/] Training a router for {steps} steps and {target_speedup:g}× fewer FLOPs, from noise "
                   f"alone: {trajectories} trajectories of {batch} images")
-    training = out / ".training"  # for an interrupted demo to go on from
+    training = out / ".training"  # an interrupted demo goes on from here
     router = train_router(net, steps=steps, target_speedup=target_speedup, trajectories=trajectories, batch=batch,
                           lr=0.1, importance="gain", extrapolation=1.0, out=training)
     router.save(out / "router.safetensors")
@@ -71,7 +72,7 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
 
 
 def fashion_judge() -> Judge:
-    """What judges the bundled model's samples."""
+    """The judge of the bundled model's samples."""
     return Judge(load_classifier(), REFERENCE)
 
 

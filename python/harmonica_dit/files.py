@@ -1,4 +1,4 @@
-"""Files: safetensors and JSON only, never unpickled, and replaced whole or not at all."""
+"""Files: safetensors and JSON, never pickle. A file is replaced whole or not at all."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 @contextmanager
 def replacement(path: str | os.PathLike):
-    """Yields a temporary path beside `path`; it takes `path`'s place when the block ends without an error.
+    """Yields a temporary path beside `path`; its file replaces `path` when the block ends without an error.
 
     An interruption at any moment leaves the old file whole.
 
@@ -26,7 +26,7 @@ def replacement(path: str | os.PathLike):
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "x") as made:  # not tempfile's: its files are their owner's alone, whatever the umask
+        with open(temporary, "x") as made:  # tempfile would ignore the umask: only the owner could read its files
             mode = os.fstat(made.fileno()).st_mode
     except OSError as error:
         raise type(error)(error.errno, f"cannot write into the folder of {path}: {error.strerror}") from None
@@ -34,7 +34,7 @@ def replacement(path: str | os.PathLike):
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(temporary, mode)  # safetensors puts a file of its own in this one's place
+        os.chmod(temporary, mode)  # safetensors has replaced the file by one of its own
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -64,7 +64,7 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
             metadata = {name: json.loads(value) for name, value in (opened.metadata() or {}).items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError, too
         raise ValueError(f"{path}: its metadata is not JSON: {error}") from None
     return tensors, metadata
 
@@ -86,7 +86,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
 
 
 def check_folder(folder: Path) -> None:
-    """Makes the folder and a file in it, so that what cannot be written is known before the work begins."""
+    """Makes the folder and a file in it, so that a folder that cannot be written is refused before the work begins."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

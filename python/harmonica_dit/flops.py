@@ -7,12 +7,13 @@ from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of one row's forward: each of the K branches', and what no schedule skips."""
+    """Floating-point operations of a forward of batch 1: each of the K branches', and `fixed`, which no schedule skips.
+    """
 
     branches: tuple[float, ...]
     fixed: float
@@ -23,7 +24,7 @@ class Flops:
 
 
 def count_flops(net) -> Flops:
-    """Counts one row's forward of a denoiser (matrix products and convolutions; a branch's are its body's)."""
+    """Counts a denoiser's forward of batch 1: matrix products and convolutions. A branch's are those in its body."""
     parameter = next(net.parameters())
     x = torch.zeros(1, *net.sample_shape, dtype=parameter.dtype, device=parameter.device)
     zero = torch.zeros(1, dtype=torch.long, device=parameter.device)
@@ -35,22 +36,32 @@ def count_call(net, call: Callable[[], object]) -> Flops:
     counts = [0.0] * len(net.branches)
     counter = FlopCounterMode(display=False)
 
-    def counted(k, body, h, context):
+    def count_body(k, body, h, context):
         before = counter.get_total_flops()
         o = body(h, context)
         counts[k] = float(counter.get_total_flops() - before)
         return o
 
-    # the math back end, because its matrix products are counted on every device
+    # the math back end, because torch counts its matrix products on every device
     with (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter,
-          replace_bodies(net, lambda k, body: partial(counted, k, body))):
+          replace_bodies(net, lambda k, body: partial(count_body, k, body))):
         call()
     return Flops(tuple(counts), float(counter.get_total_flops()) - sum(counts))
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which by itself leaves out the attention kernel of the CPU."""
+
+    def attention(query, key, value, *_, out_shape=None, **__) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention})
+
+
 @contextmanager
 def replace_bodies(net, new: Callable[[int, Callable], Callable]):
-    """Body k of the denoiser replaced by new(k, body), until the block ends."""
+    """Replaces body k of the denoiser by new(k, body) until the block ends."""
     branches = list(net.branches)
     net.branches[:] = [replace(b, body=new(k, b.body), body_out=None) for k, b in enumerate(branches)]
     try:

@@ -16,27 +16,28 @@ from harmonica_dit.models import CONFIGS, DiT, latent_side
 def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: int | None = None,
          prompts: Sequence[str] | None = None, embeddings: str | os.PathLike | None = None,
          dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu", attention: str = "sdpa"):
-    """A denoiser, in evaluation mode and without gradients for its weights.
+    """Loads a denoiser, in evaluation mode and without gradients for its weights.
 
     A denoiser is a module `net(x, t, y, row=, forecast_weights=, cache=, threshold=)` with `name`, `sample_shape`,
-    `num_classes` (which as a label stands for none), `branches` (a list) and `branch_names`, and what trajectories
-    use unless told otherwise: `guidance`, `guidance_channels` and `scheduler`. Labels are classes, or the numbers of a
-    text model's prompts.
+    `num_classes`, `branches` (a list) and `branch_names`. Its `guidance`, `guidance_channels` and `scheduler` are the
+    defaults of trajectories. Labels are classes, or the numbers of a text model's prompts; the label `num_classes`
+    stands for none.
 
     Args:
         name: "fashion-dit", the bundled model; a configuration of facebookresearch/DiT such as "DiT-XL/2"; or the
             folder or repository of a diffusers pipeline (DiT, PixArt-α, PixArt-Σ).
         checkpoint: a DiT's weights, facebookresearch's `.pt` or safetensors; required for a configuration.
-        image_size: in pixels, by default 256 for a configuration and a pipeline's own; the latent's side is an eighth.
-        prompts: of a text pipeline. They are encoded once, then the text encoder is let go.
-        embeddings: file in which the encoded prompts are kept, and from which they are read the next time.
-        dtype: of the weights: float32, bfloat16 or float16. device: where they are to lie, such as "cuda".
-        attention: back end of a DiT, "sdpa" (PyTorch's choice of flash attention, cuDNN and its own) or "xformers"; a
-            pipeline keeps its own processors.
+        image_size: in pixels; the latent's side is an eighth of it. None is 256 for a configuration, and a pipeline's
+            own size.
+        prompts: of a text pipeline. They are encoded once; then the text encoder is freed.
+        embeddings: file for the encoded prompts; if it exists, they are read from it.
+        dtype: of the weights: float32, bfloat16 or float16. device: of the weights, such as "cuda".
+        attention: back end of a DiT, "sdpa" (PyTorch chooses between flash attention, cuDNN and its own) or "xformers".
+            A pipeline keeps its own processors.
 
     Raises:
-        ValueError: the name, back end or device is not known, or the image size, the checkpoint, the prompts or the
-            file of embeddings do not fit the model.
+        ValueError: the name, dtype, back end or device is not known, or the image size, the checkpoint, the prompts or
+            the file of embeddings do not fit the model.
         ImportError: xformers is asked for and not installed.
         FileNotFoundError: there is no such checkpoint.
     """
@@ -91,8 +92,8 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """A state dict from safetensors or, without running any code in it, from a `.pt` file."""
-    state = unpickled_tensors(path)
+    """Reads a state dict from a safetensors or `.pt` file. No code in the file is run."""
+    state = read_checkpoint(path)
     if isinstance(state, dict) and "ema" in state:
         state = state["ema"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -100,8 +101,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return state
 
 
-def unpickled_tensors(path: str | os.PathLike):
-    """What a safetensors or `.pt` file holds: tensors in plain containers. No code in the file is run.
+def read_checkpoint(path: str | os.PathLike):
+    """Reads a safetensors or `.pt` file of tensors in plain containers. No code in the file is run.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -113,7 +114,7 @@ def unpickled_tensors(path: str | os.PathLike):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # of facebookresearch/DiT's training checkpoints
+        with torch.serialization.safe_globals([argparse.Namespace]):  # facebookresearch/DiT's checkpoints hold one
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what its readers raise: pickle, zip and runtime errors
+    except Exception as error:  # torch passes on the errors of its readers: pickle, zip and runtime errors
         raise ValueError(f"{path} is not a checkpoint of plain tensors: {error}") from None

@@ -1,4 +1,4 @@
-"""Routers that the published code of Learning-to-Cache and HarmoniCa trained, read without running code in the file."""
+"""Reads routers trained by the published code of Learning-to-Cache and HarmoniCa. No code in their files is run."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harmonica_dit.flops import Flops, count_flops
-from harmonica_dit.load import unpickled_tensors
+from harmonica_dit.load import read_checkpoint
 from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
@@ -21,19 +21,20 @@ ALWAYS = 20.0  # a logit whose score is 1 in float32: above every threshold but 
 
 def load_published_router(path: str | os.PathLike, kind: str = "learning-to-cache", *, net=None,
                           threshold: float = 0.1) -> Router:
-    """A router that published code trained for DDIM sampling of a DiT, from its `.pt` file; no code in it is run.
+    """Reads the `.pt` file of a router that published code trained for DDIM sampling of a DiT.
 
     Args:
-        kind: whose file it is. "harmonica": every row as it is. "learning-to-cache": each odd row of the file, the
-            noisiest too, computes everything, as its sampler does; only the others have been trained.
-        net: the model that the router is to fit, which gives it branch names and FLOPs: a denoiser, or diffusers'
-            `DiTTransformer2DModel`. None: the DiT of facebookresearch/DiT that the file names, DiT-XL/2 at 256
-            pixels where it names none.
+        kind: which code wrote the file. "harmonica": every row is taken as it is. "learning-to-cache": the file's odd
+            rows, the noisiest among them, compute everything, as in its sampler; only the even rows were trained.
+        net: the model for which the router is made: a denoiser, or diffusers' `DiTTransformer2DModel`. The router takes
+            its branch names and FLOPs. None: the DiT of facebookresearch/DiT that the file names, or DiT-XL/2 at 256
+            pixels if it names none.
         threshold: τ.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no whole file of this kind, or not for this model; the message says what was expected.
+        ValueError: the file is not a whole one of this kind, or is for another model; the message says what was
+            expected.
 
     Source: Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733); HarmoniCa (Huang et al., ICML 2025).
     """
@@ -43,12 +44,12 @@ def load_published_router(path: str | os.PathLike, kind: str = "learning-to-cach
 def _arguments(path: str | os.PathLike, kind: str, net) -> dict:
     """The arguments of the `Router` that the file holds.
 
-    The file is a dict whose "routers" maps "{i}.prob" to the logits [K] of DDIM's i-th timestep in rising order, so
-    i = T-1 is the noisiest; entry 2·b is block b's attention and 2·b+1 its feed-forward.
+    The file is a dict. Its "routers" maps "{i}.prob" to the logits [K] of DDIM's i-th timestep in rising order, so
+    i = T-1 is the noisiest. Entry 2·b is block b's attention, entry 2·b+1 its feed-forward.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    content = unpickled_tensors(path)
+    content = read_checkpoint(path)
     made_with = content.get("args") if isinstance(content, dict) else None
     made_with = vars(made_with) if isinstance(made_with, argparse.Namespace) else {}
     if isinstance(made_with.get("image_size"), Tensor):
@@ -71,7 +72,7 @@ def _arguments(path: str | os.PathLike, kind: str, net) -> dict:
         if T % 2:
             raise ValueError(f"{path}: holds {T} rows; Learning-to-Cache trains every second one and needs an even "
                              "number")
-        logits[::2] = ALWAYS  # its sampler forgets everything at odd i, whatever the file holds there
+        logits[::2] = ALWAYS  # its sampler computes everything at odd i, whatever the file holds there
     timesteps = tuple(t.item() for t in make_scheduler("ddim", T).timesteps)
     size = made_with.get("image_size")
     return dict(logits=logits, branches=branches, flops=flops or _flops(net), timesteps=timesteps, model=model,
@@ -93,7 +94,7 @@ def _rows(path: str | os.PathLike, content) -> list:
 
 
 def _model(path: str | os.PathLike, K: int, made_with: dict) -> tuple[str, tuple[str, ...], Flops]:
-    """Name, branches and FLOPs of the model that the file's own settings name, DiT-XL/2 at 256 where they don't."""
+    """Name, branches and FLOPs of the model in the file's settings; by default of DiT-XL/2 at 256 pixels."""
     name, image_size = made_with.get("model", "DiT-XL/2"), made_with.get("image_size", 256)
     if not isinstance(name, str) or name not in CONFIGS or image_size not in (256, 512):
         raise ValueError(f"{path}: was made for the model {name!r} at {image_size!r} pixels, which is not known here; "
@@ -106,7 +107,7 @@ def _model(path: str | os.PathLike, K: int, made_with: dict) -> tuple[str, tuple
 
 
 def _flops(net) -> Flops:
-    """Of a denoiser, or of an adapter of diffusers' DiT."""
+    """FLOPs of a denoiser, or of an adapter of diffusers' DiT."""
     if hasattr(net, "sample_shape"):
         return count_flops(net)
     transformer = net.transformer
@@ -117,7 +118,10 @@ def _flops(net) -> Flops:
 
 
 def _branches_and_flops(config: dict) -> tuple[tuple[str, ...], Flops]:
-    """Of a DiT of `config`, from one and two of its blocks, which all cost the same, so that no whole one is built."""
+    """Branch names and FLOPs of a DiT of `config`.
+
+    All blocks cost the same. So they are counted in models of one and two blocks, and the whole one needs no memory.
+    """
     one, two = (count_flops(_empty(config | dict(depth=depth))) for depth in (1, 2))
     with torch.device("meta"):
         branches = DiT(**config).branch_names

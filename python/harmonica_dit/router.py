@@ -27,25 +27,25 @@ from harmonica_dit.validate import (
 BUNDLED = Path(__file__).parent / "fashion" / "routers"
 LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
 FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
-OPTIONAL = ("resolution", "architecture")  # files of before these were kept have none
+OPTIONAL = ("resolution", "architecture")  # older files lack these
 
 
 class Router(nn.Module):
-    """Scores r[s, k] = sigmoid(logit[s, k]), one Parameter [K] a row; row 0 computes everything and has none.
+    """Scores r[s, k] = sigmoid(logit[s, k]), one Parameter [K] per row; row 0 computes everything and has none.
 
-    A row has a Parameter of its own because AdamW's momentum would go on moving the other rows of a single tensor.
+    Each row has its own Parameter. In a single tensor, AdamW's momentum would go on moving the other rows.
 
     Args:
         logits: float32 [T, K], T ≥ 2; row 0 is not used.
-        branches: the K branches' names in execution order. flops: what a row's forward costs, branch by branch.
-        timesteps: the T timesteps of the trajectory it is for.
+        branches: the K branches' names in execution order. flops: of a forward of batch 1, branch by branch.
+        timesteps: the T timesteps of the trajectory.
         extrapolation: float32 [T, K] extrapolation coefficients a (row 0 is not used), or None to repeat.
         learn_extrapolation: whether the coefficients are trained.
         threshold: τ; branch k is computed at step s iff r[s, k] > τ.
-        model, scheduler: names. guidance: of the trajectories it was trained on.
-        beta: the weight of the cost in its training. seed: of its training.
-        resolution: height and width of the latents that it was trained on, None where that is not known.
-        architecture: the fingerprint of the model's class (see `adapt`), None where it is not known.
+        model, scheduler: names. guidance: the guidance scale in training.
+        beta: the weight of the cost in training. seed: of the training.
+        resolution: height and width of the latents in training, None if unknown.
+        architecture: the fingerprint of the model's class (see `adapt`), None if unknown.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -90,7 +90,7 @@ class Router(nn.Module):
 
     @property
     def history(self) -> int:
-        """Outputs that a feature cache keeps for each branch while this router runs softly."""
+        """How many outputs of each branch a feature cache keeps while this router's soft rows run."""
         return 1 if self.coefficients is None else 2
 
     def score(self, s: int) -> Tensor:
@@ -132,24 +132,24 @@ class Router(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike, net=None) -> "Router":
-        """Reads what `save` wrote, or the bundled router of a name such as "fashion-dit-2.0x" (see `find`).
+        """Reads a file that `save` wrote, or a bundled router by its name, such as "fashion-dit-2.0x" (see `find`).
 
-        With `net`, checks that it fits that model.
+        With `net`, it also checks that the router fits this model.
 
         Raises:
             FileNotFoundError: there is no such file, and no such bundled router.
-            ValueError: the file is not a whole router of this format, or is for other branches than the model's; the
-                message names the file and what was expected. Another model's name alone is a warning.
+            ValueError: the file is not a whole router of this format, or is for another architecture or other branches;
+                the message names the file and what was expected. If only the model's name differs, that is a warning.
         """
         path = cls.find(path)
         return cls.from_tensors(*load_tensors(path), path, net)
 
     @staticmethod
     def find(path: str | os.PathLike) -> Path:
-        """The file at `path` or, for a bare name that is no file here, of the bundled router of that name.
+        """The file at `path`; if there is none, the file of the bundled router of that name.
 
         Raises:
-            FileNotFoundError: there is neither; the message lists the bundled ones.
+            FileNotFoundError: there is neither; the message lists the bundled routers.
         """
         path = Path(path)
         if path.is_file():
@@ -161,7 +161,7 @@ class Router(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike, net=None) -> "Router":
-        """What `load` makes of a file's content; `path` is for its messages."""
+        """Makes a router from the content of a file, for `load`. path: for error messages."""
         tensors, metadata = check_content(tensors, metadata, path, "router", ("logits",), FIELDS, ("extrapolation",),
                                           OPTIONAL)
         try:
@@ -180,5 +180,5 @@ class Router(nn.Module):
 
 
 def decide(scores: Tensor, threshold: float) -> Tensor:
-    """r > τ, decided in float64 as a Python float would be: in float32, 0.1 is not above 0.1."""
+    """r > τ, compared in float64 as Python floats are. A float32 score of 0.1 is above τ = 0.1 only in float64."""
     return scores.detach().double() > threshold

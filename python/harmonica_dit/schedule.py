@@ -1,4 +1,4 @@
-"""A schedule: which branches are computed at which step, and how the others are forecast. Every method ends as one."""
+"""A schedule: which branches are computed at which step, and how the others are forecast. Every method makes one."""
 
 import math
 import os
@@ -9,10 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+import harmonica_kernels as hk
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
+from harmonica_dit.forecaster import TrunkForecaster
 from harmonica_dit.validate import (
     FORMAT,
+    WITH_FORECASTER,
     check_architecture,
     check_branches,
     check_content,
@@ -27,14 +30,15 @@ from harmonica_dit.validate import (
 )
 
 FIELDS = ("branches", "flops", "origin", "model", "timesteps")
-OPTIONAL = ("guidance", "resolution", "architecture")  # files of before these were kept have none
+OPTIONAL = ("guidance", "resolution", "architecture")  # older files lack these
+TABLES = ("states", "tokens", "own")  # of a forecaster
 
 
 def forecast_ratios(compute: Tensor) -> Tensor:
-    """What a coefficient a is multiplied by to give the forecast weight e of the step after `compute`'s rows.
+    """The ratios in e = a·ratio, from extrapolation coefficient a to forecast weight e, for the step after `compute`.
 
-    (steps since the latest computed output) / (steps between the last two computed ones), after TaylorSeer (Liu et
-    al., 2025), first order.
+    A ratio is (steps since the latest computed output) / (steps between the last two computed ones), as in TaylorSeer
+    (Liu et al., 2025) of first order.
 
     Args:
         compute: bool [s, K], the decisions of steps 0..s-1.
@@ -44,7 +48,7 @@ def forecast_ratios(compute: Tensor) -> Tensor:
     """
     s = len(compute)
     numbers = torch.arange(1, s + 1, device=compute.device)[:, None]
-    computed = torch.nn.functional.pad(torch.where(compute, numbers, 0), (0, 0, 1, 0))  # a row for "never"
+    computed = torch.nn.functional.pad(torch.where(compute, numbers, 0), (0, 0, 1, 0))  # step number 0 means "never"
     latest = computed.amax(0)
     previous = torch.where(computed < latest, computed, 0).amax(0)
     return torch.where(previous > 0, (s + 1 - latest) / (latest - previous), 0.0)
@@ -57,14 +61,15 @@ class Schedule:
     Args:
         compute: bool [T, K], True where branch k is computed at step s; row 0 computes everything.
         branches: the K branches' names in execution order.
-        flops: what a row's forward costs, branch by branch.
+        flops: of a forward of batch 1, branch by branch.
         extrapolation: float32 [T, K] extrapolation coefficients a; None is zeros, which repeat the latest output.
+        forecaster: of the trunk, for a schedule whose steps are computed whole or not at all; then nothing is
+            extrapolated branch by branch, and sampling takes the schedule's timesteps. None: branches are reused.
         origin: the method and its settings, in words.
-        model: name of the model that it was made for, "" if any.
-        timesteps: the T timesteps that it was made for, None if any.
-        guidance: the guidance scale that it was made for, None if any.
-        resolution: height and width of the latents that it was made for, None if any.
-        architecture: the fingerprint of the model's class (see `adapt`), None where it is not known.
+        model: name of the model that the schedule was made for; "" is any model.
+        timesteps, guidance, resolution: the T timesteps, the guidance scale, and height and width of the latents that
+            the schedule was made for; None is any.
+        architecture: the fingerprint of the model's class (see `adapt`), None if unknown.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -80,6 +85,7 @@ class Schedule:
     guidance: float | None = None
     resolution: tuple[int, int] | None = None
     architecture: dict[str, str | int] | None = None
+    forecaster: TrunkForecaster | None = None
 
     def __post_init__(self):
         compute = self.compute
@@ -106,6 +112,21 @@ class Schedule:
             raise ValueError(f"guidance: got {self.guidance!r}, expected a finite number")
         object.__setattr__(self, "resolution", check_resolution(self.resolution))
         check_architecture(self.architecture)
+        if self.forecaster is not None:
+            self._check_forecaster()
+
+    def _check_forecaster(self) -> None:
+        forecaster, compute = self.forecaster, self.compute
+        if not isinstance(forecaster, TrunkForecaster):
+            raise TypeError(f"forecaster: got {type(forecaster).__name__}, expected a TrunkForecaster")
+        if len(forecaster.states) != self.steps:
+            raise ValueError(f"forecaster: for {len(forecaster.states)} steps, the schedule has {self.steps}")
+        partly = (compute.any(1) & ~compute.all(1)).nonzero().flatten().tolist()
+        if partly:
+            raise ValueError(f"compute: steps {partly} are computed in part; a forecaster of the trunk needs each step "
+                             "computed whole or not at all")
+        if self.extrapolation.any():
+            raise ValueError("extrapolation: got coefficients beside a forecaster of the trunk; give one of both")
 
     @property
     def steps(self) -> int:
@@ -119,23 +140,38 @@ class Schedule:
 
     @property
     def speedup(self) -> float:
-        """FLOPs of the uncached trajectory / FLOPs of this one, what no schedule skips counted in both."""
+        """FLOPs of the uncached trajectory / FLOPs of this one. Both include the FLOPs that no schedule skips."""
         computed = (self.compute.double() @ torch.tensor(self.flops.branches, dtype=torch.float64)).sum().item()
+        if self.forecaster is not None:
+            computed += self.forecaster.flops(self.compute[:, 0].tolist())
         return self.steps * self.flops.total / (self.steps * self.flops.fixed + computed)
 
     @property
     def history(self) -> int:
-        """Outputs that a feature cache has to keep for each branch: 2 where a reused branch is forecast, else 1."""
+        """How many outputs of each branch a feature cache has to keep: 2 if any is forecast, else 1."""
+        if self.forecaster is not None:
+            return self.forecaster.history
         return 1 if all(row is None for row in self.forecast_weights) else 2
 
+    def new_cache(self) -> hk.FeatureCache | hk.TrunkCache:
+        """A cache for one trajectory."""
+        return hk.FeatureCache(self.history) if self.forecaster is None else hk.TrunkCache(self.history)
+
     @cached_property
-    def rows(self) -> tuple[tuple[bool, ...], ...]:
-        """The T hard rows."""
+    def rows(self) -> tuple[tuple[bool, ...] | bool | None, ...]:
+        """The T hard rows; with a forecaster of the trunk None for a computed step and False for a forecast one."""
+        if self.forecaster is not None:
+            return tuple(None if row[0] else False for row in self.compute.tolist())
         return tuple(map(tuple, self.compute.tolist()))
 
     @cached_property
-    def forecast_weights(self) -> tuple[tuple[float, ...] | None, ...]:
-        """The T rows of forecast weights e = a·ratio, 0 where a branch is computed; None for a row that has none."""
+    def forecast_weights(self) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
+        """For each step, K forecast weights e = a·ratio, 0 where a branch is computed, or None if all are 0.
+
+        With a forecaster of the trunk its weights, on the CPU.
+        """
+        if self.forecaster is not None:
+            return self.forecaster.weights(self.compute[:, 0].tolist())
         rows = []
         for s in range(self.steps):
             e = self.extrapolation[s] * forecast_ratios(self.compute[:s]) * ~self.compute[s]
@@ -143,24 +179,45 @@ class Schedule:
         return tuple(rows)
 
     def resampled(self, timesteps: tuple[float, ...]) -> "Schedule":
-        """For other timesteps, as many as you like: each row is the one of the nearest timestep; row 0 computes.
+        """This schedule for other timesteps, any number of them: each step takes the row of the nearest timestep.
+
+        Row 0 computes everything.
 
         Raises:
             ValueError: this schedule does not say what timesteps it was made for.
         """
+        if self.forecaster is not None:
+            raise ValueError("schedule: its forecaster's weights belong to its own timesteps and cannot be mapped to "
+                             "others")
         if self.timesteps is None:
             raise ValueError("schedule: does not say what timesteps it was made for, so its rows cannot be mapped to "
                              "others")
         timesteps = check_timesteps(timesteps, len(timesteps))
         made, wanted = (torch.tensor(values, dtype=torch.float64) for values in (self.timesteps, timesteps))
-        rows = (wanted[:, None] - made).abs().argmin(1)  # the noisier of two equally near
+        rows = (wanted[:, None] - made).abs().argmin(1)  # of two equally near ones the noisier
         compute = self.compute[rows]
         compute[0] = True
         return replace(self, compute=compute, extrapolation=self.extrapolation[rows], timesteps=timesteps,
                        origin=f"{self.origin}, resampled from {self.steps} steps")
 
+    def forecast_weights_on(self, device: torch.device) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
+        """`forecast_weights` with tensors on a device, where they stay."""
+        if self.forecaster is None:
+            return self.forecast_weights
+        if device not in self._moved:
+            self._moved[device] = tuple(step and hk.TrunkWeights(*(part if part is None else part.to(device)
+                                                                   for part in step)) for step in self.forecast_weights)
+        return self._moved[device]
+
+    @cached_property
+    def _moved(self) -> dict:
+        return {}
+
     def decision_tables(self) -> tuple[Tensor, Tensor | None]:
-        """Scores that every threshold decides alike, and extrapolation coefficients [T, K], for `executor.load`."""
+        """Scores and extrapolation coefficients [T, K], for `executor.load`.
+
+        The scores are ±∞, so every threshold decides alike. The coefficients are None if nothing is forecast.
+        """
         scores = torch.where(self.compute, math.inf, -math.inf)
         return scores, None if self.history == 1 else self.extrapolation
 
@@ -168,7 +225,13 @@ class Schedule:
         """Writes a safetensors file, whole or not at all."""
         metadata = {name: getattr(self, name) for name in FIELDS + OPTIONAL} | dict(
             kind="schedule", format=FORMAT, flops=[self.flops.branches, self.flops.fixed])
-        save_tensors(path, {"compute": self.compute, "extrapolation": self.extrapolation}, metadata)
+        tensors = {"compute": self.compute, "extrapolation": self.extrapolation}
+        if self.forecaster is not None:
+            metadata |= dict(format=WITH_FORECASTER, forecaster=dict(size=self.forecaster.size,
+                                                                     origin=self.forecaster.origin))
+            tensors |= {f"forecaster.{name}": table for name in TABLES
+                        if (table := getattr(self.forecaster, name)) is not None}
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Schedule":
@@ -182,19 +245,25 @@ class Schedule:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike) -> "Schedule":
-        """What `load` makes of a file's content; `path` is for its messages."""
+        """Makes a schedule from the content of a file, for `load`. path: for error messages."""
         tensors, metadata = check_content(tensors, metadata, path, "schedule", ("compute", "extrapolation"), FIELDS,
-                                          optional_fields=OPTIONAL)
+                                          tuple(f"forecaster.{name}" for name in TABLES), (*OPTIONAL, "forecaster"))
         try:
+            tables = {name: tensors.pop(f"forecaster.{name}", None) for name in TABLES}
+            about = metadata.pop("forecaster", None)
+            if about is not None:
+                metadata["forecaster"] = TrunkForecaster(**tables, size=about["size"], origin=about["origin"])
             return cls(**tensors, **metadata)
+        except KeyError as error:
+            raise ValueError(f"{path}: its forecaster has no {error}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def check(self, net, trajectory) -> None:
-        """Refuses a model with other branches or a trajectory of other length; other timesteps are a warning.
+        """Refuses another architecture, other branches and another number of steps; warns of other timesteps.
 
         Raises:
-            ValueError: it cannot run this schedule; the message says what differs.
+            ValueError: the schedule does not fit; the message says what differs.
         """
         check_fits("schedule: ", self, net)
         if trajectory.steps != self.steps:

@@ -1,4 +1,4 @@
-"""What routers, schedules and their files have to be: each check refuses what is not so, and names the argument."""
+"""Checks of routers, schedules and their files. Each refuses a wrong value and names the argument."""
 
 import math
 import os
@@ -10,21 +10,23 @@ from torch import Tensor
 from harmonica_dit.flops import Flops
 
 FORMAT = 1  # of router and schedule files
+WITH_FORECASTER = 2  # of schedule files with a forecaster, which older versions cannot follow
 
 
 def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathLike, kind: str,
                   tensors: tuple[str, ...], fields: tuple[str, ...], optional: tuple[str, ...] = (),
                   optional_fields: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
-    """The named tensors and metadata fields of what a router's or schedule's file holds, `flops` as `Flops`.
+    """The named tensors and metadata fields in the content of a router's or schedule's file, `flops` as `Flops`.
 
-    Optional ones are left out where the file has none.
+    Optional ones that the file lacks are left out.
 
     Raises:
-        ValueError: it is of no file of this kind and format, or something is missing.
+        ValueError: the file is of another kind or format, or lacks something.
     """
     if metadata.get("kind") != kind:
         raise ValueError(f"{path}: expected a {kind}, its metadata says kind={metadata.get('kind')!r}")
-    if metadata.get("format") != FORMAT:
+    forecasts = kind == "schedule" and "forecaster" in metadata
+    if metadata.get("format") != (WITH_FORECASTER if forecasts else FORMAT):
         raise ValueError(f"{path}: expected format version {FORMAT}, got {metadata.get('format')!r}; "
                          "another version of harmonica wrote it")
     missing = [name for name in tensors if name not in found] + [name for name in fields if name not in metadata]
@@ -40,7 +42,7 @@ def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathL
 
 
 def check_fits(where: str, made, net) -> None:
-    """Refuses a model of another architecture or with other branches; another name alone is a warning.
+    """Refuses a model of another architecture or with other branches; warns if only the name differs.
 
     made: a router or a schedule. net: a denoiser or an adapter.
     """
@@ -59,7 +61,7 @@ def check_fits(where: str, made, net) -> None:
 
 
 def check_table(name: str, table: Tensor, T: int, K: int) -> None:
-    """Refuses what is not a finite float32 tensor [T, K]."""
+    """Refuses everything but a finite float32 tensor [T, K]."""
     if not isinstance(table, Tensor) or table.dtype != torch.float32 or tuple(table.shape) != (T, K):
         raise TypeError(f"{name}: got {describe(table)}, expected a float32 tensor [{T}, {K}]")
     if not table.isfinite().all():
@@ -74,7 +76,7 @@ def check_branches(branches, K: int) -> tuple[str, ...]:
 
 
 def check_flops(flops, K: int) -> None:
-    """Refuses what is not a `Flops` of K branches with numbers ≥ 0 whose sum is finite and above 0."""
+    """Refuses everything but a `Flops` of K branches with numbers ≥ 0 whose sum is finite and above 0."""
     if not isinstance(flops, Flops):
         raise TypeError(f"flops: got {type(flops).__name__}, expected Flops")
     numbers = (*flops.branches, flops.fixed)
@@ -101,7 +103,7 @@ def check_resolution(resolution) -> tuple[int, int] | None:
 
 
 def check_architecture(architecture) -> None:
-    """Refuses what is neither None nor a dict of names and numbers."""
+    """Refuses everything but None and a dict whose keys are strings and whose values are strings or whole numbers."""
     if architecture is not None and not (isinstance(architecture, dict) and all(
             isinstance(key, str) and type(value) in (str, int) for key, value in architecture.items())):
         raise TypeError(f"architecture: expected a dict such as an adapter's, got {shorten(architecture)}")
@@ -121,7 +123,7 @@ def is_number(value) -> bool:
 
 
 def describe(value) -> str:
-    """What value is, for an error message."""
+    """A tensor's dtype and shape, or a value's type, for an error message."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 

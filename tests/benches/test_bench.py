@@ -1,45 +1,49 @@
-"""`harmonica bench` in a tiny setting: numbers that do not depend on the clock, and what is refused."""
+"""The suites of bench/ at tiny sizes: numbers that do not depend on the clock, and what is refused."""
 
-import json
+import io
+import multiprocessing
 
 import pytest
 import torch
-from harmonica_dit.bench import caches, measure, models, quantized
-from harmonica_dit.bench.classes import MODELS
 from rich.console import Console
-from typer.testing import CliRunner
 
-import harmonica_dit.cli
+from bench import bench_caches, bench_forward, bench_models, bench_quantized, bench_residual_norm, other_caches
+from bench.bench_sdt import resident
+from bench.diffusers_models import MODELS
+from bench.problems import random_schedule
+from bench.record import installed_version, table
 from harmonica_dit.flops import Flops
 
-DIT = ["--layers", "2", "--heads", "1", "--rounds", "1"]
+
+def test_memory_that_was_used_stays_in_the_peak():
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # whose peak begins at what it has
+        assert 64 << 20 <= pool.apply(use_memory, [64 << 20]) < 72 << 20
 
 
-def bench(*arguments):
-    return CliRunner().invoke(harmonica_dit.cli.app, ["bench", *map(str, arguments)])
-
-
-def rows_of(path, *arguments):
-    result = bench(*arguments, "--json", path)
-    assert result.exit_code == 0, result.output
-    return json.loads(path.read_text())
+def use_memory(size: int) -> int:
+    """Bytes by which the peak has grown after so many were used and given back."""
+    before = resident()
+    torch.ones(size, dtype=torch.uint8)
+    return resident() - before
 
 
 @pytest.fixture(scope="module")
-def of_models(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "models.json"
-    return rows_of(path, "models", "dit-xl-2-256", "pixart-alpha-256", "wan-1-frame", "flux-256", *DIT, "--steps", 4)
+def of_models():
+    """A row for each of four models."""
+    names = ("dit-xl-2-256", "pixart-alpha-256", "wan-1-frame", "flux-256")
+    return [bench_models.measure(name, **bench_models.TINY, cur=0.56).rows["cached"] for name in names]
 
 
 @pytest.mark.parametrize("number, name, K, shape", [
     (0, "dit-xl-2-256", 2 * 2, (2, 256, 72)), (1, "pixart-alpha-256", 3 * 2, (2, 256, 72)),
     (2, "wan-1-frame", 3 * 2, (1, 1560, 128))])
 def test_a_models_row(of_models, number, name, K, shape):
-    row = of_models["rows"][number]
+    row = of_models[number]
     B, N, D = shape
     assert (row["model"], row["K"], row["rows"], row["tokens"], row["width"]) == (name, K, B, N, D)
     assert row["cache_bytes"] == K * B * N * D * 4
     assert row["cur"] == pytest.approx(round(0.56 * 4 * K) / (4 * K))
+    assert row["wall_speedup"] == pytest.approx(row["seconds"]["plain"][1] / row["seconds"]["cached"][1])
     assert row["wall_over_flops"] == pytest.approx(row["wall_speedup"] / row["flops_speedup"])
     assert 1 < row["flops_speedup"] < 1 / (1 - row["cur"]) * 2
     assert row["error_at_cur_0"] < 1e-5 and row["path"] == ("generic" if name.startswith("wan") else "fused")
@@ -49,25 +53,19 @@ def test_a_models_row(of_models, number, name, K, shape):
 
 
 def test_single_stream_branches_are_clocked_with_what_feeds_them(of_models):
-    row = of_models["rows"][3]
+    row = of_models[3]
     assert row["K"] == 3 * 2 + 2 and row["tokens"] == 256 + 512 and row["error_at_cur_0"] == 0
-    runner = models.Runner(MODELS["flux-256"], 2, heads=1, layers=1)
+    runner = bench_models.Runner(MODELS["flux-256"], 2, heads=1, layers=1)
     modules = runner.adapter.modules
     assert len(modules[-1]) == 3  # proj_out, attn, proj_mlp
 
 
 def test_clocks_of_a_fused_adapter_leave_it_as_it_was():
-    runner = models.Runner(MODELS["dit-xl-2-256"], 2, heads=1, layers=1)
+    runner = bench_models.Runner(MODELS["dit-xl-2-256"], 2, heads=1, layers=1)
     branches = list(runner.adapter.branches)
     with torch.inference_mode(), runner.clocks() as seconds:
-        runner.cached(measure.random_schedule(runner.adapter.branch_names, runner.flops, 2, 0.0))
+        runner.cached(random_schedule(runner.adapter.branch_names, runner.flops, 2, 0.0))
     assert min(seconds) > 0 and runner.adapter.branches == branches
-
-
-def test_a_report_says_where_and_when(of_models):
-    about = of_models["settings"]
-    assert about["steps"] == 4 and about["cores"] >= 1 and len(about["load"]) == 3 and about["versions"]["torch"]
-    assert of_models["benchmark"] == "bench_models"
 
 
 def test_every_model_has_its_real_depth():
@@ -82,16 +80,14 @@ def test_every_model_has_its_real_depth():
 
 
 def test_a_random_schedule_reuses_what_was_asked_for():
-    schedule = measure.random_schedule([f"b{k}" for k in range(84)], Flops((1.0,) * 84, 0.0), 10, 0.56)
+    schedule = random_schedule([f"b{k}" for k in range(84)], Flops((1.0,) * 84, 0.0), 10, 0.56)
     assert schedule.cur == pytest.approx(0.56, abs=0.5 / 840) and schedule.compute[0].all()
     assert not torch.equal(schedule.compute[1], schedule.compute[2])
 
 
 @pytest.fixture(scope="module")
-def of_caches(tmp_path_factory):
-    path = tmp_path_factory.mktemp("caches") / "caches.json"
-    report = rows_of(path, "caches", *DIT[2:], "--layers", 3, "--steps", 6)
-    return {row["method"]: row for row in report["rows"]}
+def of_caches():
+    return bench_caches.measure(**bench_caches.TINY).rows
 
 
 @pytest.mark.parametrize("method, computed", [
@@ -100,7 +96,7 @@ def of_caches(tmp_path_factory):
     ("cache-dit DBCache", [6, 2, 6, 2, 6, 2])])
 def test_what_a_cache_skips_ours_skips(of_caches, method, computed):
     row = of_caches[method]
-    if method.startswith("cache-dit") and measure.installed("cache-dit") is None:
+    if method.startswith("cache-dit") and installed_version("cache-dit") is None:
         assert "not installed" in row["note"]
         return
     assert row["computed"] == computed and row["cur"] == pytest.approx(1 - sum(computed) / 36)
@@ -120,15 +116,16 @@ def test_what_cannot_run_on_dit_says_why(of_caches):
     assert all("speedup" not in of_caches[name] for name in ("diffusers SeaCache", "diffusers FasterCache"))
 
 
-@pytest.mark.parametrize("method", [caches.pyramid_attention_broadcast, caches.taylorseer, caches.mag_cache])
+@pytest.mark.parametrize("method", [other_caches.pyramid_attention_broadcast, other_caches.taylorseer,
+                                    other_caches.mag_cache])
 def test_the_work_skipped_is_the_branches_own(method):
     transformer, arguments = MODELS["dit-xl-2-256"].build(1, 2)
-    runner = models.Runner(MODELS["dit-xl-2-256"], 4, 1, 2)
+    runner = bench_models.Runner(MODELS["dit-xl-2-256"], 4, 1, 2)
     branches, flops = runner.adapter.branch_names, runner.flops
-    theirs, ours, schedule = caches.watched(transformer, 4, method, dict(method="", note=""), branches, flops)
-    everything = measure.random_schedule(branches, flops, 4, 0.0)
-    of_theirs = caches.Candidate(transformer, 4, caches.uncached)
-    of_ours = caches.Candidate(transformer, 4, lambda pipe, steps: caches.applied(pipe, everything))
+    theirs, ours, schedule = bench_caches.watch(transformer, 4, method, dict(method="", note=""), branches, flops)
+    everything = random_schedule(branches, flops, 4, 0.0)
+    of_theirs = bench_caches.Candidate(transformer, 4, other_caches.nothing)
+    of_ours = bench_caches.Candidate(transformer, 4, lambda pipe, steps: other_caches.ours(pipe, everything))
     own = sum(f for row in schedule.rows for f, c in zip(flops.branches, row) if not c)
     for candidate, computing in ((theirs, of_theirs), (ours, of_ours)):
         skipped = total_flops(computing.run) - total_flops(candidate.run)
@@ -144,17 +141,17 @@ def total_flops(run) -> float:
 
 
 def test_without_cache_dit_its_row_says_so(monkeypatch):
-    monkeypatch.setattr(caches, "installed", lambda package: None)
-    rows = caches.bench_caches(steps=2, rounds=1, heads=1, layers=2)
-    assert "not installed" in rows[-1]["note"] and "speedup" not in rows[-1]
+    monkeypatch.setattr(bench_caches, "installed_version", lambda package: None)
+    monkeypatch.setattr(bench_caches, "METHODS", {"cache-dit DBCache": (other_caches.cache_dit, "")})
+    measured = bench_caches.measure(**bench_caches.TINY)
+    row = measured.rows["cache-dit DBCache"]
+    assert "not installed" in row["note"] and "speedup" not in row and "cache-dit DBCache" not in measured.seconds
 
 
 @pytest.fixture(scope="module")
-def of_quantized(tmp_path_factory):
+def of_quantized():
     pytest.importorskip("torchao")
-    path = tmp_path_factory.mktemp("quantized") / "quantized.json"
-    report = rows_of(path, "quantized", "--heads", 4, "--layers", 2, "--rounds", 1, "--steps", 3, "--cur", 0.5)
-    return {row["weights"]: row for row in report["rows"]}
+    return bench_quantized.measure(**bench_quantized.TINY).rows
 
 
 def test_quantized_rows(of_quantized):
@@ -176,7 +173,7 @@ def test_what_the_hardware_lacks_is_said(of_quantized):
 def test_quantization_is_of_the_blocks_linears_alone():
     pytest.importorskip("torchao")
     transformer, _ = MODELS["pixart-alpha-256"].build(1, 1)
-    model = quantized.quantized(transformer, quantized.int8_weight_only)
+    model = bench_quantized.quantize(transformer, bench_quantized.int8_weight_only)
     block = model.transformer_blocks[0]
     assert type(block.attn1.to_q.weight) is not torch.nn.Parameter and type(model.proj_out.weight) is torch.nn.Parameter
     assert type(transformer.transformer_blocks[0].attn1.to_q.weight) is torch.nn.Parameter
@@ -186,30 +183,50 @@ def test_weights_that_were_left_as_they_were_are_no_row():
     torchao = pytest.importorskip("torchao.quantization")
     transformer, _ = MODELS["pixart-alpha-256"].build(1, 1)  # 72 and 288 wide: int4's groups of 128 fit neither
     with pytest.raises(ValueError, match="left transformer_blocks.0"):
-        quantized.quantized(transformer, lambda: torchao.Int4WeightOnlyConfig(group_size=128))
+        bench_quantized.quantize(transformer, lambda: torchao.Int4WeightOnlyConfig(group_size=128))
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["models", "resnet-50"], "model: got 'resnet-50'"),
-    (["models", "dit-xl-2-256", "--rounds", 0], "rounds: got 0"),
-    (["models", "dit-xl-2-256", "--heads", 0], "heads: got 0"),
-    (["models", "dit-xl-2-256", "--cur", 0.95, "--steps", 4, *DIT], "cur: got 0.95, expected 0 to 0.75"),
-    (["caches", "--steps", 1], "steps: got 1"),
-    (["caches", "--layers", 1], "layers: got 1"),
-    (["quantized", "--cur", -1, "--steps", 4, *DIT], "cur: got -1"),
-    (["quantized", "--layers", 0], "layers: got 0"),
-    (["models", "--json", "."], "is a folder"),
-    (["flowers"], "flowers")])
-def test_what_cannot_be_measured_is_said_in_one_line(arguments, said):
-    result = bench(*arguments)
-    assert result.exit_code == 2
-    lines = [line for line in result.stderr.splitlines() if line.startswith("harmonica: ")]
-    assert len(lines) == 1 and said in lines[0] and "Traceback" not in result.output
+def test_a_trajectorys_rows_hold_together():
+    found = bench_forward.measure("fashion-dit", **bench_forward.TINY)
+    assert found.seconds.keys() == {"plain", "ours", "clocked", "FORA n=2", "random"}
+    for kind, row in found.rows.items():
+        assert row["wall_over_flops"] == pytest.approx(row["wall_speedup"] / row["flops_speedup"])
+        assert row["wall_speedup"] == pytest.approx(found.seconds["ours"][0] / found.seconds[kind][0])
+        assert row["plain_over_ours"] == pytest.approx(found.seconds["plain"][0] / found.seconds["ours"][0])
+        assert row["flops_speedup"] > 1 and row["rows"] == 2
 
 
-def test_tables_show_every_row(of_models, of_caches):
-    console = Console(width=250, record=True, quiet=False, file=open("/dev/null", "w"))
-    console.print(measure.table("title", models.CAPTION, models.COLUMNS, of_models["rows"]))
-    console.print(measure.table("title", caches.CAPTION, caches.COLUMNS, list(of_caches.values())))
+def test_a_shape_of_residual_norm_is_measured():
+    copy = bench_residual_norm.Copy(rows=1, rotate=1)
+    for shape in (bench_residual_norm.CASES[0], bench_residual_norm.CASES[4]):
+        found = bench_residual_norm.measure(shape, copy, **bench_residual_norm.TINY)
+        row = found.rows["ours"]
+        moved = 256 * 1152 * (3 + shape.R if shape.R else 2) * shape.dtype.itemsize  # of one row of the batch
+        assert row["ours_gb_s"] == pytest.approx(moved / found.seconds["ours"][0] / 1e9) and row["shape"][:2] == "[1"
+        assert row["eager_over_ours"] == pytest.approx(found.seconds["eager"][0] / found.seconds["ours"][0])
+
+
+def test_a_short_call_is_timed_as_its_share_of_several(monkeypatch):
+    monkeypatch.setattr(bench_residual_norm, "interleave", lambda *_, **how: dict(ours=[6.0], eager=[9.0], copy=[1.0]))
+    copy, shape = bench_residual_norm.Copy(rows=1, rotate=1), bench_residual_norm.CASES[-1]
+    times = (1 << 20) // (4 * 1152 * 4)  # as often as its four tensors fit in 1 MB
+    found = bench_residual_norm.measure(shape, copy, **bench_residual_norm.TINY | dict(rotate=1 << 20))
+    assert found.seconds == dict(ours=[6 / times], eager=[9 / times], copy=[1])
+
+
+@pytest.mark.parametrize("measure, said", [
+    (lambda: bench_models.measure("dit-xl-2-256", **bench_models.TINY, cur=0.95), "cur: got 0.95, expected 0 to 0.75"),
+    (lambda: bench_quantized.measure(**bench_quantized.TINY | dict(cur=-1)), "cur: got -1"),
+    (lambda: bench_caches.measure(**bench_caches.TINY | dict(steps=1)), "steps: got 1"),
+    (lambda: bench_caches.measure(**bench_caches.TINY | dict(layers=1)), "layers: got 1")])
+def test_what_cannot_be_measured_is_said(measure, said):
+    with pytest.raises(ValueError, match=said):
+        measure()
+
+
+def test_tables_show_every_model_and_cache(of_models, of_caches):
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(table("title", bench_models.CAPTION, bench_models.COLUMNS, of_models))
+    console.print(table("title", bench_caches.CAPTION, bench_caches.COLUMNS, list(of_caches.values())))
     text = console.export_text()
-    assert all(row["model"] in text for row in of_models["rows"]) and all(name in text for name in of_caches)
+    assert all(row["model"] in text for row in of_models) and all(name in text for name in of_caches)

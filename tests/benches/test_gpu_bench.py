@@ -1,26 +1,26 @@
 """bench/gpu.sh runs through on a machine without a GPU, at tiny sizes: no Python error is left for the GPU to find."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+import time
 from textwrap import dedent
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-from bench.gpu import commands, models  # noqa: E402
-from bench.gpu.__main__ import PARTS, run  # noqa: E402
-from bench.gpu.commands import call, findings  # noqa: E402
-from bench.gpu.merge import merge  # noqa: E402
-from bench.gpu.record import Record  # noqa: E402
-from bench.gpu.reference_way import ReferenceWay  # noqa: E402
-from harmonica_dit.sample import denoise  # noqa: E402
+from bench import ROOT
+from bench.gpu import commands, gated, models
+from bench.gpu.__main__ import PARTS, run
+from bench.gpu.commands import call, findings
+from bench.gpu.merge import merge
+from bench.gpu.record import Record
+from bench.gpu.reference_way import ReferenceWay
+from bench.problems import Plain
+from bench.timing import interleave
+from harmonica_dit.sample import denoise
 
 MEASURED = ("kernels", "trajectory", "compiled", "attention", "sdt")
 
@@ -41,7 +41,7 @@ def test_the_reference_way_gives_the_same_images():
     noise, steps = models.noise(net, 2, cpu), 4
     for schedule in models.schedules(net, steps).values():
         ours = models.trajectory(net, 2, cpu, steps)
-        way = ReferenceWay(models.Plain(net, torch.float32, models.TINY), schedule, ours.timesteps)
+        way = ReferenceWay(Plain(net, torch.float32, models.TINY), schedule, ours.timesteps)
         with torch.inference_mode():
             theirs = denoise(models.trajectory(way, 2, cpu, steps), noise)
             torch.testing.assert_close(theirs, denoise(ours, noise, schedule), rtol=1e-4, atol=1e-4)
@@ -89,60 +89,59 @@ def test_a_command_that_hangs_is_ended(tmp_path):
 
 def test_the_tests_of_a_gpu_are_found():
     found = commands.gpu_tests()
-    assert {"tests/test_graph.py", "tests/kernels/test_triton.py", "tests/gated/test_gated_gpu.py"} <= {*found}
-    assert "tests/test_schedule.py" not in found
+    graphs = "tests/kernels/graphs"
+    assert {f"{graphs}/test_captured_gpu.py", f"{graphs}/gated/test_gated_gpu.py", commands.TRITON} <= {*found}
+    assert "tests/dit/test_schedule.py" not in found and all((ROOT / path).exists() for path in found)
 
 
 @pytest.fixture
-def gpu_gated(monkeypatch):
-    """bench/gpu_gated.py on the CPU, with a tiny model; a list of what it reports."""
-    path = [*sys.path]
-    spec = importlib.util.spec_from_file_location("gpu_gated", ROOT / "bench/gpu_gated.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model, module.reported = models.model, []
+def reported(monkeypatch):
+    """bench/gpu/gated.py on the CPU, with a tiny model and one round; a list of what it reports."""
+    model, found = models.model, []
     monkeypatch.setattr(models, "model", lambda tiny, device: model(True, device))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 2))
-    module.DEVICE, module.TRAJECTORIES = torch.device("cpu"), 102
-    module.milliseconds = lambda call, repeats=1: call() is None or 1.0
-    module.report = lambda **facts: module.reported.append(facts)
-    yield module
-    sys.path[:] = path
+    monkeypatch.setattr(gated, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gated, "TRAJECTORIES", 102)
+    monkeypatch.setattr(gated, "interleave", lambda candidates, rounds, **how: interleave(candidates, 1))
+    monkeypatch.setattr(gated, "report", lambda **facts: found.append(facts))
+    return found
 
 
 @pytest.mark.parametrize("step", ["dit", "bodies", "change", "memory"])
-def test_the_steps_of_the_gated_benchmark(gpu_gated, step):
-    getattr(gpu_gated, step)()
-    assert gpu_gated.reported and all(facts["step"] == step for facts in gpu_gated.reported)
-    ratios = [facts["rows"] for facts in gpu_gated.reported if "gated_by_captured" in facts]
+def test_the_steps_of_the_gated_benchmark(reported, step):
+    getattr(gated, step)()
+    assert reported and all(facts["step"] == step for facts in reported)
+    ratios = [facts["rows"] for facts in reported if "gated_by_captured" in facts]
     assert ratios == ([2, 16] if step == "dit" else [])
 
 
-def test_a_gated_trajectory_that_is_wrong_has_no_ratio(gpu_gated):
-    agree = gpu_gated.agree
-    gpu_gated.agree = lambda found, *args, **facts: agree(found * 1.1, *args, **facts)
-    gpu_gated.switch = gpu_gated.calls = lambda *_: None
+def test_a_gated_trajectory_that_is_wrong_has_no_ratio(reported, monkeypatch):
+    agree = gated.agree
+    monkeypatch.setattr(gated, "agree", lambda found, *args, **facts: agree(found * 1.1, *args, **facts))
+    for name in ("switch", "calls"):
+        monkeypatch.setattr(gated, name, lambda *_: None)
     with pytest.raises(AssertionError):
-        gpu_gated.dit()
-    assert not any("gated_by_captured" in facts for facts in gpu_gated.reported)
-    assert {facts["rows"] for facts in gpu_gated.reported if "difference" in facts} == {2, 16}
+        gated.dit()
+    assert not any("gated_by_captured" in facts for facts in reported)
+    assert {facts["rows"] for facts in reported if "difference" in facts} == {2, 16}
     nan = torch.tensor([1.0, float("nan")])
     assert not agree(nan, torch.ones(2), 0.02) and not agree(torch.ones(2), nan, 0.02)
 
 
-def test_a_step_that_hangs_or_fails_is_ended():
+def test_a_step_that_hangs_or_fails_is_ended(monkeypatch, capfd):
     """And the next one runs."""
-    done = python("""
-        import time, gpu_gated
-        gpu_gated.LIMITS = dict(hangs=2, fails=20, works=20)
-        gpu_gated.hangs, gpu_gated.fails = lambda: time.sleep(60), lambda: 1 / 0
-        gpu_gated.works = lambda: gpu_gated.report(found=1)
-        gpu_gated.main()
-    """)
-    assert [(f.get("step"), f.get("ended")) for f in findings(done.stdout.splitlines())] == [
+    monkeypatch.setattr(gated, "LIMITS", dict(hangs=2, fails=20, works=20))
+    monkeypatch.setattr(gated, "hangs", lambda: time.sleep(60), raising=False)
+    monkeypatch.setattr(gated, "fails", lambda: 1 / 0, raising=False)
+    monkeypatch.setattr(gated, "works", lambda: gated.report(found=1), raising=False)
+    monkeypatch.setattr(sys, "argv", ["gated"])
+    with pytest.raises(SystemExit) as ended:
+        gated.main()
+    out, err = capfd.readouterr()
+    assert [(f.get("step"), f.get("ended")) for f in findings(out.splitlines())] == [
         ("hangs", "no end within 2 s"), ("fails", 1), (None, None), ("works", 0)]
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert ended.value.code and "ZeroDivisionError" in err
 
 
 def test_a_part_that_is_stopped_has_time_to_say_so(tmp_path):
@@ -172,7 +171,7 @@ def test_a_part_that_is_stopped_has_time_to_say_so(tmp_path):
 
 def python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join(["bench", *sys.path])})
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_a_command_that_fails_is_a_failure(tmp_path):
@@ -217,6 +216,14 @@ def test_a_stopped_part_leaves_what_it_had(tmp_path):
         raise KeyboardInterrupt
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert not found["finished"] and found["stage"] == "third" and "wrong" in found["failed"]["second"]
+
+
+def test_a_sample_is_of_one_launch(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.gpu.record.interleave", lambda *_, **how: {"ours": [10.0, 30.0, 20.0]})
+    with Record("kernels", tmp_path, tiny=True) as record:
+        assert record.time("gelu", {"ours": print}, 3, launches=10) == {"ours": 2}
+    assert record.content["samples"] == {"gelu: ours": dict(median=2, quartiles=[1.5, 2, 2.5], least=1, most=3, count=3,
+                                                            unit="s")}
 
 
 def test_what_is_wrong_is_not_timed(tmp_path):

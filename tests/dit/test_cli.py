@@ -34,7 +34,7 @@ def router(tmp_path_factory):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def sample_calls(monkeypatch):
     """What `sample` is called with, by the command or by a comparison."""
     calls = []
 
@@ -71,19 +71,20 @@ def test_sample_with_a_router_uses_its_steps(router, tmp_path):
 @pytest.mark.parametrize("given, guidance, scheduler", [
     ([], 3.0, "DPMSolverMultistepScheduler"),
     (["--guidance", 1, "--scheduler", "ddim"], 1.0, "ddim")])
-def test_guidance_and_scheduler_are_the_routers_own_unless_given(asked, tmp_path, command, given, guidance, scheduler):
+def test_guidance_and_scheduler_are_the_routers_own_unless_given(sample_calls, tmp_path, command, given, guidance,
+                                                                 scheduler):
     make_router(tmp_path / "own.safetensors", guidance=3.0, scheduler="DPMSolverMultistepScheduler")
     out = tmp_path / ("x.safetensors" if command[0] == "sample" else "folder")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*other timesteps")
         result = harmonica(*command, "--router", tmp_path / "own.safetensors", *given, "--out", out)
     assert result.exit_code == 0, result.output
-    assert {(options["guidance"], options["scheduler"]) for options in asked} == {(guidance, scheduler)}
+    assert {(options["guidance"], options["scheduler"]) for options in sample_calls} == {(guidance, scheduler)}
 
 
-def test_without_a_router_guidance_and_scheduler_are_the_defaults(asked, tmp_path):
+def test_without_a_router_guidance_and_scheduler_are_the_defaults(sample_calls, tmp_path):
     assert harmonica("sample", "--out", tmp_path / "x.safetensors").exit_code == 0
-    assert (asked[0]["guidance"], asked[0]["scheduler"]) == (1.5, "ddim")
+    assert (sample_calls[0]["guidance"], sample_calls[0]["scheduler"]) == (1.5, "ddim")
 
 
 def test_routers_that_disagree_need_an_answer(tmp_path):
@@ -214,10 +215,10 @@ def test_a_router_for_a_scheduler_of_two_calls_a_step(tmp_path):
 
 
 def test_a_package_that_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
-    def missing(*_, **__):
+    def refuse_to_load(*_, **__):
         raise ImportError("PixArtAlphaPipeline requires transformers")
 
-    monkeypatch.setattr(harmonica_dit, "load", missing)
+    monkeypatch.setattr(harmonica_dit, "load", refuse_to_load)
     result = harmonica("sample", "--out", tmp_path / "x.png")
     assert (result.exit_code, result.stderr) == (2, "harmonica: PixArtAlphaPipeline requires transformers\n")
 
@@ -233,19 +234,19 @@ def test_an_unknown_kind_of_output_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_said_in_one_line(tmp_path, monkeypatch):
-    def diverged(*_, **__):
+    def diverge(*_, **__):
         raise FloatingPointError("the loss is not finite in trajectory 3")
 
-    monkeypatch.setattr(harmonica_dit.cli, "train_router", diverged)
+    monkeypatch.setattr(harmonica_dit.cli, "train_router", diverge)
     result = harmonica("train", "--out", tmp_path, *TINY)
     assert (result.exit_code, result.stderr) == (2, "harmonica: the loss is not finite in trajectory 3\n")
 
 
 @pytest.mark.parametrize("message, said", [("run it again to go on", "run it again to go on"), ("", "starts again")])
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, message, said):
-    def interrupted(*_, **__):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt(message)
 
-    monkeypatch.setattr(harmonica_dit.cli, "train_router", interrupted)
+    monkeypatch.setattr(harmonica_dit.cli, "train_router", interrupt)
     result = harmonica("train", "--out", tmp_path, *TINY)
     assert result.exit_code == 130 and said in result.stderr

@@ -105,12 +105,13 @@ class Malicious:
         return exec, ("raise SystemExit('the file was run')",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")  # torch's, of one of the damaged files
 def test_hostile_files_are_refused_by_name(net, tmp_path):
     path = tmp_path / "r.pt"
     rows = logits()
     good = {f"{i}.prob": row for i, row in enumerate(rows)}
 
-    def refused(message, content=None, **options):
+    def check_refusal(message, content=None, **options):
         if content is not None:
             torch.save(content, path)
         with pytest.raises(ValueError, match=message) as error:
@@ -118,31 +119,31 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
         assert str(path) in str(error.value)
 
     for content in (rows, [rows], {}, {"routers": rows}, {"model": good}):
-        refused("expected a dict with \"routers\"", content)
-    refused("0 entries", {"routers": {}})
-    refused("1 entries", {"routers": {"0.prob": rows[0]}})
-    refused("3.prob is missing", {"routers": good | {"9.prob": good["3.prob"]}} | {
+        check_refusal("expected a dict with \"routers\"", content)
+    check_refusal("0 entries", {"routers": {}})
+    check_refusal("1 entries", {"routers": {"0.prob": rows[0]}})
+    check_refusal("3.prob is missing", {"routers": good | {"9.prob": good["3.prob"]}} | {
         "routers": {name: row for name, row in (good | {"9.prob": rows[3]}).items() if name != "3.prob"}})
     for bad, said in ((rows[0, :3], "shape"), (rows[0].half(), "float16"), (torch.full((4,), float("nan")), "finite"),
                       (rows, "shape"), (7, "int"), (rows[0].to_sparse(), "4 finite"),
                       (torch.zeros(1).expand(10**12), "shape")):
-        refused(f"2.prob: got .*{said}", {"routers": good | {"2.prob": bad}})
+        check_refusal(f"2.prob: got .*{said}", {"routers": good | {"2.prob": bad}})
     for bad in (torch.zeros(1).expand(10**12), rows[0, :2], 7):  # the first row says how many branches there are
-        refused("branches", {"routers": good | {"0.prob": bad}})
+        check_refusal("branches", {"routers": good | {"0.prob": bad}})
     torch.save({"routers": good, "opt": None}, path)
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], whole[:-30], b"\x80\x04" + whole):
         path.write_bytes(damaged)
-        refused("not a checkpoint of plain tensors")
+        check_refusal("not a checkpoint of plain tensors")
     for write_it in (lambda: torch.save({"routers": good, "args": Malicious()}, path),
                      lambda: path.write_bytes(pickle.dumps(Malicious(), 2))):
         write_it()
-        refused("not a checkpoint of plain tensors")
-    refused("image_size: got a tensor", {"routers": good, "args": argparse.Namespace(image_size=torch.zeros(3))})
+        check_refusal("not a checkpoint of plain tensors")
+    check_refusal("image_size: got a tensor", {"routers": good, "args": argparse.Namespace(image_size=torch.zeros(3))})
     for settings in (argparse.Namespace(model="DiT-XXL/1"), argparse.Namespace(model=[1]),
                      argparse.Namespace(model="DiT-XL/2", image_size=[256])):
-        refused("not known here; pass it as net=", {"routers": good, "args": settings}, net=None)
-    refused("DiT-XL/2 has 56 branches.*net=", {"routers": good}, net=None)
+        check_refusal("not known here; pass it as net=", {"routers": good, "args": settings}, net=None)
+    check_refusal("DiT-XL/2 has 56 branches.*net=", {"routers": good}, net=None)
 
 
 def test_arguments_are_checked(net, tmp_path):

@@ -104,7 +104,7 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
     whole = path.read_bytes()
     tensors, metadata = load_tensors(path)
 
-    def refused(message):
+    def check_refusal(message):
         with pytest.raises(ValueError, match=message) as error:
             Router.load(path)
         assert str(path) in str(error.value)
@@ -112,9 +112,9 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
     huge_header = (10**12).to_bytes(8, "little")
     for damaged in (b"", whole[:5], whole[:-3], huge_header + whole[8:], b"PK\x03\x04" + whole):
         path.write_bytes(damaged)
-        refused("not a whole safetensors file")
+        check_refusal("not a whole safetensors file")
     save_file(tensors, path)
-    refused("expected a router")
+    check_refusal("expected a router")
     for name, value, message in (
             ("kind", "schedule", "expected a router"), ("format", "1", "format version"), ("threshold", 2, "threshold"),
             ("threshold", float("nan"), "threshold"), ("guidance", "x", "guidance"), ("seed", [1], "seed"),
@@ -124,16 +124,16 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
             ("seed", 10**400, "seed"), ("flops", [[10**400, 2], 4], "flops"), ("flops", [[1e308, 1e308], 4], "flops"),
             ("flops", [[-1, 2], 4], "flops")):
         save_tensors(path, tensors, metadata | {name: value})
-        refused(message)
+        check_refusal(message)
     for name, tensor, message in (("logits", torch.randn(4, 3), "branches"), ("logits", torch.randn(4), "logits"),
                                   ("logits", torch.randn(1, 2), "T ≥ 2"),
                                   ("logits", torch.randn(4, 2).half(), "float32"),
                                   ("logits", torch.full((4, 2), float("nan")), "logits: .*not finite"),
                                   ("extrapolation", torch.randn(2, 4), "extrapolation")):
         save_tensors(path, tensors | {name: tensor}, metadata)
-        refused(message)
+        check_refusal(message)
     save_tensors(path, {"extrapolation": tensors["extrapolation"]}, metadata)
-    refused("has to hold logits")
+    check_refusal("has to hold logits")
 
 
 BUNDLED_NAMES = sorted(file.stem for file in BUNDLED.glob("*"))

@@ -86,6 +86,8 @@ def test_a_coefficient_without_two_outputs_forecasts_nothing():
     (dict(timesteps=(10**400, 1)), ValueError, "timesteps: expected 2"),
     (dict(timesteps=(True, 1)), ValueError, "timesteps: expected 2"),
     (dict(origin=None), TypeError, "origin"),
+    (dict(architecture={"class": 1.5}), TypeError, "architecture"),
+    (dict(architecture={1: "class"}), TypeError, "architecture"),
 ])
 def test_what_is_no_schedule_is_refused(change, error, message):
     good = dict(compute=table("11", "01"), branches=NAMES, flops=FLOPS)
@@ -163,7 +165,7 @@ def test_hostile_files_are_refused_by_name(tmp_path):
     whole = path.read_bytes()
     tensors, metadata = load_tensors(path)
 
-    def refused(message):
+    def check_refusal(message):
         with pytest.raises(ValueError, match=message) as error:
             Schedule.load(path)
         assert str(path) in str(error.value)
@@ -171,25 +173,25 @@ def test_hostile_files_are_refused_by_name(tmp_path):
     for damaged in (b"", whole[:7], whole[:-1], b"\xff" * 8 + whole[8:], b"\x00" * 100,
                     whole.replace(b"BOOL", b"BOOM")):
         path.write_bytes(damaged)
-        refused("not a whole safetensors file")
+        check_refusal("not a whole safetensors file")
     save_file({"compute": tensors["compute"]}, path)
-    refused("expected a schedule")
+    check_refusal("expected a schedule")
     for name, value, message in (("kind", "router", "expected a schedule"), ("format", 2, "format version 1, got 2"),
                                  ("flops", 3, "flops"), ("flops", [["x", 1], 2], "flops"),
                                  ("branches", "ab", "branches"),
                                  ("timesteps", [1], "timesteps"), ("timesteps", {"a": 1}, "timesteps")):
         save_tensors(path, tensors, metadata | {name: value})
-        refused(message)
+        check_refusal(message)
     save_tensors(path, tensors, {name: value for name, value in metadata.items() if name != "flops"})
-    refused("has to hold flops")
+    check_refusal("has to hold flops")
     save_tensors(path, {"compute": tensors["compute"]}, metadata)
-    refused("has to hold extrapolation")
+    check_refusal("has to hold extrapolation")
     save_tensors(path, tensors | {"extrapolation": torch.full((2, 2), float("nan"))}, metadata)
-    refused("not finite")
+    check_refusal("not finite")
     save_file(tensors, path, {name: "[" * 100_000 for name in metadata})
-    refused("not JSON")
+    check_refusal("not JSON")
     save_file(tensors, path, {name: "9" * 10_000 for name in metadata})
-    refused("not JSON")
+    check_refusal("not JSON")
     with pytest.raises(FileNotFoundError, match="missing"):
         Schedule.load(tmp_path / "missing.safetensors")
 

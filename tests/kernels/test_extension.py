@@ -20,7 +20,13 @@ def python(code, **environment):
 
 @pytest.mark.parametrize("isa", kernels.available_isas())
 def test_environment_chooses_the_instruction_set(isa):
-    code = "from harmonica_kernels.ops._library import kernels; print(kernels.isa())"
+    code = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("harmonica_kernels._C", {kernels.__file__!r})
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+print(kernels.isa())
+"""
     assert python(code, HARMONICA_CPU=isa).stdout.strip() == isa
 
 

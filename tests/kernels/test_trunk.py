@@ -28,8 +28,8 @@ class Toy:
         return body
 
     def __call__(self, x, weights=None, *, cache, computed=True):
-        return hk.cached_forward(self.branches, x, self.mod if computed else self.final, row=None if computed else False,
-                                 forecast_weights=weights, cache=cache)
+        return hk.cached_forward(self.branches, x, self.mod if computed else self.final,
+                                 row=None if computed else False, forecast_weights=weights, cache=cache)
 
     def modulated(self, x, k):
         return layer_norm(x, (D,), eps=1e-6) * (1 + self.mod.scale[k][:, None]) + self.mod.shift[k][:, None]
@@ -83,7 +83,8 @@ def test_gradients_reach_the_weights_and_earlier_forwards():
     """Through a trajectory of a computed, a corrected and two forecast steps."""
     toy = Toy()
     x = [torch.randn(B, N, D, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    weights = [draw(1, own=True, tokens=False, grad=True), draw(2, grad=True), draw(2, tokens=False, own=False, grad=True)]
+    weights = [draw(1, own=True, tokens=False, grad=True), draw(2, grad=True),
+               draw(2, tokens=False, own=False, grad=True)]
     leaves = [*x, *(t for w in weights for t in w if t is not None)]
 
     def run(*leaves):
@@ -135,7 +136,7 @@ def test_an_interrupted_forward_leaves_the_cache_unusable():
     (dict(row=False, forecast_weights=draw(2)), ValueError, "weighs 2 cached states, the cache holds 1"),
     (dict(forecast_weights=TrunkWeights(torch.zeros(1, D + 1))), ValueError, r"states: got .*\(1, 9\), expected"),
     (dict(forecast_weights=TrunkWeights(torch.zeros(1, D), torch.zeros(2, D))), ValueError, "tokens: got"),
-    (dict(forecast_weights=TrunkWeights(torch.zeros(1, D), None, torch.zeros(1))), ValueError, "own: got"),
+    (dict(forecast_weights=TrunkWeights(torch.zeros(1, D), None, torch.zeros(3))), ValueError, "own: got"),
     (dict(forecast_weights=TrunkWeights(torch.zeros(1, D, device="meta"))), ValueError, "states: is on meta"),
 ])
 def test_bad_arguments_are_named_before_anything_is_touched(options, kind, message):

@@ -85,7 +85,7 @@ def hidden() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(1, 16, 4 * D, dtype=torch.bfloat16), torch.zeros(1, 4 * D, dtype=torch.bfloat16)
 
 
-def gated(history: int) -> None:
+def gated_norm(history: int) -> None:
     steps, branches, wide = 3, 4, torch.zeros(3, B, 6 * D, dtype=torch.bfloat16)
     modulation = hk.Modulation([wide[..., :D]] * (branches + 1), [wide[..., D : 2 * D]] * (branches + 1),
                                [wide[..., 2 * D : 3 * D]] * branches)
@@ -97,7 +97,7 @@ def gated(history: int) -> None:
 
 CALLS = {
     **{f"residual_norm R={R}": lambda R=R: forward(R) for R in (0, 1, 4, 28)},
-    **{f"gated_norm history={history}": lambda history=history: gated(history) for history in (1, 2)},
+    **{f"gated_norm history={history}": lambda history=history: gated_norm(history) for history in (1, 2)},
     "residual_norm R=1 store": lambda: forward(1, store=True),
     "residual_norm R=2 forecast": lambda: forward(2, forecast=True),
     "residual_norm R=16 forecast": lambda: forward(16, forecast=True),

@@ -25,11 +25,11 @@ class CpuRecorder:
         monkeypatch.setitem(captured.RECORDERS, "cpu", cls)
         allocate = FeatureCache._allocate
 
-        def noted(cache, dtype):
+        def note(cache, dtype):
             cls.caches.add(cache)
             allocate(cache, dtype)
 
-        monkeypatch.setattr(FeatureCache, "_allocate", noted)
+        monkeypatch.setattr(FeatureCache, "_allocate", note)
 
     def __init__(self, device):
         self.device = device

@@ -18,7 +18,7 @@ from support.loops import Trajectory
 WIDTHS = (2, 8, 16, 24, 96, 130)
 
 
-def decided(steps: int, branches: int, history: int) -> tuple[DecisionMemory, int]:
+def random_memory(steps: int, branches: int, history: int) -> tuple[DecisionMemory, int]:
     """The memory after a random number of steps of random decisions; and k, a branch computed there or K."""
     memory = DecisionMemory(steps, branches, history, torch.device("cpu"), parts=1)
     memory.scores.copy_(torch.rand(steps, branches))
@@ -30,7 +30,7 @@ def decided(steps: int, branches: int, history: int) -> tuple[DecisionMemory, in
     return memory, random.choice([*memory.compute.nonzero().flatten().tolist(), branches])
 
 
-def on(device: torch.device, memory: DecisionMemory) -> DecisionMemory:
+def copy_to(device: torch.device, memory: DecisionMemory) -> DecisionMemory:
     moved = DecisionMemory(memory.steps, memory.branches, memory.history, device, memory.parts)
     for name, value in vars(memory).items():
         if isinstance(value, torch.Tensor):
@@ -42,7 +42,7 @@ def check(device: torch.device) -> None:
     """One random problem; the kernel of `device` has to agree with the op on the CPU."""
     T, K = random.randint(1, 5), random.randint(1, 11)
     dtype = random.choice((torch.float32, torch.bfloat16, torch.float16))
-    memory, k = decided(T, K, random.choice((1, 2)))
+    memory, k = random_memory(T, K, random.choice((1, 2)))
     trajectory = Trajectory(T, K, tokens=random.randint(1, 3), width=random.choice(WIDTHS), dtype=dtype)
     expected = Parts(trajectory.loop(), memory, torch.randn(trajectory.shape), norm_on_cpu)
     for buffer in (expected.x, expected.tokens, expected.arena):
@@ -54,7 +54,7 @@ def check(device: torch.device) -> None:
         fresh[start % K] = expected.arena[0, start % K]
     expected.fresh = fresh
 
-    found = Parts(trajectory.to(device).loop(), on(device, memory), torch.randn(trajectory.shape).to(device),
+    found = Parts(trajectory.to(device).loop(), copy_to(device, memory), torch.randn(trajectory.shape).to(device),
                   norm_on_cuda)
     for name in ("x", "tokens", "arena"):
         getattr(found, name).copy_(getattr(expected, name))

@@ -171,7 +171,7 @@ def make(name: str):
     return transformer, arguments
 
 
-def moved(arguments: dict, s: int) -> dict:
+def arguments_at(arguments: dict, s: int) -> dict:
     """The arguments of step s: other latents."""
     name = next(iter(arguments))
     noise = torch.Generator().manual_seed(s)
@@ -186,7 +186,7 @@ def values(output) -> torch.Tensor:
     return torch.cat([t.flatten() for t in sample]) if isinstance(sample, list) else sample.flatten()
 
 
-def row(K, seed):
+def random_row(K, seed):
     """A random hard row that computes some and reuses some."""
     rng = random.Random(seed)
     computed = rng.sample(range(K), rng.randint(1, K - 1))

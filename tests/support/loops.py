@@ -127,3 +127,8 @@ class Table:
                     ratio = torch.tensor(float(s - steps[-1])) / float(steps[-1] - steps[-2])
                     weights[s, k] = self.extrapolation[s, k] * ratio
         return compute, weights.tolist()
+
+
+def compile_gated(rule="scores"):
+    """A device-gated executor of such trajectories."""
+    return hk.compile(Trajectory.run, mode="gated", rule=rule)

@@ -5,9 +5,10 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPip
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 
-def randomised(transformer, config):
+def random_model(cls, config):
+    """A small transformer of the class, its matrices drawn such that every branch matters."""
     torch.manual_seed(0)
-    transformer = transformer(**dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+    transformer = cls(**dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
                                      num_layers=2, patch_size=2) | config)
     with torch.no_grad():
         for p in transformer.parameters():
@@ -28,7 +29,7 @@ def save_pixart(folder, **config):
     encoder = T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=12, d_kv=6, d_ff=16, num_layers=1,
                                       num_heads=2)).eval()
     config = dict(sample_size=8, cross_attention_dim=16, caption_channels=12) | config
-    pipe = PixArtAlphaPipeline(tokenizer, encoder, small_vae(), randomised(PixArtTransformer2DModel, config),
+    pipe = PixArtAlphaPipeline(tokenizer, encoder, small_vae(), random_model(PixArtTransformer2DModel, config),
                                DPMSolverMultistepScheduler())
     pipe.save_pretrained(folder)
     return folder

@@ -15,19 +15,19 @@ from .named_methods import Method, check_names
 
 @dataclass
 class Tally:
-    """What one method's samples add up to, batch by batch."""
+    """Sums up one method's samples, batch by batch."""
 
     judge: Judge | None
     errors: list[float] = field(default_factory=list)
 
     def update(self, images: Tensor, uncached: Tensor, labels: Tensor) -> None:
-        """Takes in a batch [n, C, H, W], the uncached images from the same noise, and the labels [n] asked for."""
+        """Adds a batch [n, C, H, W]. uncached: the images from the same noise. labels: [n], those asked for."""
         self.errors += rmse(images, uncached).tolist()
         if self.judge is not None:
             self.judge.update(images, labels)
 
     def row(self, method: Method, steps: int, wall_speedup: float | None, seed: int) -> dict:
-        """The finished row, see `compare`; `steps`: of the uncached trajectory."""
+        """The method's row of `compare`. steps: of the uncached trajectory."""
         error = fmean(self.errors)
         return dict(
             name=method.name, family=method.family, steps=method.steps, seed=seed, samples=len(self.errors),
@@ -44,23 +44,23 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
 
     Args:
         net: a denoiser, see `harmonica_dit.load`.
-        methods: what to compare; the uncached run comes first by itself.
+        methods: the methods to compare; the uncached run is added as the first.
         labels: [n] whole numbers, one for each image.
         steps: T of the uncached trajectory.
         guidance, seed, batch, scheduler: as in `harmonica_dit.sample`; the scheduler calls the model once a step.
-        judge: makes a judge for each method; None where there is none for this model: then no label accuracy and
-            no Fréchet distance.
-        progress: called with the images done so far, over all methods: 0 when all arguments have been found good,
-            then after each batch of each method.
+        judge: makes a judge for each method. None leaves out label accuracy and Fréchet distance.
+        progress: called with the number of images done so far, over all methods: with 0 once the arguments are
+            checked, then after each batch of each method.
 
     Returns:
-        One plain dict a method, ready for JSON: name, family, steps, seed, samples, cur, flops_speedup, wall_speedup
-        (median over batches of the uncached time / this method's, run one after the other), error (mean RMSE against
-        the uncached images, on the scale [-1, 1]), psnr (of that error, in dB; None where it is 0), label_accuracy,
-        frechet (None below `metrics.MIN_FRECHET` samples).
+        One plain dict per method, ready for JSON: name, family, steps, seed, samples, cur, flops_speedup, wall_speedup
+        (uncached time / this method's, run one after the other; median over batches), error (mean RMSE against the
+        uncached images, on the scale [-1, 1]), psnr (of that error, in dB; None if it is 0), label_accuracy, frechet
+        (None below `metrics.MIN_FRECHET` samples).
 
     Raises:
-        ValueError: as `harmonica_dit.sample` does, or two methods have one name; before anything is sampled.
+        ValueError: as in `harmonica_dit.sample`; or two methods have the same name, or the scheduler calls the model
+            more than once a step. Nothing has been sampled then.
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch: got {batch!r}, expected a whole number ≥ 1")
@@ -71,7 +71,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
         trajectory = Trajectory(net, labels[:1], steps=method.steps, scheduler=scheduler, guidance=guidance)
         if trajectory.steps != method.steps:
             raise ValueError(f"scheduler: {scheduler!r} calls the model {trajectory.steps} times in {method.steps} "
-                             "steps; to compare, take one of one call a step")
+                             "steps; a comparison needs a scheduler of one call a step")
         if method.schedule is not None:
             method.schedule.check(net, trajectory)
     if progress is not None:
@@ -96,7 +96,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
 
 
 def time_sample(net, labels: Tensor, method: Method, **options) -> tuple[Tensor, float]:
-    """The images of `method` on the CPU, and the seconds until they were there."""
+    """The images of `method` on the CPU, and the seconds that it took to get them there."""
     start = time.perf_counter()
     images = sample(net, labels, steps=method.steps, schedule=method.schedule, **options).cpu()
     return images, time.perf_counter() - start

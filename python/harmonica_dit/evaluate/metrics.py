@@ -9,13 +9,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from harmonica_dit.files import load_tensors
 
-MIN_FRECHET = 2000  # fewer samples than this make the covariance of the features, and so the distance, meaningless
+MIN_FRECHET = 2000  # with fewer samples the features' covariance, and so the distance, means nothing
 
 
 def rmse(images: Tensor, reference: Tensor) -> Tensor:
     """Root mean square error of each image [n], images and reference [n, C, H, W] from the same noise.
 
-    Images in [-1, 1], clipped as a viewer would: an error of 2 is black for white.
+    Images are clipped to [-1, 1], as a viewer would do. An error of 2 is black for white.
     """
     if images.shape != reference.shape:
         raise ValueError(f"images: got shape {tuple(images.shape)}, expected the reference's {tuple(reference.shape)}")
@@ -28,10 +28,10 @@ def psnr(error: float) -> float:
 
 
 class Judge:
-    """Judges samples by a classifier; batches come in through `update`.
+    """Judges samples with a classifier. `update` takes them batch by batch.
 
-    The Fréchet distance (Heusel et al., 2017) is computed by torchmetrics, on the classifier's features in place of
-    Inception's and against statistics of the training images, so its scale is this project's own.
+    torchmetrics computes the Fréchet distance (Heusel et al., 2017) between the samples' features and statistics of
+    the training images. The features are the classifier's instead of Inception's, so the scale is this project's own.
 
     Args:
         classifier: has `features(images)`, `head(features)` and `num_features`.
@@ -41,7 +41,7 @@ class Judge:
 
     def __init__(self, classifier: nn.Module, reference: str | os.PathLike):
         self.classifier = classifier
-        self.frechet = FrechetInceptionDistance(feature=_Given(self.classifier.num_features))
+        self.frechet = FrechetInceptionDistance(feature=_PassThrough(self.classifier.num_features))
         tensors, metadata = load_tensors(reference)
         mean, covariance, count = tensors["mean"].double(), tensors["covariance"].double(), metadata["count"]
         self.frechet.real_features_sum = mean * count
@@ -51,29 +51,29 @@ class Judge:
 
     @torch.inference_mode()
     def update(self, images: Tensor, labels: Tensor) -> None:
-        """Takes in samples [n, C, H, W] in [-1, 1] that were asked for with labels [n]."""
+        """Adds samples [n, C, H, W] in [-1, 1]. labels: [n], those asked for."""
         features = self.classifier.features(images.clamp(-1, 1))
         self.right += (self.classifier.head(features).argmax(1) == labels).sum().item()
         self.frechet.update(features, real=False)
 
     @property
     def count(self) -> int:
-        """Samples seen."""
+        """Number of samples added."""
         return int(self.frechet.fake_features_num_samples)
 
     @property
     def label_accuracy(self) -> float:
-        """Share of the samples that the classifier gives the label they were asked for with."""
+        """Share of the samples to which the classifier gives the label asked for."""
         return self.right / self.count
 
     @property
     def frechet_distance(self) -> float | None:
-        """To the training images; None below `MIN_FRECHET` samples."""
+        """Fréchet distance to the training images; None below `MIN_FRECHET` samples."""
         return self.frechet.compute().item() if self.count >= MIN_FRECHET else None
 
 
-class _Given(nn.Module):
-    """Stands where torchmetrics expects a feature extractor: features are computed once, for labels and distance."""
+class _PassThrough(nn.Module):
+    """Stands in for torchmetrics' feature extractor: `Judge` computes the features once, for labels and distance."""
 
     def __init__(self, num_features: int):
         super().__init__()

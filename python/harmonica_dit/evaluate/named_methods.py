@@ -1,4 +1,4 @@
-"""Ways to spend less on a trajectory, named so that tables and plots know which belong together."""
+"""Methods that spend less on a trajectory. Tables and plots know them by name and family."""
 
 import os
 from collections import Counter
@@ -16,9 +16,9 @@ class Method:
     """One way to sample.
 
     Args:
-        name: of this setting, such as "FORA n=2"; family: of the method, such as "FORA": a line in a plot.
-        steps: how often the model is called; fewer than the uncached run's where steps are dropped.
-        schedule: a `Schedule` for those steps; None computes everything.
+        name: of this setting, such as "FORA n=2". family: of the method, such as "FORA"; it is one line in a plot.
+        steps: how often the model is called. The method "fewer steps" has fewer than the uncached run.
+        schedule: a `Schedule` for these steps; None computes everything.
     """
 
     name: str
@@ -32,19 +32,19 @@ class Method:
 
 
 def fewer_steps(steps: int, speedup: float) -> Method:
-    """The baseline that needs no method: the number of steps nearest to a FLOPs speedup, e.g. 12 of 20 for 1.67."""
+    """Uncached sampling in the number of steps that is nearest to a FLOPs speedup, e.g. 12 of 20 for 1.67."""
     fewer = max(1, round(steps / speedup))
     return Method(f"{fewer} steps", "fewer steps", fewer)
 
 
 def fora_methods(net, steps: int, every: int) -> list[Method]:
-    """FORA at every n-th step, once repeating and once with first-order forecasts (as TaylorSeer's)."""
+    """FORA at every n-th step: once repeating, once with first-order forecasts as in TaylorSeer."""
     return [Method(f"FORA n={every}", "FORA", steps, fora(net, steps, every)),
             Method(f"FORA n={every} + forecast", "FORA + forecast", steps, fora(net, steps, every, 1.0))]
 
 
 def read(path: str | os.PathLike, net=None) -> Router | Schedule:
-    """What a router's or a schedule's file holds; a bare name may be a bundled router's, see `Router.find`.
+    """Reads the router or schedule in a file; a bare name may be that of a bundled router, see `Router.find`.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, it holds neither, or its router does not fit `net`.
@@ -57,7 +57,7 @@ def read(path: str | os.PathLike, net=None) -> Router | Schedule:
 
 
 def schedule_of(found: Router | Schedule, threshold: float | None = None) -> Schedule:
-    """The schedule that `read` found; `threshold` replaces a router's own."""
+    """The schedule of what `read` found; `threshold` replaces a router's own."""
     if isinstance(found, Router):
         return found.schedule(threshold)
     if threshold is not None:
@@ -71,12 +71,15 @@ def read_schedule(path: str | os.PathLike, net=None, threshold: float | None = N
 
 
 def from_file(path: str | os.PathLike, net) -> Method:
-    """A router's or a schedule's file, see `read`, as a method."""
+    """The method in a router's or a schedule's file, see `read`."""
     return name_after(path, read(path, net))
 
 
 def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
-    """What `read` found as a method named after its file or, if that is `train`'s router.safetensors, its folder."""
+    """Makes a method of what `read` found.
+
+    Its name is the file's. `train` calls every router router.safetensors, so the name of that is its folder's.
+    """
     path = Router.find(path)
     name = path.absolute().parent.name if path.stem == "router" else path.stem
     family, schedule = "router" if isinstance(found, Router) else name, schedule_of(found)
@@ -84,7 +87,7 @@ def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
 
 
 def check_names(methods: Iterable[Method]) -> None:
-    """Refuses methods of one name, whose rows could not be told apart."""
+    """Refuses two methods of the same name: nobody could tell their rows apart."""
     counts = Counter(method.name for method in methods)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:

@@ -24,7 +24,7 @@ from harmonica_dit.schedule import Schedule
 
 INK, FAINT, RULE = "#222222", "#767676", "#d9d9d9"
 COMPUTED, REPEATED, FORECAST = "#0b559f", "#f3efe6", "#e08214"
-# Okabe and Ito's palette, told apart with every common colour vision; a method keeps its colour in every picture.
+# Okabe and Ito's palette: readable with every common colour vision. A method has the same colour in every picture.
 COLOURS = {"uncached": INK, "router": "#0072b2", "router + forecast": "#56b4e9", "FORA": "#d55e00",
            "FORA + forecast": "#e69f00", "fewer steps": "#009e73"}
 SPARE = ("#cc79a7", "#999999", "#8c6d1f", "#5b3a8c")
@@ -44,11 +44,11 @@ def _save(draw: Callable[[], Figure], path: str | os.PathLike) -> None:
 
 def image_grid(rows: Sequence[Tensor], titles: Sequence[str], path: str | os.PathLike,
                columns: Sequence[str] | None = None) -> None:
-    """Writes images row under row to a PNG, so that what came from the same noise stands in one column.
+    """Writes rows of images to a PNG, so that images from the same noise stand in one column.
 
     Args:
         rows: each [n, 1 or 3, H, W] in [-1, 1], all of one shape.
-        titles: one a row; what follows the first line break is set smaller.
+        titles: one per row; the text after the first line break is smaller.
         columns: n headings, such as class names.
 
     Raises:
@@ -86,7 +86,7 @@ def image_grid(rows: Sequence[Tensor], titles: Sequence[str], path: str | os.Pat
 
 def plot(made: Router | Schedule, path: str | os.PathLike, *, threshold: float | None = None,
          title: str | None = None) -> None:
-    """Draws a router's scores, or a schedule's table, into a PNG. threshold: in place of a router's own."""
+    """Draws a router's scores, or a schedule's table, into a PNG. threshold: replaces a router's own."""
     if isinstance(made, Router):
         plot_router(made.scores(), made.threshold if threshold is None else threshold, path, made.branches,
                     title or f"Router of {made.model or 'a model'}, {made.steps} steps")
@@ -122,7 +122,7 @@ def plot_router(scores: Tensor, threshold: float, path: str | os.PathLike, branc
 
 
 def plot_schedule(schedule: Schedule, path: str | os.PathLike, title: str | None = None) -> None:
-    """Writes a heat map of a `Schedule`: computed, repeated, and forecast entries, these hatched."""
+    """Writes a heat map of a `Schedule`: computed, repeated and forecast entries. Arrows mark the forecast ones."""
     compute = schedule.compute.cpu().numpy().astype(bool)
     forecast = np.where(compute, 0, schedule.extrapolation.float().cpu().numpy())
     forecasts = forecast != 0
@@ -165,7 +165,7 @@ def _heat_map(shape: tuple[int, int], branches: Sequence[str], title: str) -> tu
     axis.set_yticks(np.arange(K - 1) + 0.5, minor=True)
     axis.grid(which="minor", color="white", linewidth=0.8)
     axis.tick_params(which="minor", length=0)
-    first, aside = 0, -16 - 4.2 * max(map(len, parts))  # points; a letter of the parts' labels is about 4.2 wide
+    first, aside = 0, -16 - 4.2 * max(map(len, parts))  # in points; a letter of these labels is about 4.2 wide
     for k in range(1, K + 1):
         if k < K and names[k][0] == names[first][0]:
             continue
@@ -214,8 +214,8 @@ def plot_tradeoff(groups: Mapping[str, Sequence[dict]], path: str | os.PathLike,
     """Writes quality against FLOPs speedup, one line a method, to a PNG.
 
     Args:
-        groups: heading → rows of `compare`; a row of panels each. Rows of one name that differ in seed become one
-            point, their mean, with a bar from the least to the greatest.
+        groups: heading → rows of `compare`. Each group is a row of panels. Rows that have the same name become one
+            point at their mean, with a bar from the least to the greatest if there are several seeds.
         title: of the whole picture.
     """
     metrics = [metric for metric in METRICS if any(row[metric[0]] is not None for g in groups.values() for row in g)]
@@ -287,9 +287,9 @@ def _line(family: str, colours: Mapping[str, str]) -> dict:
 
 
 def _label_ends(axis: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str]) -> None:
-    """Writes each line's name beside its last point, moved up where it would cover the one below."""
+    """Writes each line's name beside its last point, or higher if it would cover the name below."""
     low, high = axis.get_ylim()
-    points = (high - low) / 165  # of y in one typographic point; a panel is about 165 points high
+    points = (high - low) / 165  # units of y per typographic point; a panel is about 165 points high
     floor = -np.inf
     for family, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
         at = max(y, floor)

@@ -22,7 +22,7 @@ COLUMNS = {  # heading -> cell of a row
 
 
 def table(rows: Sequence[dict], title: str) -> Table:
-    """Rows of `compare` as a rich table; a column that no row has a value for is left out."""
+    """Rows of `compare` as a rich table, without the columns that are empty in all rows."""
     made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left",
                  caption="error: RMSE against the uncached images, pixels in [-1, 1]")
     cells = {heading: [cell(row) for row in rows] for heading, cell in COLUMNS.items()}
@@ -35,7 +35,7 @@ def table(rows: Sequence[dict], title: str) -> Table:
 
 
 def compare_with_bar(net, methods: Sequence[Method], labels, **options) -> list[dict]:
-    """`compare` behind a progress bar on stderr."""
+    """`compare` with a progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True))
@@ -44,7 +44,7 @@ def compare_with_bar(net, methods: Sequence[Method], labels, **options) -> list[
 
         def progress(done: int) -> None:
             if done == 0:
-                stack.enter_context(bar)  # not before: what is refused leaves no bar above the message
+                stack.enter_context(bar)  # not earlier: a refused argument should leave no bar above its message
             bar.update(task, completed=done)
 
         return compare(net, methods, labels, progress=progress, **options)

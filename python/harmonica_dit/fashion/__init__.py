@@ -1,9 +1,9 @@
-"""The bundled example: a small DiT on Fashion-MNIST, its weights and routers, and what they were trained with.
+"""The bundled example: a small DiT on Fashion-MNIST, with its weights, its routers and its training.
 
     data.py        the images
     recipe.py      the model's training
-    classifier.py  what judges samples, and its training
-    weights/ routers/ curve.json   what these and bench/curve.py made
+    classifier.py  the classifier that judges samples, and its training
+    weights/ routers/ curve.json   made by these and by bench/curve.py
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
 """A small convolutional classifier of Fashion-MNIST: the judge of the bundled model's samples.
 
-Its feature vector stands in for Inception's in the Fréchet distance, its labels say whether a sample shows what was
-asked for. `python -m harmonica_dit.fashion.classifier train` writes `weights/fashion_classifier.safetensors`
-(fp16), the training record beside it, and `fashion_reference.safetensors`: mean and covariance of the features over
-the 60,000 training images.
+Its features stand in for Inception's in the Fréchet distance; its labels tell whether a sample shows the class asked
+for. `python -m harmonica_dit.fashion.classifier train` writes `weights/fashion_classifier.safetensors` (fp16), the
+training record beside it, and `fashion_reference.safetensors`: mean and covariance of the features over the 60,000
+training images.
 """
 
 import argparse
@@ -50,10 +50,10 @@ class FashionClassifier(nn.Module):
 
 
 def load_classifier(path: Path = WEIGHTS) -> FashionClassifier:
-    """The bundled classifier, or one trained here, in float32, frozen and in eval mode.
+    """Loads the bundled classifier, or the one at `path`, in float32, frozen and in evaluation mode.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, broken, or not of this classifier.
+        FileNotFoundError, ValueError: the file is missing, is broken, or holds another model.
     """
     tensors, _ = load_tensors(path)
     classifier = FashionClassifier()
@@ -68,7 +68,7 @@ def train(folder=data.FOLDER, out: Path = WEIGHTS, epochs: int = 8, batch: int =
           seed: int = 0) -> dict:
     """Trains a classifier, writes the three files, and returns the record with the written file's test accuracy.
 
-    AdamW with a one-cycle rate, label smoothing 0.05; images mirrored and moved by up to two pixels at random.
+    AdamW with a one-cycle rate and label smoothing 0.05. Images are mirrored and moved by up to two pixels at random.
     """
     torch.manual_seed(seed)
     images, labels = data.load("train", folder)
@@ -114,5 +114,5 @@ def _augment(images: Tensor) -> Tensor:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("command", choices=["train"])
-    parser.add_argument("--folder", default=data.FOLDER, help="where the four idx files are")
+    parser.add_argument("--folder", default=data.FOLDER, help="folder of the four idx files")
     print(train(parser.parse_args().folder))

@@ -1,8 +1,8 @@
 """The bundled denoiser's training recipe: a small class-conditional DiT on Fashion-MNIST.
 
-`python -m harmonica_dit.fashion.recipe train` writes, at its end, `weights/fashion_dit.safetensors` (the moving
-average of the weights, fp16) and beside it the training record, `fashion_dit.json`. Until then a checkpoint lies there,
-from which the same command goes on after Ctrl-C, with the same bits.
+At its end, `python -m harmonica_dit.fashion.recipe train` writes `weights/fashion_dit.safetensors` (the moving average
+of the weights, fp16) and the training record `fashion_dit.json` beside it. Until then it keeps a checkpoint there.
+After Ctrl-C the same command goes on from the checkpoint and ends with the same bits.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from harmonica_dit.fashion import FASHION, FASHION_WEIGHTS, data
 from harmonica_dit.files import load_tensors, optimizer_tensors, replacement, restore_optimizer, save_tensors
 from harmonica_dit.models import DiT
 
-LABEL_DROPOUT = 0.1  # how often the label is hidden, so that the unconditional model for guidance is learned too
+LABEL_DROPOUT = 0.1  # share of labels that are hidden: from these the model learns the unconditional output
 
 
 def alphas_cumprod() -> torch.Tensor:
@@ -54,7 +54,7 @@ def position_embedding(width: int, grid: int) -> torch.Tensor:
 
 def train(net: DiT, folder=data.FOLDER, out: Path = FASHION_WEIGHTS, steps: int = 4000, batch: int = 128,
           lr: float = 1.5e-3, warmup: int = 200, ema: float = 0.999, seed: int = 0, save_every: int = 250) -> None:
-    """Trains `net`, initialised here, to predict the noise, and writes its averaged weights to `out`.
+    """Initialises `net`, trains it to predict the noise, and writes its averaged weights to `out`.
 
     AdamW without weight decay, linear warm-up and cosine decay to 0, gradient norm clipped to 1, EMA of the weights.
     """
@@ -127,8 +127,8 @@ def train(net: DiT, folder=data.FOLDER, out: Path = FASHION_WEIGHTS, steps: int 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("command", choices=["train"])
-    parser.add_argument("--folder", default=data.FOLDER, help="where the four idx files are")
-    parser.add_argument("--out", type=Path, default=FASHION_WEIGHTS, help="the weights' file")
+    parser.add_argument("--folder", default=data.FOLDER, help="folder of the four idx files")
+    parser.add_argument("--out", type=Path, default=FASHION_WEIGHTS, help="file for the weights")
     parser.add_argument("--steps", type=int, default=4000)
     given = parser.parse_args()
     train(DiT(**FASHION), given.folder, given.out, given.steps)

@@ -8,7 +8,7 @@ from harmonica_dit.validate import is_number
 
 
 def fora(net, steps: int, every: int, extrapolation: float = 0.0) -> Schedule:
-    """Computes every branch at the steps 0, n, 2n, … and reuses all of them between.
+    """Computes every branch at the steps 0, n, 2n, … and reuses every branch at the others.
 
     Args:
         net: a denoiser.

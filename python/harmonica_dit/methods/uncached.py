@@ -1,4 +1,4 @@
-"""No caching: what every method is compared with."""
+"""No caching: the baseline that every method is compared with."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The denoisers of this package. `harmonica_dit.load` gets one by its name."""
+"""The denoisers of this package. `harmonica_dit.load` loads one by its name."""
 
 from .dit import CONFIGS, DiT
 from .latents import VAE_FACTOR, latent_side

@@ -14,7 +14,7 @@ import harmonica_kernels as hk
 
 from .feed_forward import linear_gelu
 
-HOISTED = 256 << 20  # bytes of modulation rows that are found before the loop, at most
+HOISTED = 256 << 20  # at most so many bytes of modulation rows are computed ahead of their steps
 CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
            for size, width, depth, heads in (("XL", 1152, 28, 16), ("L", 1024, 24, 16), ("B", 768, 12, 12),
                                              ("S", 384, 12, 6))
@@ -26,7 +26,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_back_end(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention of q, k, v [B, N, heads, D/heads], which gives the like.
+    """The function that computes attention: q, k, v [B, N, heads, D/heads] -> [B, N, heads, D/heads].
 
     "sdpa" is PyTorch's, which chooses between flash attention, cuDNN and its own; "xformers" is
     `memory_efficient_attention` of the package of that name.
@@ -80,7 +80,7 @@ class Mlp(nn.Module):
 
 
 def _linear_out(linear: nn.Linear, h: Tensor, out: Tensor) -> None:
-    """The linear layer written straight into `out`, a cache buffer."""
+    """Writes linear(h) straight into `out`, a cache buffer."""
     torch.addmm(linear.bias, h.flatten(0, 1), linear.weight.t(), out=out.flatten(0, 1))
 
 
@@ -136,14 +136,15 @@ class DiT(nn.Module):
         input_size: side of the square image or latent.
         patch_size: side of a patch; N = (input_size / patch_size)² tokens.
         in_channels: channels of the image or latent.
-        hidden_size, depth, num_heads, mlp_ratio: the transformer's.
-        num_classes: labels 0..num_classes-1; num_classes itself stands for "no label".
-        learn_sigma: whether the output has as many channels again for the variance.
-        name: what routers trained on this model call it.
+        hidden_size, depth, num_heads, mlp_ratio: width D, number of blocks, attention heads, width of the
+            feed-forward's hidden values / D.
+        num_classes: labels are 0..num_classes-1; num_classes itself stands for "no label".
+        learn_sigma: whether the output has in_channels more channels, for the variance.
+        name: routers trained on this model record it.
         attention: back end, "sdpa" or "xformers", see `attention_back_end`.
     """
 
-    guidance, guidance_channels, scheduler = 1.5, 3, "ddim"  # the reference's, where a trajectory is not told others
+    guidance, guidance_channels, scheduler = 1.5, 3, "ddim"  # the reference's; the defaults of trajectories
 
     def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
                  depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000,
@@ -154,7 +155,7 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patch, self.grid = patch_size, input_size // patch_size
-        self.tokens = self.grid**2
+        self.tokens, self.width = self.grid**2, hidden_size
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -170,13 +171,14 @@ class DiT(nn.Module):
         """The K branches in execution order."""
         return tuple(f"blocks.{i}.{part}" for i in range(len(self.blocks)) for part in ("attn", "mlp"))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, row: Sequence[bool] | Tensor | None = None,
-                forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None,
-                threshold: float = 0.1, modulation: hk.Modulation | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, row: Sequence[bool] | Tensor | bool | None = None,
+                forecast_weights: Sequence[float] | Tensor | hk.TrunkWeights | None = None,
+                cache: hk.FeatureCache | hk.TrunkCache | None = None, threshold: float = 0.1,
+                modulation: hk.Modulation | None = None) -> Tensor:
         """The model's output [B, C_out, H, W] for x [B, C, H, W] at timesteps t [B] with labels y [B].
 
         row, forecast_weights, cache, threshold: as in `harmonica_kernels.cached_forward`.
-        modulation: of t, y and row, where `hoist` has found it before.
+        modulation: the one that `hoist` computed for t, y and row; None computes it here.
         """
         if modulation is None:
             [modulation] = self.modulations(F.silu(self.t_embedder(t) + self.y_embedder(y))[None], [row])
@@ -195,18 +197,18 @@ class DiT(nn.Module):
         return out.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, g * p, g * p)
 
     def hoist(self, t: Tensor, y: Tensor, rows: Sequence[Sequence[bool] | None]) -> Iterator[dict]:
-        """What `forward` would find anew at every step, for all T steps of a trajectory together: its `modulation`.
+        """Computes the `modulation` arguments of `forward` for all T steps of a trajectory together.
 
-        The steps go through each adaLN layer as one matrix, so its weights, a third of the model's, are read once
-        instead of T times. Where the rows of all steps would take more than HOISTED bytes, it goes by slices of steps,
-        one after the other, as they are asked for.
+        Each adaLN layer takes all steps as one matrix, so its weights are read once instead of T times. (The weights
+        of these layers are a third of the model's.) If the modulation rows of all steps would take more than HOISTED
+        bytes, the steps are cut into slices, and each slice is computed when its first step is asked for.
 
         Args:
             t: [T] timesteps. y: [B] labels, the same at every step.
-            rows: the T hard rows, None where everything is computed.
+            rows: the T hard rows, None where everything is computed, False where the trunk is forecast.
 
         Yields:
-            `forward`'s further arguments, step by step.
+            Further arguments of `forward`, step by step.
         """
         embedded = self.y_embedder(y)
         step_bytes = (3 * len(self.branches) + 2) * embedded.nbytes
@@ -217,26 +219,37 @@ class DiT(nn.Module):
                 yield {"modulation": modulation}
 
     def modulation_table(self, t: Tensor, y: Tensor) -> hk.Modulation:
-        """The rows of all T steps stacked, [T, B, D], for t [T] and y [B]: what a device-gated trajectory indexes."""
+        """The modulation rows of all T steps stacked, [T, B, D], for t [T] and y [B].
+
+        A device-gated trajectory takes each step's rows from them.
+        """
         condition = F.silu(self.t_embedder(t)[:, None] + self.y_embedder(y))
         parts = [part for block in self.blocks for part in block.adaLN_modulation[1](condition).chunk(6, 2)]
         final = self.final_layer.adaLN_modulation[1](condition).chunk(2, 2)
         return hk.Modulation([*parts[::3], final[0]], [*parts[1::3], final[1]], parts[2::3])
 
-    def modulations(self, condition: Tensor, rows: Sequence[Sequence[bool] | Tensor | None]) -> list[hk.Modulation]:
-        """adaLN-Zero rows of S steps for their activated conditions [S, B, D]; of a branch that a step's hard row
-        reuses, only the gate.
+    def modulations(self, condition: Tensor,
+                    rows: Sequence[Sequence[bool] | Tensor | bool | None]) -> list[hk.Modulation]:
+        """The adaLN-Zero modulations of S steps, from their activated conditions [S, B, D] and decision rows.
+
+        Where a hard row reuses a branch, shift and scale are None; only the gate is computed. Where the trunk is
+        forecast (False), only the final norm's rows are.
         """
         S, _, D = condition.shape
         found = [hk.Modulation([], [], []) for _ in rows]
         for k in range(len(self.branches)):
-            linear, end = self.blocks[k // 2].adaLN_modulation[1], 3 * D * (k % 2 + 1)  # its rows: shift, scale, gate
+            # branch k's part of the layer's output ends at `end`; it is shift, scale and gate, D wide each
+            linear, end = self.blocks[k // 2].adaLN_modulation[1], 3 * D * (k % 2 + 1)
+            for s in range(S):
+                if rows[s] is False:
+                    for part in found[s]:
+                        part.append(None)
             for skip in (False, True):
-                steps = [s for s in range(S) if _reuses(rows[s], k) == skip]
+                steps = [s for s in range(S) if rows[s] is not False and _reuses(rows[s], k) == skip]
                 if not steps:
                     continue
                 first = end - D if skip else end - 3 * D
-                # stacked slices, for a list of indices would have to be copied to the device
+                # slices are stacked, because a list of indices would have to be copied to the device
                 chosen = condition if len(steps) == S else torch.stack([condition[s] for s in steps])
                 parts = F.linear(chosen, linear.weight[first:end], linear.bias[first:end]).split(D, 2)
                 for i, s in enumerate(steps):
@@ -251,5 +264,5 @@ class DiT(nn.Module):
 
 
 def _reuses(row: Sequence[bool] | Tensor | None, k: int) -> bool:
-    """Whether it is a hard row that reuses branch k; `cached_forward` refuses a row of another length."""
+    """Whether `row` is hard and reuses branch k. A row that is too short passes: `cached_forward` refuses it."""
     return row is not None and not isinstance(row, Tensor) and k < len(row) and not row[k]

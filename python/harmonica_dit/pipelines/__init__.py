@@ -1,9 +1,10 @@
-"""diffusers' pipelines and transformers: a schedule on a pipeline or on a loop of your own, and denoisers to train on.
+"""diffusers' pipelines and transformers: schedules for a pipeline or for your own loop, and denoisers to train on.
 
-    apply.py      `apply`, a schedule on a pipeline
-    scheduled.py  `scheduled`, a schedule on whoever calls a transformer
-    denoiser.py   a pipeline's transformer behind the denoisers' signature; prompts.py its text conditions
-    adapters/     diffusers' transformers run branch by branch
+    apply.py      `apply` makes a pipeline run a schedule
+    scheduled.py  `scheduled` makes a transformer run a schedule, whoever calls it
+    denoiser.py   makes a denoiser of a pipeline's transformer
+    prompts.py    the text conditions of such a denoiser
+    adapters/     run diffusers' transformers branch by branch
 """
 
 from .apply import HarmoniCaConfig, apply, remove

@@ -1,11 +1,11 @@
-"""diffusers pipelines that run a schedule: `apply(pipe, "router.safetensors")`, and `pipe(...)` stays what it was.
+"""Makes a diffusers pipeline run a schedule: `apply(pipe, "router.safetensors")`, then `pipe(...)` as before.
 
-While a schedule is applied, the pipeline's class is a subclass of its own class with the same name. A call of the
-pipeline is one trajectory: it gets a cache of its own, and in its thread, until it ends, `pipe.transformer` is a view
-of the transformer (the same parameters, hooks and configuration) whose forward runs the next row of the schedule.
-Nothing is written into the transformer: outside such a call, in other threads and for other pipelines that share it, it
-is the plain module and computes everything. One pipeline called by several threads at once is as safe as its scheduler:
-diffusers' multistep schedulers keep the state of one trajectory.
+While a schedule is applied, the pipeline's class is a subclass of its own class with the same name. Each call of the
+pipeline is one trajectory with its own cache. Until the call ends, `pipe.transformer` is a view of the transformer for
+the calling thread. The view has the same parameters, hooks and configuration, and its forward runs the next row of the
+schedule. The transformer itself is not changed. So it computes everything outside such a call, in other threads, and
+for other pipelines that share it. Several threads may call one pipeline at once if its scheduler allows that;
+diffusers' multistep schedulers do not, because they keep the state of one trajectory.
 """
 
 import copy
@@ -31,18 +31,18 @@ MISMATCH = ("error", "resample")
 
 @dataclass(frozen=True)
 class HarmoniCaConfig:
-    """The arguments of `apply`, for those who keep settings apart from pipelines."""
+    """The arguments of `apply`, for code that keeps settings apart from pipelines."""
 
     router: str | os.PathLike | Router | Schedule
     threshold: float | None = None
     on_mismatch: str = "error"
 
     def enable(self, pipe) -> "Applied":
-        """`apply` with these settings."""
+        """Calls `apply` with these settings."""
         return apply(pipe, self.router, threshold=self.threshold, on_mismatch=self.on_mismatch)
 
     def disable(self, pipe) -> None:
-        """`remove`."""
+        """Calls `remove`."""
         remove(pipe)
 
 
@@ -50,23 +50,23 @@ def apply(pipe, router: str | os.PathLike | Router | Schedule, *, threshold: flo
           on_mismatch: str = "error") -> "Applied":
     """Makes a pipeline run a router's schedule from its next call on.
 
-    Every call starts with an empty cache, also after one that raised. A guidance scale, resolution or (where their
-    number agrees) timesteps other than the router's are a warning, once.
+    Every call starts with an empty cache, also after a call that raised. If a call's guidance scale or resolution
+    differs from the router's, or its timesteps differ but not their number, it warns, once for each of the three.
 
     Args:
         pipe: a DiTPipeline, PixArtAlphaPipeline or PixArtSigmaPipeline.
-        router: a router, a schedule, or a file of either; for a router also a bundled one's name.
+        router: a router, a schedule, a file of either, or the name of a bundled router.
         threshold: τ of a router; None takes its own.
-        on_mismatch: what a call with another number of steps, or other timesteps, than the router's does. "error"
-            refuses another number; "resample" gives each step the row of the nearest timestep.
+        on_mismatch: what to do if a call's timesteps differ from the router's. "error" refuses another number of them;
+            "resample" gives each step the row of the nearest timestep.
 
     Returns:
-        A handle with the schedule in use; its `remove()` undoes all.
+        A handle with the schedule in use; its `remove()` undoes everything.
 
     Raises (the pipeline is unchanged then):
         TypeError: the pipeline's class is not supported, or `router` is none of the above.
         ValueError: the router is for another architecture; a schedule is applied already; a setting is not as above;
-            the transformer is compiled or hooked where that would be passed by.
+            the transformer has hooks or compiled code that would not run.
         FileNotFoundError: there is no such file.
     """
     if not any(cls.__name__ in SUPPORTED for cls in type(pipe).__mro__):
@@ -88,7 +88,7 @@ def apply(pipe, router: str | os.PathLike | Router | Schedule, *, threshold: flo
     check_fits(where, schedule, adapter)
     applied = Applied(pipe, schedule, adapter, on_mismatch)
     vars(pipe)["_harmonica"] = applied
-    pipe.__class__ = _cached(type(pipe))
+    pipe.__class__ = _make_subclass(type(pipe))
     return applied
 
 
@@ -119,14 +119,14 @@ class Applied:
 
     @contextmanager
     def _call(self, pipe, arguments: dict):
-        """One call of the pipeline with its bound arguments."""
+        """Lets one call of the pipeline be a trajectory. arguments: of the call, bound to their names."""
         thread = threading.get_ident()
-        outer = self._trajectories.get(thread)  # of a call that this one was made in, from its callback
+        outer = self._trajectories.get(thread)  # there is one if this call comes from a callback of another call
         self._trajectories[thread] = trajectory = _Trajectory(self, pipe, arguments)
         try:
             yield
         finally:
-            trajectory.view = None  # which refers back to it: the cache would wait for the garbage collector
+            trajectory.view = None  # view and trajectory refer to each other: the cache would wait to be collected
             self._end()
             if outer is not None:
                 self._trajectories[thread] = outer
@@ -135,12 +135,12 @@ class Applied:
         self._trajectories.pop(threading.get_ident(), None)
 
     def _view(self) -> nn.Module | None:
-        """The transformer of the call that this thread is in."""
+        """The view of the transformer in this thread's call; None outside a call."""
         trajectory = self._trajectories.get(threading.get_ident())
         return None if trajectory is None else trajectory.view
 
     def _check(self, pipe) -> None:
-        """Refuses a pipeline whose parts are not those that the schedule was applied to."""
+        """Refuses a pipeline whose scheduler or transformer has changed since the schedule was applied."""
         cls, config = self._scheduler
         if type(pipe.scheduler) is not cls or dict(pipe.scheduler.config) != config:
             now = type(pipe.scheduler).__name__
@@ -153,7 +153,7 @@ class Applied:
         self.adapter.check()
         _check_forward(self.adapter.transformer)
 
-    def _fitted(self, timesteps: tuple[float, ...]) -> Schedule:
+    def _schedule_for(self, timesteps: tuple[float, ...]) -> Schedule:
         """The schedule for a call's timesteps."""
         made, T = self.schedule.timesteps, self.schedule.steps
         if len(timesteps) == T and made in (None, timesteps):
@@ -169,21 +169,22 @@ class Applied:
         return self.schedule
 
     def _warn(self, what: str, text: str) -> None:
-        """Warns once of each thing."""
+        """Warns, but only once for each `what`."""
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"{what}: {text}", stacklevel=2)
 
 
 class _Trajectory:
-    """One call of a pipeline: its schedule, its cache, and the transformer that it sees."""
+    """One call of a pipeline: its schedule, its cache, and its view of the transformer."""
 
     def __init__(self, applied: Applied, pipe, arguments: dict):
         applied._check(pipe)
         self.applied, self.pipe = applied, pipe
         self.timesteps = _timesteps(pipe.scheduler, arguments)
-        self.schedule = applied._fitted(self.timesteps)
-        guidance, trained = max(float(arguments["guidance_scale"]), 1.0), self.schedule.guidance  # 1: none
+        self.schedule = applied._schedule_for(self.timesteps)
+        # up to 1, pipelines run without guidance
+        guidance, trained = max(float(arguments["guidance_scale"]), 1.0), self.schedule.guidance
         if trained not in (None, guidance):
             applied._warn("guidance_scale", f"this call's is {guidance:g}, the router was trained with {trained:g}")
         self.cache = applied.adapter.new_cache(self.schedule.history)
@@ -192,9 +193,10 @@ class _Trajectory:
         vars(self.view)["forward"] = self.forward
 
     def forward(self, *args, **kwargs):
-        """The transformer's forward at the next step; counted here, for reading the timestep would wait for a GPU."""
+        """The transformer's forward at the next step. It counts the steps: reading the timestep would wait for a GPU.
+        """
         transformer = self.applied.adapter.transformer
-        hook = vars(transformer).get("_hf_hook")  # accelerate's, of enable_model_cpu_offload
+        hook = vars(transformer).get("_hf_hook")  # accelerate's, from enable_model_cpu_offload
         if hook is not None:
             args, kwargs = hook.pre_forward(transformer, *args, **kwargs)
         self._check_step(*args, **kwargs)
@@ -221,8 +223,8 @@ class _Trajectory:
 
 
 @functools.cache
-def _cached(base: type) -> type:
-    """The pipeline class whose calls run a schedule."""
+def _make_subclass(base: type) -> type:
+    """The subclass of a pipeline class whose calls run a schedule."""
     signature = inspect.signature(base.__call__)
 
     class Cached(base):
@@ -242,7 +244,7 @@ def _cached(base: type) -> type:
             vars(self)["transformer"] = module
 
         def maybe_free_model_hooks(self):
-            self._harmonica._end()  # the loop is over, and offloading hooks belong on the transformer itself
+            self._harmonica._end()  # the loop is over; offloading hooks belong on the transformer, not on its view
             super().maybe_free_model_hooks()
 
     Cached.__name__, Cached.__qualname__ = base.__name__, base.__qualname__
@@ -251,7 +253,7 @@ def _cached(base: type) -> type:
 
 
 def _schedule(router, threshold: float | None) -> Schedule:
-    """The schedule of whatever `apply` takes."""
+    """The schedule in `apply`'s argument `router`."""
     if isinstance(router, (str, os.PathLike)):
         path = Router.find(router)
         tensors, metadata = load_tensors(path)
@@ -275,7 +277,7 @@ def _timesteps(scheduler, arguments: dict) -> tuple[float, ...]:
 
 
 def _check_forward(transformer: nn.Module) -> None:
-    """Refuses a forward that something else has replaced; accelerate's hook is run, and module hooks are."""
+    """Refuses a transformer whose forward something has replaced. accelerate's hook and module hooks do run."""
     if "forward" in vars(transformer) and "_hf_hook" not in vars(transformer):
         raise ValueError("pipe.transformer: its forward has been replaced (diffusers' hooks, another caching method), "
-                         "and what replaced it would not run; remove that first")
+                         "and the replacement would not run; remove it first")

@@ -1,4 +1,4 @@
-"""A diffusers pipeline's transformer as a denoiser: what routers are trained on, through its adapter."""
+"""A diffusers pipeline's transformer as a denoiser, to train routers on. It runs through its adapter."""
 
 import inspect
 import os
@@ -18,13 +18,13 @@ PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
 
 class PipelineDenoiser(nn.Module):
-    """The transformer of a class- or text-conditional pipeline behind the denoisers' signature.
+    """The transformer of a class- or text-conditional pipeline, called like a denoiser (see `harmonica_dit.load`).
 
     Args:
         transformer: diffusers', of a class that has a fused adapter.
-        scheduler: the pipeline's. guidance: its default scale.
-        name: what routers trained on it call it.
-        prompts: of a text model; its "labels" are their numbers. None: a class-conditional one.
+        scheduler: the pipeline's. guidance: the pipeline's default scale.
+        name: routers trained on this denoiser record it.
+        prompts: of a text model, whose labels are the prompts' numbers. None is a class-conditional model.
         image_size: in pixels; None is the size that the transformer was made for.
 
     Raises:
@@ -42,36 +42,37 @@ class PipelineDenoiser(nn.Module):
         size = config.sample_size if image_size is None else latent_side(image_size, config.patch_size)
         self.sample_shape = (config.in_channels, size, size)
         self.tokens = (size // config.patch_size) ** 2
-        self.guidance_channels = config.in_channels  # a learned variance behind them is not guided, nor used
+        self.guidance_channels = config.in_channels  # the learned variance comes after these and is not guided
         self.num_classes = config.num_embeds_ada_norm if prompts is None else len(prompts.texts)
-        self._found: tuple[Tensor, dict] | None = None  # the last call's numbers and their prompts
+        self._latest: tuple[Tensor, dict] | None = None  # the last call's labels, and their text conditions
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, **run) -> Tensor:
         """The transformer's output [B, C_out, H, W] for x [B, C, H, W] at timesteps t [B].
 
-        y: [B] classes, or prompts' numbers; `num_classes` stands for none. run: row, forecast_weights, cache, threshold
-        as in `harmonica_kernels.cached_forward`.
+        y: [B] classes, or prompts' numbers; `num_classes` stands for none. run: row, forecast_weights, cache and
+        threshold as in `harmonica_kernels.cached_forward`.
         """
         x = x.to(self.transformer.dtype)
         if self.prompts is None:
             return self.adapter(x, timestep=t, class_labels=y, return_dict=False, **run)[0]
-        if self._found is None or self._found[0] is not y:
-            self._found = y, self.prompts.rows(y, x.dtype) | self._micro_conditions(len(y), x)
-        return self.adapter(x, timestep=t, return_dict=False, **self._found[1], **run)[0]
+        if self._latest is None or self._latest[0] is not y:
+            self._latest = y, self.prompts.conditions(y, x.dtype) | self._micro_conditions(len(y), x)
+        return self.adapter(x, timestep=t, return_dict=False, **self._latest[1], **run)[0]
 
-    def _micro_conditions(self, rows: int, x: Tensor) -> dict:
-        """PixArt-α's at 1024 pixels: the image's size and aspect ratio."""
+    def _micro_conditions(self, B: int, x: Tensor) -> dict:
+        """The image's size and aspect ratio, which PixArt-α at 1024 pixels is conditioned on."""
         if not self.transformer.use_additional_conditions:
             return dict(added_cond_kwargs=dict(resolution=None, aspect_ratio=None))
         pixels = float(VAE_FACTOR * self.sample_shape[1])
-        return dict(added_cond_kwargs=dict(resolution=x.new_full((rows, 2), pixels),
-                                           aspect_ratio=x.new_ones(rows, 1)))
+        return dict(added_cond_kwargs=dict(resolution=x.new_full((B, 2), pixels), aspect_ratio=x.new_ones(B, 1)))
 
 
 def load_pipeline(source: str, *, prompts: Sequence[str] | None, embeddings: str | os.PathLike | None,
                   image_size: int | None, dtype: torch.dtype, device: str | torch.device) -> PipelineDenoiser:
-    """The denoiser in a diffusers pipeline's folder or repository, see `harmonica_dit.load`; neither text encoder nor
-    VAE stay in memory."""
+    """Loads the denoiser in a diffusers pipeline's folder or repository, see `harmonica_dit.load`.
+
+    Neither the text encoder nor the VAE stays in memory.
+    """
     config = DiffusionPipeline.load_config(source)
     kind = config.get("_class_name")
     if kind not in PIPELINES:

@@ -1,4 +1,4 @@
-"""Text conditions: prompts encoded once by a pipeline's own text encoder, and kept in a file."""
+"""Text conditions: a pipeline's own text encoder encodes the prompts once, and a file keeps them."""
 
 import os
 import zlib
@@ -13,12 +13,12 @@ from torch import Tensor
 from harmonica_dit.files import load_tensors, save_tensors
 
 FORMAT = 1
-BATCH = 16  # prompts that the text encoder is given at once
+BATCH = 16  # the text encoder encodes so many prompts at once
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """P prompts as a text model is given them; row P is the empty one, for guidance.
+    """P encoded prompts, numbered 0..P-1; number P is the empty prompt, for guidance.
 
     Args:
         texts: the P prompts. model: name of the pipeline that encoded them.
@@ -34,8 +34,8 @@ class Prompts:
     def checksum(self) -> str:
         return f"{zlib.crc32(chr(0).join(self.texts).encode()):08x}"
 
-    def rows(self, numbers: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a transformer is given for prompts number [B], on the numbers' device."""
+    def conditions(self, numbers: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """A transformer's arguments for the prompts of these numbers [B], on the numbers' device."""
         at = numbers.to(self.mask.device)
         return dict(encoder_hidden_states=self.embeddings[at].to(numbers.device, dtype),
                     encoder_attention_mask=self.mask[at].to(numbers.device))
@@ -68,15 +68,15 @@ class Prompts:
 
 def prepare(name: str, cls: type[DiffusionPipeline], source: str, texts: Sequence[str], dtype: torch.dtype,
             device: str | torch.device, path: str | os.PathLike | None) -> Prompts:
-    """The prompts from the file at `path` or, where there is none yet, from the pipeline's text encoder.
+    """Reads the encoded prompts from the file at `path`; if there is none yet, encodes them and writes it.
 
     Args:
-        name, cls, source: of the pipeline: what it is called, its class, its folder or repository.
-        texts: at least one. dtype, device: of the text encoder, which is gone again afterwards.
-        path: written once all are encoded; None keeps nothing.
+        name, cls, source: the pipeline's name, its class, and its folder or repository.
+        texts: at least one. dtype, device: of the text encoder, which is freed afterwards.
+        path: None keeps nothing.
 
     Raises:
-        ValueError: there are no prompts, or the file holds others or another model's; the message says what to do.
+        ValueError: there are no prompts, or the file's prompts, model or dtype are others; the message says what to do.
     """
     texts = check_texts(texts)
     if path is not None and Path(path).exists():
@@ -98,12 +98,12 @@ def prepare(name: str, cls: type[DiffusionPipeline], source: str, texts: Sequenc
 @torch.no_grad()
 def encode(name: str, cls: type[DiffusionPipeline], source: str, texts: tuple[str, ...], dtype: torch.dtype,
            device: str | torch.device) -> Prompts:
-    """Encodes prompts and the empty one as the pipeline's call does; see `prepare`."""
+    """Encodes the prompts and the empty prompt as the pipeline's call does; see `prepare`."""
     pipe = cls.from_pretrained(source, transformer=None, vae=None, dtype=dtype).to(device)
     wanted, embeddings, masks = [*texts, ""], [], []
     for first in range(0, len(wanted), BATCH):
         embedding, mask, *_ = pipe.encode_prompt(wanted[first : first + BATCH], do_classifier_free_guidance=False,
-                                                 clean_caption=True)  # as the call's own default
+                                                 clean_caption=True)  # the default of the pipeline's call
         embeddings.append(embedding.cpu())
         masks.append(mask.cpu())
     return Prompts(texts, name, torch.cat(embeddings), torch.cat(masks))

@@ -1,4 +1,4 @@
-"""A schedule on a transformer that somebody else calls: its calls are counted, and checked by their timesteps."""
+"""Makes a transformer run a schedule, whoever calls it. The calls are counted and their timesteps checked."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -21,25 +21,25 @@ def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> 
         with scheduled(pipe.transformer, schedule):
             image = pipe(prompt, num_inference_steps=schedule.steps).images[0]
 
-    Every T·calls calls are one trajectory, and the next begins with empty caches. Not for use from two threads at
-    once. accelerate's hooks on the transformer (`enable_model_cpu_offload`) are run.
+    Every T·calls calls are one trajectory; the next one begins with empty caches. Two threads must not call the
+    transformer at once. accelerate's hooks on the transformer (`enable_model_cpu_offload`) run.
 
-    The calls are checked by their timesteps, which are read together when a trajectory is over: one timestep a step,
-    moving one way, and back with the next trajectory. They are not compared with the schedule's, for models scale them
-    differently. Of a transformer without such an argument (`timestep`, `timesteps` or `t`) only the number of calls is
-    checked. A scheduler that calls twice at one timestep, such as Heun's, is refused.
+    When a trajectory is over, the timesteps of its calls are read and checked: every step has one timestep, the
+    timesteps move one way, and they move back between two trajectories. They are not compared with the schedule's,
+    because models scale them differently. If the transformer has no such argument (`timestep`, `timesteps` or `t`),
+    only the number of calls is checked. A scheduler that calls twice at one timestep, such as Heun's, is refused.
 
     Args:
         transformer: of any class that `GenericAdapter` takes.
-        schedule: its branches are submodules' names.
-        calls: how often a step calls the transformer, e.g. 2 where a pipeline runs the prompt and the empty prompt
-            one after the other.
+        schedule: its branches are names of the transformer's submodules.
+        calls: how often a step calls the transformer, e.g. 2 if a pipeline runs the prompt and the empty prompt one
+            after the other.
 
     Raises:
         TypeError, ValueError: the transformer has no such branches, or an argument is not as above.
-        RuntimeError: with the next trajectory or at the end, if the calls were not those of whole trajectories (other
-            steps than the schedule's, or another number of calls a step); or if something else has replaced the
-            transformer's forward meanwhile.
+        RuntimeError: the calls were not those of whole trajectories (other steps than the schedule's, or another number
+            of calls a step); it is raised when the next trajectory begins or the block ends. Or something else has
+            replaced the transformer's forward inside the block.
     """
     if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
         raise ValueError(f"calls: got {calls!r}, expected a whole number from 1 on")
@@ -63,17 +63,17 @@ def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> 
             timesteps.add(args, kwargs)
             output = adapter._call(forward, args, kwargs, schedule.rows[s], schedule.forecast_weights[s], cache, 0.0)
         except BaseException:
-            done = 0  # what comes next is another trajectory
+            done = 0  # the next call begins another trajectory
             timesteps.forget()
             raise
         done += 1
         return output
 
     try:
-        with _forward_replaced(transformer, follow):
+        with _replace_forward(transformer, follow):
             yield adapter
     finally:
-        for cache in caches:  # accelerate's hook, set anew meanwhile, still refers to `follow`
+        for cache in caches:  # accelerate's hook may still refer to `follow`, if it was set anew inside the block
             cache.reset()
     if done % (schedule.steps * calls):
         raise RuntimeError(f"the transformer was called {done} times, which is no multiple of {schedule.steps} steps "
@@ -82,7 +82,8 @@ def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> 
 
 
 class _Timesteps:
-    """The timesteps of a trajectory's calls, left where they are until it is over: to read one waits for a GPU."""
+    """The timesteps of a trajectory's calls. They stay on their device until it is over: reading one waits for a GPU.
+    """
 
     def __init__(self, transformer: nn.Module, steps: int, calls: int):
         self.steps, self.calls = steps, calls
@@ -90,27 +91,28 @@ class _Timesteps:
         self.forget()
 
     def forget(self) -> None:
-        """What comes next is the first trajectory."""
+        """Begins anew: the next trajectory is the first."""
         self.held: list[Tensor | float | None] = []
-        self.end: float | None = None  # of the trajectory before
+        self.end: float | None = None  # the last timestep of the trajectory before
 
     def add(self, args: tuple, kwargs: dict) -> None:
-        """Takes a call's, from the arguments of the transformer's forward."""
+        """Adds a call's timestep, from the arguments of the transformer's forward."""
         arguments = dict(zip(self.parameters, args)) | kwargs
         t = next((arguments[name] for name in TIMESTEP if name in arguments), None)
-        # some models take one a token, 0 where there is no noise; and the caller may go on counting in this tensor
+        # amax, because some models take a timestep per token, 0 where there is no noise. It also makes a copy: the
+        # caller may write the next timestep into the same tensor
         self.held.append(t.detach().amax() if isinstance(t, Tensor) else t)
 
     def check(self) -> None:
-        """Refuses a trajectory whose calls were not those of its steps, or that went on where the one before ended."""
+        """Refuses a trajectory whose calls do not match its steps, or that goes on where the one before ended."""
         held, self.held = self.held, []
         if self.steps == 1 or not held or not all(isinstance(t, (Tensor, int, float)) for t in held):
-            return  # a single step computes everything, whoever calls
+            return  # with a single step every call computes everything; and without timesteps there is nothing to check
         times = [float(t) for t in held]
         steps = times[:: self.calls]
         shared = times == [t for t in steps for _ in range(self.calls)]
-        moves = _one_way(steps) and steps[-1] != steps[-2]  # earlier ones may be equal in bfloat16
-        back = self.end is None or not _one_way([self.end, *steps])
+        moves = _move_one_way(steps) and steps[-1] != steps[-2]  # earlier ones may be equal in bfloat16
+        back = self.end is None or not _move_one_way([self.end, *steps])
         if not (shared and moves and back):
             after = "" if self.end is None else f", after {self.end:g} at the end of the trajectory before"
             raise RuntimeError(
@@ -121,17 +123,17 @@ class _Timesteps:
         self.end = steps[-1]
 
 
-def _one_way(times: list[float]) -> bool:
-    """Whether they never rise, or never fall: models take t, or 1 - t."""
+def _move_one_way(times: list[float]) -> bool:
+    """Whether the times never rise, or never fall. Models take t or 1 - t."""
     return times in (sorted(times), sorted(times, reverse=True))
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, call: Callable) -> Iterator[None]:
-    """Lets `call(forward, args, kwargs)` stand for the module's forward, inside accelerate's hook where there is one.
+def _replace_forward(module: nn.Module, call: Callable) -> Iterator[None]:
+    """Replaces the module's forward by `call(forward, args, kwargs)`, inside accelerate's hook if there is one.
 
-    That hook keeps the forward proper as `_old_forward`, and a pipeline that offloads takes the hook off and sets it
-    anew at the end of its calls. So the replacement goes from one attribute to the other.
+    accelerate's hook keeps the original forward as `_old_forward`. A pipeline that offloads removes the hook at the end
+    of its calls and sets it anew. That moves the replacement from one attribute to the other.
     """
     attributes = vars(module)
     name = "_old_forward" if "_old_forward" in attributes else "forward"

@@ -1,7 +1,8 @@
 """Schedulers: the reference's DDIM, and any of diffusers' by its class name."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import diffusers
 import numpy as np
@@ -11,22 +12,27 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 NOISE = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-LEARNED_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)  # those that can use a learned variance
+LEARNED_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)  # these can use a learned variance
 
 
 class ReferenceDDIM(DDIMScheduler):
-    """DDIM as facebookresearch/DiT and HarmoniCa run it: deterministic, from each timestep to the next of its list.
+    """DDIM as facebookresearch/DiT and HarmoniCa run it: deterministic, from each timestep to the next in its list.
 
-    diffusers' own DDIM steps by a fixed stride instead of to the next timestep, which gives other images. Timesteps
-    are evenly spaced over 0..999 inclusive; samples are not clipped; the last step goes to ᾱ = 1.
+    diffusers' own DDIM steps by a fixed stride instead, which gives other images. Timesteps are evenly spaced over
+    0..999 inclusive; samples are not clipped; the last step goes to ᾱ = 1.
     """
 
     def __init__(self):
         super().__init__(**NOISE, clip_sample=False, set_alpha_to_one=True)
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        super().set_timesteps(num_inference_steps, device)  # checks the number
-        spaced = np.round(np.linspace(999, 0, num_inference_steps)).astype(np.int64)
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
+                      timesteps: Sequence[int] | None = None) -> None:
+        if timesteps is None:
+            super().set_timesteps(num_inference_steps, device)  # checks the number
+            spaced = np.round(np.linspace(999, 0, num_inference_steps)).astype(np.int64)
+        else:
+            spaced = np.asarray(timesteps, np.int64)
+            self.num_inference_steps = len(spaced)
         self.timesteps = torch.from_numpy(spaced).to(device)
         abar = self.alphas_cumprod[torch.from_numpy(spaced)].tolist()
         self._alphas = dict(zip(spaced.tolist(), zip(abar, [*abar[1:], 1.0])))
@@ -46,19 +52,21 @@ class ReferenceDDIM(DDIMScheduler):
         return DDIMSchedulerOutput(previous, x0) if return_dict else (previous, x0)
 
 
-def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None) -> SchedulerMixin:
+def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,
+                   timesteps: Sequence[float] | None = None) -> SchedulerMixin:
     """A scheduler set to `steps` steps.
 
     Args:
-        scheduler: an instance, which is copied; None, the model's own; or a name: "ddim" and "iddpm" are the
-            reference's (linear betas, timesteps evenly spaced over 0..999), others diffusers' classes, configured as
-            the model's own scheduler is or, for a model of facebookresearch/DiT's kind, with the reference's betas.
+        scheduler: an instance, which is copied; None for the model's own; or a name. "ddim" and "iddpm" are the
+            reference's (linear betas, timesteps evenly spaced over 0..999). Other names are classes of diffusers, with
+            the configuration of the model's own scheduler or, if that is the reference's, with the reference's betas.
         steps: T, from 1 to 1000.
-        net: the denoiser, whose `scheduler` is its own; without one, the reference's.
+        net: the denoiser; its `scheduler` is the model's own. Without `net` that is the reference's DDIM.
+        timesteps: the T timesteps, whole and falling within 0..999; None is the scheduler's own choice.
 
     Raises:
-        TypeError, ValueError: there is no such scheduler, it is for models that predict something else, or steps is
-            out of range.
+        TypeError, ValueError: there is no such scheduler, it is for models that predict something else, steps is out
+            of range, or the scheduler takes no timesteps of one's own.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
         raise ValueError(f"steps: got {steps!r}, expected a whole number from 1 to 1000")
@@ -67,31 +75,45 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None)
     if not isinstance(scheduler, (str, SchedulerMixin)):
         raise TypeError(f"scheduler: got {type(scheduler).__name__}, expected a name or a diffusers scheduler")
     if isinstance(scheduler, SchedulerMixin):
-        made = ReferenceDDIM() if isinstance(scheduler, ReferenceDDIM) else _configured(type(scheduler),
-                                                                                        scheduler.config)
+        made = ReferenceDDIM() if isinstance(scheduler, ReferenceDDIM) else _make_from_config(type(scheduler),
+                                                                                              scheduler.config)
     else:
-        made = _named(scheduler, None if isinstance(own, str) else own)
+        made = _make_by_name(scheduler, None if isinstance(own, str) else own)
     if made.config.get("use_dynamic_shifting"):
         made.set_timesteps(steps, mu=_shift(made.config, net.tokens))
     else:
         made.set_timesteps(steps)
+    if timesteps is not None and list(timesteps) != made.timesteps.tolist():
+        _set_own_timesteps(made, steps, list(timesteps))
     return made
 
 
+def _set_own_timesteps(scheduler: SchedulerMixin, steps: int, timesteps: list) -> None:
+    whole = all(float(t).is_integer() and 0 <= t <= 999 for t in timesteps)
+    if not whole or len(timesteps) != steps or any(a <= b for a, b in pairwise(timesteps)):
+        raise ValueError(f"timesteps: got {timesteps}, expected {steps} whole numbers that fall from at most 999 to at "
+                         "least 0")
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"timesteps: {type(scheduler).__name__} chooses its own and takes none")
+    scheduler.set_timesteps(timesteps=[int(t) for t in timesteps])
+
+
 def steps_of(calls: int, scheduler: str | SchedulerMixin | None, net=None) -> int:
-    """The `steps` of a trajectory that calls the model so often: the same number but for schedulers such as Heun's.
+    """The `steps` of a trajectory with this number of calls of the model.
+
+    They are equal for most schedulers; Heun's, for example, calls the model more often.
 
     Raises:
-        TypeError, ValueError: as `make_scheduler`, or this scheduler has no such trajectory.
+        TypeError, ValueError: as in `make_scheduler`, or this scheduler has no such trajectory.
     """
     for steps in range(calls, 0, -1):
         if len(make_scheduler(scheduler, steps, net).timesteps) == calls:
             return steps
-    raise ValueError(f"scheduler: {scheduler!r} never calls the model {calls} times, which the schedule is for")
+    raise ValueError(f"scheduler: {scheduler!r} cannot call the model {calls} times, as the schedule needs")
 
 
-def _named(name: str, own: SchedulerMixin | None) -> SchedulerMixin:
-    """The reference's or one of diffusers', for a model whose own scheduler is `own`, None for the reference's."""
+def _make_by_name(name: str, own: SchedulerMixin | None) -> SchedulerMixin:
+    """The scheduler `name` of the reference or of diffusers. own: the model's; None stands for the reference's DDIM."""
     cls = {"ddim": ReferenceDDIM, "iddpm": DDPMScheduler}.get(name) or getattr(diffusers, name, None)
     if not (inspect.isclass(cls) and issubclass(cls, SchedulerMixin)):
         raise ValueError(f'scheduler: got {name!r}, expected "ddim", "iddpm" or the name of a diffusers scheduler, '
@@ -99,26 +121,27 @@ def _named(name: str, own: SchedulerMixin | None) -> SchedulerMixin:
     accepted = inspect.signature(cls.__init__).parameters
     flow = own is not None and "beta_schedule" not in own.config
     if flow == (cls is ReferenceDDIM or "beta_schedule" in accepted):
-        raise ValueError(f"scheduler: {name} is for models that predict the {'noise' if flow else 'velocity'} along "
-                         f"another kind of path than this one's own scheduler; pass an instance if it fits after all")
+        theirs, ours = ("noise", "velocity") if flow else ("velocity", "noise")
+        raise ValueError(f"scheduler: {name} is for models that predict the {theirs}, this model's own is for "
+                         f"the {ours}; pass an instance if it fits after all")
     if name == "ddim":
         return ReferenceDDIM()
     if name == "iddpm":
         return DDPMScheduler(**NOISE, variance_type="learned_range", timestep_spacing="linspace", clip_sample=False)
     if own is not None:
-        return _configured(cls, {"clip_sample": False} | dict(own.config))
+        return _make_from_config(cls, {"clip_sample": False} | dict(own.config))
     wanted = NOISE | dict(clip_sample=False, prediction_type="epsilon")
     return cls(**{name: value for name, value in wanted.items() if name in accepted})
 
 
-def _configured(cls: type[SchedulerMixin], config: Mapping) -> SchedulerMixin:
-    """A scheduler of diffusers from another's configuration."""
+def _make_from_config(cls: type[SchedulerMixin], config: Mapping) -> SchedulerMixin:
+    """A scheduler of diffusers with another's configuration."""
     if "learned" in (config.get("variance_type") or "") and not issubclass(cls, LEARNED_VARIANCE):
-        config = dict(config) | {"variance_type": None}  # they would cut the variance off at channel 3, whatever comes
+        config = dict(config) | {"variance_type": None}  # they would keep 3 channels of the output, however many it has
     return cls.from_config(config)
 
 
 def _shift(config: Mapping, tokens: int) -> float:
-    """μ of resolution-dependent shifting: linear in the number of tokens (Esser et al., 2024; as diffusers has it)."""
+    """μ of resolution-dependent shifting: linear in the number of tokens (Esser et al., 2024; as in diffusers)."""
     low, high = config["base_image_seq_len"], config["max_image_seq_len"]
     return config["base_shift"] + (config["max_shift"] - config["base_shift"]) * (tokens - low) / (high - low)

@@ -1,4 +1,4 @@
-"""A trajectory: everything between noise and image but the rows. Sampler, trainer and λ refresh all walk it."""
+"""A trajectory: all of the way from noise to image but the decision rows. Sampler, trainer and λ refresh use it."""
 
 import copy
 import inspect
@@ -18,17 +18,17 @@ from .schedulers import ReferenceDDIM, make_scheduler
 
 
 def image_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """Starting noise [count, *shape] of the images number first, first+1, … of a seed, whatever the batch split."""
+    """Starting noise [count, *shape] of images first, first+1, … of a seed. It does not depend on the batch size."""
     draws = [np.random.default_rng((seed, i)).standard_normal(shape, np.float32) for i in range(first, first + count)]
     return torch.from_numpy(np.stack(draws))
 
 
 class Guided(NamedTuple):
-    """A model under classifier-free guidance (Ho & Salimans, 2022), as every step of a trajectory calls it.
+    """A model with classifier-free guidance (Ho & Salimans, 2022). Every step of a trajectory calls it.
 
     Args:
-        net: a denoiser. scale: of the guidance; 1 runs no unconditional rows. channels: how many leading output
-            channels are guided. autocast: "bfloat16" runs the model under autocast in it.
+        net: a denoiser. scale: of the guidance; 1 runs no unconditional half of the batch. channels: how many leading
+            output channels are guided. autocast: "bfloat16" runs the model under autocast in it, None as it is.
     """
 
     net: Any
@@ -36,14 +36,14 @@ class Guided(NamedTuple):
     channels: int
     autocast: str | None = None
 
-    def __call__(self, x: Tensor, t: Tensor, rows: Tensor, **forward) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor, **forward) -> Tensor:
         """The guided output [n, C_out, H, W], in x's dtype, for x [n, C, H, W] at the timestep t [].
 
-        rows: the labels [n] or, with guidance, [2n], where the second half is those that stand for none. forward:
-        row, cache and so on.
+        labels: [n] or, with guidance, [2n]; the second half are then labels that stand for none. forward: row, cache
+        and so on.
         """
         conditional, unconditional = (None if o is None else o.to(x.dtype)
-                                      for o in self.outputs(x, t, rows, **forward))
+                                      for o in self.outputs(x, t, labels, **forward))
         if unconditional is None:
             return conditional
         guided = unconditional.lerp(conditional, self.scale)
@@ -51,20 +51,22 @@ class Guided(NamedTuple):
             return guided
         return torch.cat([guided[:, : self.channels], conditional[:, self.channels :]], 1)
 
-    def outputs(self, x: Tensor, t: Tensor, rows: Tensor, **forward) -> tuple[Tensor, Tensor | None]:
-        """The conditional and the unconditional output [n, C_out, H, W], None without guidance, in the model's dtype.
+    def outputs(self, x: Tensor, t: Tensor, labels: Tensor, **forward) -> tuple[Tensor, Tensor | None]:
+        """The conditional and the unconditional output [n, C_out, H, W], in the model's dtype.
+
+        Without guidance the unconditional output is None.
         """
-        doubled = x if len(rows) == len(x) else torch.cat([x, x])
+        doubled = x if len(labels) == len(x) else torch.cat([x, x])
         with torch.autocast(x.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
-            out = self.net(doubled, t.expand(len(rows)), rows, **forward)
+            out = self.net(doubled, t.expand(len(labels)), labels, **forward)
         return (out, None) if doubled is x else out.chunk(2)
 
 
 def run_eagerly(function: Callable[..., Any], *args, **kwargs) -> Any:
-    """function(*args, **kwargs).
+    """Returns function(*args, **kwargs).
 
-    `harmonica_kernels.compile(run_eagerly)` is an executor for all the functions that it is called with: their graphs
-    share one pool of memory.
+    `harmonica_kernels.compile(run_eagerly)` is one executor for several functions, so that their graphs share a pool of
+    memory.
     """
     return function(*args, **kwargs)
 
@@ -76,31 +78,33 @@ class Trajectory:
         net: a denoiser, `net(x, t, y, row=, forecast_weights=, cache=, threshold=)`, see `harmonica_dit.load`.
         labels: [n] int64, one for each image: classes or, of a text model, the numbers of its prompts.
         steps: T. scheduler: a name or an instance, see `make_scheduler`; None is the model's own.
-        guidance: classifier-free guidance scale; 1 runs no unconditional rows; None is the model's own.
-        guidance_channels: how many leading output channels are guided, or a number above all to guide all; None is the
+        guidance: classifier-free guidance scale; 1 runs no unconditional half of the batch; None is the model's own.
+        guidance_channels: how many leading output channels are guided; a number above C_out guides all. None is the
             model's own (facebookresearch/DiT: 3; diffusers' pipelines: all but the variance).
-        seed, first: number the images, for schedulers that draw noise on the way.
-        autocast: "bfloat16" runs the model under autocast in it, None as it is; all else stays in x's dtype.
+        seed, first: the seed and the number of the first image, for schedulers that draw noise at their steps.
+        autocast: "bfloat16" runs the model under autocast in it, None as it is. Everything else stays in x's dtype.
+        timesteps: the T timesteps, from noise to image; None is the scheduler's own choice.
     """
 
     def __init__(self, net, labels: Tensor, *, steps: int, scheduler=None, guidance: float | None = None,
                  guidance_channels: int | None = None, seed: int = 0, first: int = 0,
-                 autocast: str | None = None):
+                 autocast: str | None = None, timesteps: Sequence[float] | None = None):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
-        self.executor = run_eagerly  # how `predict` runs the model; or `harmonica_kernels.compile(run_eagerly)`
+        self.executor = run_eagerly  # runs the model in `predict`; may be `harmonica_kernels.compile(run_eagerly)`
         guidance = net.guidance if guidance is None else guidance
         if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
         if guidance_channels is not None and guidance_channels < 1:
             raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1")
         self.model = Guided(net, guidance, guidance_channels or net.guidance_channels, autocast)
-        self.scheduler = make_scheduler(scheduler, steps, net)
+        self.scheduler = make_scheduler(scheduler, steps, net, timesteps)
         self.timesteps = [t.item() for t in self.scheduler.timesteps]
         self._t = self.scheduler.timesteps.to(self.labels.device)
-        self._linear = isinstance(self.scheduler, ReferenceDDIM)  # its step is a·x + b·ε, whatever has gone before
+        self._linear = isinstance(self.scheduler, ReferenceDDIM)  # its step is a·x + b·ε and keeps no history
         self._updates = self.scheduler.updates().tolist() if self._linear else []
         unconditional = [] if guidance == 1 else [torch.full_like(self.labels, net.num_classes)]
-        self._rows = torch.cat([self.labels, *unconditional])  # one tensor throughout: a text model keeps what it found
+        # the same tensor at every step: a text model looks its prompts up again only for another tensor
+        self._model_labels = torch.cat([self.labels, *unconditional])
         self._generators = None
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             states = [np.random.SeedSequence((seed, i, 1)) for i in range(first, first + len(self.labels))]
@@ -113,21 +117,21 @@ class Trajectory:
 
     def start(self, noise: Tensor) -> Tensor:
         """x_0 from standard normal noise [n, C, H, W]."""
-        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow matching's schedulers have none
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # schedulers of flow matching have none
 
     def predict(self, x: Tensor, s: int, **forward) -> Tensor:
         """The guided model output [n, C_out, H, W] at step s for x [n, C, H, W]; `forward`: row, cache and so on."""
         return self.executor(self.model, *self.inputs(x, s), **forward)
 
     def inputs(self, x: Tensor, s: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What `Guided` is called with at step s: x as the model is to see it, the timestep and the labels."""
+        """The arguments of `Guided` at step s: x as the scheduler scales it, the timestep and the labels."""
         scaled = getattr(self.scheduler, "scale_model_input", lambda x, t: x)(x, self.scheduler.timesteps[s])
-        return scaled, self._t[s], self._rows
+        return scaled, self._t[s], self._model_labels
 
     def step(self, x: Tensor, s: int, **forward) -> Tensor:
         """x_{s+1} from x_s [n, C, H, W]: `predict` and `advance`, without grad.
 
-        Where there is a kernel for it, guidance and a linear update are one pass over the latents.
+        If the device has the kernel, guidance and a linear update take one pass over the latents.
         """
         if not self._linear or x.device.type not in ops.FUSED:
             return self.advance(self.predict(x, s, **forward), s, x)
@@ -137,27 +141,28 @@ class Trajectory:
                                channels=self.model.channels, a=a, b=b)
 
     def hoist(self, rows: Sequence[Sequence[bool] | None]) -> Iterable[dict]:
-        """For each step, what the model can compute before the loop, as arguments for `predict`.
+        """Further arguments of `predict`, step by step: what the model can compute for all steps together.
 
         rows: the T hard rows, None where everything is computed.
         """
         if not hasattr(self.net, "hoist"):
             return [{}] * self.steps
-        return self.net.hoist(self._t, self._rows, rows)
+        return self.net.hoist(self._t, self._model_labels, rows)
 
     def advance(self, output: Tensor, s: int, x: Tensor) -> Tensor:
-        """x_{s+1} from x_s and the guided output, without grad."""
+        """x_{s+1} from x_s and the guided output; differentiable where grad is enabled."""
         C = x.shape[1]
         learned_variance = "learned" in (self.scheduler.config.get("variance_type") or "")
         if learned_variance and output.shape[1] == C:
             raise ValueError(f"scheduler: {type(self.scheduler).__name__} takes a learned variance, which "
                              f"{self.net.name} does not predict")
-        output = output.detach() if learned_variance else output.detach()[:, :C]
+        output = output if learned_variance else output[:, :C]
         options = {} if self._generators is None else {"generator": self._generators}
-        return self.scheduler.step(output, self.scheduler.timesteps[s], x.detach(), **options).prev_sample
+        return self.scheduler.step(output, self.scheduler.timesteps[s], x, **options).prev_sample
 
     def fork(self) -> "Trajectory":
-        """A copy that goes on from here by itself: multistep history and random state are copied, the model is not."""
+        """A copy that goes on independently: it has its own multistep history and random state, and shares the model.
+        """
         other = copy.copy(self)
         other.scheduler = copy.deepcopy(self.scheduler)
         if self._generators is not None:
@@ -165,10 +170,11 @@ class Trajectory:
         return other
 
     def loop(self) -> Loop:
-        """What a device-gated executor needs to know, see `harmonica_kernels.compile`.
+        """The trajectory's parts for a device-gated executor, see `harmonica_kernels.compile`.
 
         Raises:
-            TypeError: the scheduler's step is not linear in x and the output alone, or the model is not taken apart.
+            TypeError: the scheduler's step is not linear in x and the output alone, or the model has no
+                `modulation_table`.
         """
         if not self._linear:
             raise TypeError(f'scheduler: got {type(self.scheduler).__name__}; a device-gated trajectory needs "ddim", '
@@ -177,25 +183,25 @@ class Trajectory:
             raise TypeError(f"net: {type(self.net).__name__} has no modulation_table, which a device-gated trajectory "
                             'indexes; use mode="captured"')
         net, guided = self.net, self.model.scale != 1
-        return Loop(net.branches, lambda: net.modulation_table(self._t, self._rows),
+        return Loop(net.branches, lambda: net.modulation_table(self._t, self._model_labels),
                     lambda x: net.embed(torch.cat([x, x]) if guided else x), net.head, self.scheduler.updates(),
                     self.model.scale, self.model.channels)
 
     def graph_parts(self) -> tuple[tuple, tuple[Tensor, ...], Callable[[Tensor], "Trajectory"]]:
-        """What an executor needs to know, see `harmonica_kernels.compile`.
+        """Key, tensors and a copying function for an executor, see `harmonica_kernels.compile`.
 
         Raises:
-            RuntimeError: a text model's prompts are looked up on the host, which a graph would not do again.
+            RuntimeError: the model looks prompts up on the host, which a replayed graph would not do again.
         """
         if getattr(self.net, "prompts", None) is not None:
             raise RuntimeError(f'executor: {self.net.name} looks its prompts up on the host; use "eager"')
         key = (*self.model, tuple(self.timesteps), type(self.scheduler), self.scheduler.to_json_string())
-        return key, (self._rows,), self._relabelled
+        return key, (self._model_labels,), self._relabel
 
-    def _relabelled(self, rows: Tensor) -> "Trajectory":
-        """A fork with the rows' labels in the memory of `rows`, those without a label included."""
+    def _relabel(self, model_labels: Tensor) -> "Trajectory":
+        """A fork that reads its labels from `model_labels`: [n] or, with guidance, [2n]."""
         other = self.fork()
-        other._rows, other.labels = rows, rows[: len(self.labels)]
+        other._model_labels, other.labels = model_labels, model_labels[: len(self.labels)]
         return other
 
 

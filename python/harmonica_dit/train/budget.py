@@ -1,4 +1,4 @@
-"""Meeting a target: the β that steers a router to it, and the threshold that freezes one at it."""
+"""How a training meets its target: β steers the router there, and at the end a threshold freezes it there."""
 
 import warnings
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from harmonica_dit.flops import Flops
 from harmonica_dit.router import Router
 
-WINDOW = 10  # trajectories that the running mean of the values looks back on
-TOLERANCE = 0.02
+WINDOW = 10  # the running mean of the values looks back on about so many trajectories
+TOLERANCE = 0.02  # how far a frozen schedule may be from its target without a warning, as a share of it
 
 
 class Budget:
-    """How much the rows s ≥ 1 of a schedule may compute, Σ weight·computed, for it to reach a target.
+    """How much the rows s ≥ 1 of a schedule may compute, as Σ weight·computed, if it is to reach a target.
 
     Args:
-        flops: what a row costs. steps: T.
-        speedup: the FLOPs speedup to reach, or None. cur: the cache utilization ratio to reach, or None; one of both.
+        flops: of a forward of batch 1. steps: T.
+        speedup: the FLOPs speedup to reach. cur: the cache utilization ratio to reach. One of the two is None.
 
     Raises:
-        ValueError: no schedule can reach it; the message says what the limits are.
+        ValueError: no schedule can reach the target; the message gives the limits.
     """
 
     def __init__(self, flops: Flops, steps: int, *, speedup: float | None = None, cur: float | None = None):
@@ -40,26 +40,26 @@ class Budget:
                                  f"where everything after the first of {steps} steps is reused")
             self.weights = torch.ones(K, dtype=torch.float64)
             allowed = K * (steps * (1 - cur) - 1)
-        self.allowed = allowed + 1e-9 * self.weights.sum().item()  # rounding must not cost an entry
+        self.allowed = allowed + 1e-9 * self.weights.sum().item()  # so that rounding does not cost an entry
 
     def cut(self, values: Tensor) -> float:
-        """The smallest number such that the entries of values [T-1, K] above it stay in the budget."""
+        """The number above which lie as many entries of values [T-1, K] as the budget allows, the greatest first."""
         values = values.detach().double().cpu()
         weights = self.weights.expand_as(values).flatten()
         ranked, order = values.flatten().sort(descending=True, stable=True)
         fitting = int((weights[order].cumsum(0) <= self.allowed).sum())
         if fitting == len(ranked):
-            return ranked[-1].item() / 2  # scores are positive: everything is computed
+            return ranked[-1].item() / 2  # below the least score, since scores are positive: everything is computed
         first_out = ranked[fitting].item()
-        above = ranked[ranked > first_out]  # entries of one value are reused together
+        above = ranked[ranked > first_out]  # entries of equal value are reused together
         return (first_out + above[-1].item()) / 2 if len(above) else first_out
 
     def freeze(self, router: Router) -> None:
-        """Sets the threshold with which the router's schedule meets the target as nearly as its scores allow."""
+        """Sets the router's threshold, so that its schedule meets the target as nearly as the scores allow."""
         router.threshold = self.cut(router.scores()[1:])
 
     def check(self, router: Router) -> None:
-        """Warns where the frozen schedule is further than 2 % from the target."""
+        """Warns if the frozen schedule is further than 2 % from the target."""
         schedule = router.schedule()
         name, got, target = (("target_speedup", schedule.speedup, self.speedup) if self.cur is None
                              else ("target_cur", schedule.cur, self.cur))
@@ -69,12 +69,12 @@ class Budget:
 
 
 class Steering:
-    """Finds β from what computing each entry is worth, so that the router settles at the target.
+    """Finds the β with which the router settles at the target, from the value of computing each entry.
 
-    The value of an entry is q = -λ·∂mse/∂r / c, measured with each gradient. With a mean squared error that falls as
-    (1 - r)², the loss is least where q = β, so an entry ends with r > τ iff its value at r = τ, q·(1-τ)/(1-r), is
-    above β. Therefore β is the cut of these values that keeps to the budget. Being a quantile, it needs no gain to
-    tune, follows whatever lr and number of trajectories, and settles when the values do.
+    The value of an entry is q = -λ·∂mse/∂r / c; every gradient measures it. If the mean squared error falls as
+    (1 - r)², the loss is least where q = β. So an entry ends with r > τ iff its value at r = τ, which is
+    q·(1-τ)/(1-r), is above β. Therefore β is the cut of these values that keeps to the budget. This cut is a quantile.
+    It needs no gain to tune, works for every lr and number of trajectories, and settles when the values do.
     """
 
     def __init__(self, budget: Budget, steps: int, branches: int, device: torch.device):
@@ -83,7 +83,7 @@ class Steering:
         self.seen = 0
 
     def observe(self, values: Tensor) -> float:
-        """Takes one trajectory's values at r = τ [T-1, K] into the running mean; returns the β for the next."""
+        """Adds one trajectory's values at r = τ [T-1, K] to the running mean; returns β for the next trajectory."""
         self.seen += 1
         self.values.lerp_(values, 1 / min(self.seen, WINDOW))
         return max(self.budget.cut(self.values), 0.0)

@@ -1,6 +1,6 @@
 """Training checkpoints: written after every trajectory, so that an interrupted training goes on with the same bits.
 
-There is no random state in them: the noise and labels of trajectory n depend on the seed and n alone.
+They hold no random state: the noise and labels of trajectory n depend on the seed and n alone.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass
 class Training:
-    """What changes from trajectory to trajectory."""
+    """The state of a training, which changes from trajectory to trajectory."""
 
     router: Router
     optimizer: torch.optim.Optimizer
@@ -39,10 +39,11 @@ class Training:
                                          seen=self.steering.seen if self.steering else 0))
 
     def restore(self, path: Path, record: dict) -> None:
-        """Goes on from a checkpoint.
+        """Takes over the state in a checkpoint.
 
         Raises:
-            ValueError: it is no whole checkpoint, or is of a training with other settings; the message names them.
+            ValueError: the file is not a whole checkpoint, or is of a training with other settings; the message names
+                them.
         """
         tensors, metadata = load_tensors(path)
         theirs = metadata.get("settings")
@@ -78,7 +79,7 @@ class Training:
 
 
 def check_like(name: str, tensor: Tensor, expected: Tensor) -> Tensor:
-    """`tensor` on `expected`'s device, if it is finite and has its shape and dtype."""
+    """`tensor` on `expected`'s device. It must be finite and have `expected`'s shape and dtype."""
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype) or not tensor.isfinite().all():
         raise ValueError(f"{name}: expected finite {describe(expected)}, got {describe(tensor)}")
     return tensor.to(expected.device)

@@ -1,4 +1,4 @@
-"""The model during a training: frozen, and where memory is short with its bodies recomputed in the backward."""
+"""The model during a training: it is frozen, and to save memory the backward pass can recompute its bodies."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +12,7 @@ from harmonica_dit.flops import replace_bodies
 
 @contextmanager
 def freeze(net):
-    """The model in evaluation mode and without gradients for its weights; afterwards as it was."""
+    """Until the block ends, puts the model in evaluation mode and turns off gradients for its weights."""
     wanted = [(parameter, parameter.requires_grad) for parameter in net.parameters()]
     modes = [(module, module.training) for module in net.modules()]
     net.eval().requires_grad_(False)
@@ -26,11 +26,11 @@ def freeze(net):
 
 
 def checkpoint_bodies(net):
-    """The model's bodies recomputed in the backward, so that only what enters and leaves them is kept until then."""
+    """Until the block ends, the backward pass recomputes the bodies, so that only their inputs and outputs are kept."""
     return replace_bodies(net, lambda k, body: partial(_recompute, body))
 
 
 def _recompute(body, h: Tensor, context) -> Tensor:
     if not torch.is_grad_enabled():
         return body(h, context)
-    return checkpoint(body, h, context, use_reentrant=False, preserve_rng_state=False)  # frozen: nothing is random
+    return checkpoint(body, h, context, use_reentrant=False, preserve_rng_state=False)  # a frozen model: no randomness

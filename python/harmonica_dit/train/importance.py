@@ -13,35 +13,35 @@ from .student import Student
 @torch.no_grad()
 def measure_importance(router: Router, trajectory: Trajectory, noise: Tensor, *, kind: str = "paper",
                        rows: str = "soft", cache: hk.FeatureCache | None = None) -> Tensor:
-    """λ [T]; λ_0 is 0, for row 0 computes everything anyway.
+    """Measures λ [T]. λ_0 is 0, because row 0 computes everything.
 
-    "paper": λ_s = mean((x_final - x_final^(s))²), x_final from the router at every step and x_final^(s) with row s
-    all computed (leave-one-out; HarmoniCa, section 3.3, with the mean for the squared norm).
+    "paper": λ_s = mean((x_final - x_final^(s))²). x_final comes from the router's rows at every step; for x_final^(s)
+    row s computes everything (leave-one-out; HarmoniCa, section 3.3, with the mean for the squared norm).
 
-    "reference", the published code: start from all computed and turn the router's rows on one after another from the
-    noisiest step on; λ_s is the mean squared change that row s makes.
+    "reference", the published code: it starts with all rows computing everything and turns the router's rows on one
+    after another, from the noisiest step on. λ_s is the mean squared change of the final image that row s makes.
 
-    "gain": the paper's λ_s / mean((ε_s - ε_s^(s))²), the error that row s makes in its own step's output. The paper's
-    λ_s already grows with that error, so that λ_s·error counts it twice, and rows that make a small error early pass
-    for harmless; the quotient is what one unit of error at step s does to the image, and gain·error the image's error.
+    "gain": the paper's λ_s divided by mean((ε_s - ε_s^(s))²), the error that row s makes in its own step's output. The
+    paper's λ_s already grows with this error. So λ_s·error counts it twice, and rows that make a small error early seem
+    harmless. The quotient is the effect on the image of one unit of error at step s; gain·error is the image's error.
 
-    Each of the T-1 other trajectories shares its first steps with the router's own and is forked from it, so that T +
-    T(T-1)/2 guided forwards are run instead of T²; on a CPU the result is the same to the last bit.
+    Each of the T-1 other trajectories shares its first steps with the router's own and is forked from it. So it takes
+    T + T(T-1)/2 guided forwards instead of T². On a CPU the result is the same to the last bit.
 
     Args:
-        router: its rows, threshold and extrapolation. trajectory: a fresh one; where its `executor` records, one
-            graph serves every soft row and every refresh, and each hard row has one. noise: [n, C, H, W], standard
+        router: gives rows, threshold and extrapolation. trajectory: at its start. If its `executor` records graphs, one
+            graph serves every soft row of every refresh, and each hard row has its own. noise: [n, C, H, W], standard
             normal.
         kind: "paper", "reference" or "gain". rows: "soft" blends, as published; "hard" thresholds, as inference does.
-        cache: to work in, see `Student`.
+        cache: the one to work in, see `Student`.
     """
     T, one_by_one = router.steps, kind == "reference"
     student = Student(router, trajectory, noise, hard=rows == "hard", cache=cache)
-    kept = hk.FeatureCache(router.history)  # the cache's contents while the fork works in it
-    images, errors = [], []  # for s = 1, 2, …: of the trajectory that leaves the router's at step s
+    kept = hk.FeatureCache(router.history)  # holds the cache's contents while the fork works in the cache
+    images, errors = [], []  # for s = 1, 2, …: of the trajectory that is forked at step s
     student.advance(student.predict())
     for s in range(1, T):
-        other = student.fork(cached=not one_by_one)  # what only computes everything needs no cache
+        other = student.fork(cached=not one_by_one)  # a fork that computes everything needs no cache
         if not one_by_one:
             kept.copy_(student.cache)
         all_computed = other.predict()
@@ -67,11 +67,11 @@ def _mean_square(difference: Tensor) -> Tensor:
 
 
 def normalise(importance: Tensor) -> Tensor:
-    """λ [T] with mean 1 over the rows that learn.
+    """Scales λ [T] to mean 1 over the rows that learn, s ≥ 1. If λ is 0 for all of them, it becomes all ones.
 
-    It leaves the loss's balance between steps as it is and gives β a scale that carries over between models and step
-    counts: the mean squared error of the guided output, at a step of average λ, that one branch of average cost is
-    worth. With the raw λ the same router needs this β times the raw mean. All ones where no row matters.
+    The scale does not change the loss's balance between steps. It gives β a meaning that carries over between models
+    and step counts: β is the mean squared error of the guided output, at a step of average λ, that one branch of
+    average cost is worth. With the raw λ, the same router needs β times the mean of the raw λ.
     """
     mean = importance[1:].mean()
     return importance / mean if mean > 0 else torch.ones_like(importance)

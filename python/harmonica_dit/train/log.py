@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a progress bar, a CSV file and a TensorBoard log."""
+"""The log of a training: a progress bar, a CSV file and TensorBoard files."""
 
 import csv
 import warnings
@@ -12,11 +12,11 @@ COLUMNS = ("trajectory", "seconds", "loss", "error", "beta", "threshold", "cur",
 
 
 class Log:
-    """One line a trajectory.
+    """Logs one line per trajectory.
 
     Args:
         out: folder of `log.csv` and the TensorBoard files, None for no files.
-        total: trajectories to run. first: how many were done before; the CSV's lines from there on are dropped.
+        total: number of trajectories. first: how many of them are done already; later lines of the CSV are dropped.
         progress: whether a progress bar is shown.
     """
 
@@ -51,7 +51,7 @@ class Log:
             self._board.close()
 
     def line(self, **values: float) -> None:
-        """Logs one trajectory; `values` are COLUMNS."""
+        """Logs one trajectory; `values` has a value for each of COLUMNS."""
         if self._file is not None:
             self._csv.writerow(values)
             self._file.flush()

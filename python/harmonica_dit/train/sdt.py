@@ -1,4 +1,4 @@
-"""Step-wise denoising training: one trajectory, one update of each row."""
+"""Step-wise denoising training (SDT): one trajectory, one update of each row."""
 
 from typing import NamedTuple
 
@@ -10,28 +10,29 @@ from harmonica_dit.router import Router
 from .student import Student
 
 
-class Seen(NamedTuple):
-    """What one trajectory showed, for the rows s = 1..T-1."""
+class Measurements(NamedTuple):
+    """What one trajectory measures, for the rows s = 1..T-1."""
 
     losses: Tensor  # [T-1], L_s
     errors: Tensor  # [T-1], mean((ε - ε*)²)
-    values: Tensor  # [T-1, K], what computing an entry is worth at r = τ, see `Steering`
+    values: Tensor  # [T-1, K], the value of computing an entry, at r = τ; see `Steering`
 
 
 @torch.no_grad()
 def train_trajectory(router: Router, student: Student, optimizer: torch.optim.Optimizer, importance: Tensor,
-                     costs: Tensor, beta: float | None, *, channels: int | None = None, threshold: float = 0.1) -> Seen:
-    """Walks from noise to image, updating row s at step s ≥ 1 by L_s = λ_s·mean((ε - ε*)²) + β·Σ_k c_k·r[s,k].
+                     costs: Tensor, beta: float | None, *, channels: int | None = None,
+                     threshold: float = 0.1) -> Measurements:
+    """Walks from noise to image. Step s ≥ 1 updates row s by the loss L_s = λ_s·mean((ε - ε*)²) + β·Σ_k c_k·r[s,k].
 
-    The student's ε, blended by the row and detached, takes the step; it is from before the row's update. Step 0
-    computes and stores everything.
+    The scheduler's step takes the student's ε, blended by the row before its update, and detached. Step 0 computes and
+    stores everything.
 
     Args:
-        student: at its start. optimizer: of the rows, one Parameter each; only the row that has a gradient moves.
+        student: at step 0. optimizer: of the rows, one Parameter each; it moves only the row that has a gradient.
         importance: λ [T]. costs: c [K], above 0.
-        beta: None only measures; nothing is updated.
+        beta: None only measures and updates nothing.
         channels: how many leading output channels are compared, None for all.
-        threshold: τ at which `values` are stated.
+        threshold: the τ of `values`.
 
     Source: HarmoniCa (Huang et al., ICML 2025), section 3.2 (SDT) and 3.3 (IEPO).
     """
@@ -52,4 +53,4 @@ def train_trajectory(router: Router, student: Student, optimizer: torch.optim.Op
         student.advance(output)
         losses.append(importance[s] * error + cost)
         errors.append(error)
-    return Seen(torch.stack(losses), torch.stack(errors), torch.stack(values))
+    return Measurements(torch.stack(losses), torch.stack(errors), torch.stack(values))

@@ -1,4 +1,4 @@
-"""What a training is asked to do, checked before it starts."""
+"""The settings of a training, checked before it starts."""
 
 import json
 import zlib
@@ -13,7 +13,7 @@ from harmonica_dit.validate import check_threshold, is_number
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `train_router` that decide its result; their meaning stands there.
+    """The arguments of `train_router` that decide its result; it explains them.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -52,7 +52,7 @@ class Settings:
             if not is_number(value) or value < 0:
                 raise ValueError(f"{name}: got {value!r}, expected a number ≥ 0")
         if self.beta is None and self.trajectories < 2:
-            raise ValueError(f"trajectories: got {self.trajectories}, expected at least 2 with a target, whose first "
+            raise ValueError(f"trajectories: got {self.trajectories}, expected at least 2: with a target the first "
                              "one only measures")
         if not is_number(self.lr) or self.lr <= 0:
             raise ValueError(f"lr: got {self.lr!r}, expected a number above 0")
@@ -72,11 +72,11 @@ class Settings:
         return self.scheduler if isinstance(self.scheduler, str) else type(self.scheduler).__name__
 
     def record(self, net) -> dict:
-        """What a checkpoint must agree on, the model included, as JSON gives it back."""
+        """These settings and the model's properties, as JSON gives them back. A checkpoint must have the same."""
         scheduler = self.scheduler
         if not isinstance(scheduler, str):
             config = {name: str(value) for name, value in scheduler.config.items()
-                      if not name.startswith("_")}  # diffusers' own notes, in an order that each process has anew
+                      if not name.startswith("_")}  # those are diffusers' notes; each process orders them differently
             scheduler = {"class": self.scheduler_name, "config": config}
         prompts = getattr(net, "prompts", None)
         return json.loads(json.dumps(asdict(self) | {
@@ -96,7 +96,7 @@ def fingerprint(net) -> str:
 
 
 def check_weights(dtype: str | torch.dtype) -> None:
-    """Refuses weights of a dtype that routers cannot be trained with."""
+    """Refuses weights in float16: routers cannot be trained with them."""
     if dtype in ("float16", torch.float16):
         raise ValueError("net: its weights are float16, in which gradients as small as a router's vanish; load it with "
                          'dtype="bfloat16"')

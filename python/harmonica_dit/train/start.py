@@ -1,4 +1,4 @@
-"""What a training starts from: router, optimiser and budget; and its trajectories, each by its number."""
+"""The start of a training (router, optimiser and budget), and its trajectories by their numbers."""
 
 from collections.abc import Callable
 
@@ -13,17 +13,18 @@ from .budget import Budget, Steering
 from .checkpoint import Training
 from .settings import Settings
 
-FIRST_IMAGE = 1 << 32  # images are numbered from here, so that no sampled image starts from noise trained on
+FIRST_IMAGE = 1 << 32  # training's images are numbered from here, so that no sampled image has noise from training
 
 
 def start_training(net, settings: Settings) -> tuple[Training, Budget | None]:
-    """The state before the first trajectory, and the budget of a target."""
+    """The state before the first trajectory, and the budget, which is None if there is no target."""
     first = make_trajectory(net, settings, 0)
     T, flops = first.steps, count_flops(net)
     K = len(flops.branches)
     if settings.costs == "flops" and min(flops.branches) == 0:
         free = net.branch_names[flops.branches.index(0)]
-        raise ValueError(f'costs: got "flops", by which the branch {free!r} costs nothing; "ones" counts all alike')
+        raise ValueError(f'costs: got "flops", but the branch {free!r} costs nothing; use "ones", the same for every '
+                         "branch")
     device = next(net.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     logits = torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)
@@ -35,7 +36,7 @@ def start_training(net, settings: Settings) -> tuple[Training, Budget | None]:
                     learn_extrapolation=learned, threshold=settings.threshold, model=net.name,
                     scheduler=settings.scheduler_name, guidance=settings.guidance, seed=settings.seed,
                     resolution=net.sample_shape[1:], architecture=getattr(net, "architecture", None)).to(device)
-    # the gradients are as small as β·c, so AdamW's usual eps of 1e-8 would hold the rows back
+    # the gradients are as small as β·c, so AdamW's default eps of 1e-8 would slow the rows down
     optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-16,
                                   weight_decay=0)
     budget = steering = None

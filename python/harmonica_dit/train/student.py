@@ -1,4 +1,4 @@
-"""The student: one trajectory under a router's rows. SDT trains on it, and λ is measured with it."""
+"""The student: one trajectory with a router's rows. SDT trains the router on it, and λ is measured with it."""
 
 import copy
 from collections.abc import Callable
@@ -16,11 +16,12 @@ class Student:
     """A batch on its way from noise to image, with its feature cache and the decisions taken so far.
 
     Args:
-        router: whose extrapolation and threshold apply.
-        trajectory: model, labels, guidance and scheduler, not used elsewhere.
+        router: its extrapolation and threshold apply.
+        trajectory: model, labels, guidance and scheduler; nothing else may use it.
         noise: [n, C, H, W], standard normal.
-        hard: whether rows are thresholded, as in inference, or blend.
-        cache: one to work in, which is rewound; recorded graphs need the same one again. None: a new one.
+        hard: True applies the threshold to rows, as in inference; False blends.
+        cache: the one to work in; it is rewound. Recorded graphs use the memory of one cache, so their calls need that
+            cache again. None makes a new one.
     """
 
     def __init__(self, router: Router, trajectory: Trajectory, noise: Tensor, *, hard: bool = False,
@@ -32,27 +33,27 @@ class Student:
         self.decisions = torch.empty(0, len(router.branches), dtype=torch.bool, device=noise.device)
 
     def predict(self, r: Tensor | None = None) -> Tensor:
-        """The guided output at this step, with the scores r [K], or with every branch computed and stored."""
+        """The guided output at this step with the scores r [K]. None computes and stores every branch."""
         if r is None:
-            row = {}
-            self._decide(self.decisions.new_ones(self.decisions.shape[1]))
+            forward = {}
+            self._note(self.decisions.new_ones(self.decisions.shape[1]))
         else:
-            decided, e = decide(r, self.router.threshold), self._forecast()
-            self._decide(decided)
+            decision, e = decide(r, self.router.threshold), self._forecast()
+            self._note(decision)
             if self.hard:
-                row = {"row": tuple(decided.tolist()), "forecast_weights": None if e is None else e.tolist()}
+                forward = {"row": tuple(decision.tolist()), "forecast_weights": None if e is None else e.tolist()}
             else:
-                row = {"row": r, "threshold": self.router.threshold, "forecast_weights": e}
-        return self.trajectory.predict(self.x, self.s, cache=self.cache, **row)
+                forward = {"row": r, "threshold": self.router.threshold, "forecast_weights": e}
+        return self.trajectory.predict(self.x, self.s, cache=self.cache, **forward)
 
     def learn(self, r: Tensor, target: Tensor, weight: Tensor, channels: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """The guided output at this step with the scores r, its error against the target, and ∂(weight·error)/∂r [K].
 
-        The gradient is passed on to what r and the forecasts come from. channels: as in `student_step`.
+        The gradients by r and by the forecast weights go on to the router's Parameters. channels: as in `student_step`.
         """
         with torch.enable_grad():
             e = self._forecast()
-        self._decide(decide(r, self.router.threshold))
+        self._note(decide(r, self.router.threshold))
         learned = e is not None and e.requires_grad
         output, error, *gradients = self.trajectory.executor(
             student_step, self.trajectory.model, *self.trajectory.inputs(self.x, self.s), target, r.detach(),
@@ -66,15 +67,15 @@ class Student:
             return self.trajectory.predict(self.x, self.s)
 
     def advance(self, output: Tensor) -> None:
-        """Takes the scheduler's step from the guided output."""
+        """Takes the scheduler's step with the guided output."""
         self.x = self.trajectory.advance(output, self.s, self.x)
         self.s += 1
 
     def fork(self, cached: bool) -> "Student":
-        """A copy that goes on by itself; without a cache it can only compute everything.
+        """A copy that goes on independently; without a cache it can only compute everything.
 
-        Both work in one cache, because recorded graphs hold its addresses. Put its contents back before this one goes
-        on.
+        Both work in the same cache, because recorded graphs hold its addresses. Put the cache's contents back before
+        the original goes on.
         """
         other = copy.copy(self)
         other.trajectory = self.trajectory.fork()
@@ -82,35 +83,36 @@ class Student:
             other.cache = None
         return other
 
-    def _decide(self, decided: Tensor) -> None:
-        self.decisions = torch.cat([self.decisions, decided[None]])
+    def _note(self, decision: Tensor) -> None:
+        self.decisions = torch.cat([self.decisions, decision[None]])
 
     def _forecast(self) -> Tensor | None:
+        """The forecast weights e [K] at this step, None without extrapolation."""
         if self.router.coefficients is None:
             return None
         return self.router.coefficients[self.s - 1] * forecast_ratios(self.decisions)
 
 
-def student_step(model: Guided, x: Tensor, t: Tensor, rows: Tensor, target: Tensor, r: Tensor, e: Tensor | None,
-             weight: Tensor, cache: hk.FeatureCache, threshold: float, channels: int | None,
-             learned: bool) -> tuple[Tensor, ...]:
-    """The student's forward and backward at one step: where SDT spends its time.
+def student_step(model: Guided, x: Tensor, t: Tensor, labels: Tensor, target: Tensor, r: Tensor, e: Tensor | None,
+                 weight: Tensor, cache: hk.FeatureCache, threshold: float, channels: int | None,
+                 learned: bool) -> tuple[Tensor, ...]:
+    """The student's forward and backward at one step, in which SDT spends its time.
 
-    It calls autograd and renews the cache itself, so that an executor can record all of it as one graph, which serves
-    every step and whatever values the router has.
+    It calls autograd and renews the cache itself, so that an executor can record everything as one graph. The graph
+    serves every step and every value of the router.
 
     Args:
-        x, t, rows: what the model is called with, see `Guided`. target: the guided output to compare with.
+        x, t, labels: the model's arguments, see `Guided`. target: the guided output to compare with.
         r: scores [K]. e: forecast weights [K], None without extrapolation. weight: λ of the step [].
         channels: how many leading output channels are compared, None for all. learned: whether e gets a gradient too.
 
     Returns:
-        The guided output, mean((output - target)²), and the gradients of weight times that by r and, if it is to have
-        one and anything was forecast, by e. None of them has a gradient of its own.
+        The guided output; error = mean((output - target)²); the gradient of weight·error by r; and, if `learned` and
+        anything was forecast, its gradient by e. All are detached.
     """
     with torch.enable_grad():
         wanted = [scalars.detach().requires_grad_() for scalars in ([r, e] if learned else [r])]
-        output = model(x, t, rows, row=wanted[0], forecast_weights=wanted[1] if learned else e, cache=cache,
+        output = model(x, t, labels, row=wanted[0], forecast_weights=wanted[1] if learned else e, cache=cache,
                        threshold=threshold)
         error = (output[:, :channels].float() - target[:, :channels].float()).square().mean()
         found = torch.autograd.grad(weight * error, wanted, allow_unused=True)
@@ -119,10 +121,10 @@ def student_step(model: Guided, x: Tensor, t: Tensor, rows: Tensor, target: Tens
 
 
 def new_executor(net, steps: int) -> Callable:
-    """How the trajectories of a training run `net` and `student_step`: one executor, so that its graphs share memory.
+    """The executor that runs `net` and `student_step` in all trajectories of a training; its graphs share memory.
 
-    It keeps a graph for each of the T - 1 hard rows of a λ refresh, beside the few that serve every step.
+    It has room for a graph for each of the T - 1 hard rows of a λ refresh, beside the few that serve every step.
     """
     if getattr(net, "prompts", None) is not None:
-        return run_eagerly  # prompts are looked up on the host, which a graph would not do again
+        return run_eagerly  # the model looks prompts up on the host, which a replayed graph would not do again
     return hk.compile(run_eagerly, graphs=steps + 16)

@@ -1,4 +1,4 @@
-"""Training a router: HarmoniCa's SDT and IEPO, image-free. This is the loop over trajectories."""
+"""Training a router: HarmoniCa's SDT and IEPO, without images. This is the loop over trajectories."""
 
 import inspect
 import os
@@ -38,36 +38,37 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     Args:
         net: a denoiser, see `harmonica_dit.load`.
         steps: T, at least 2.
-        target_speedup, target_cur, beta: exactly one. The FLOPs speedup or the cache utilization ratio that the frozen
-            schedule shall have, for which β and τ are found; or β itself, the weight of the cost, in units of the mean
-            squared error of the guided output (λ has mean 1).
-        trajectories: how many are run, each of which updates every row once; with a target, the first only measures
-            what β is to be, so it takes at least 2.
-        batch: images a trajectory; with guidance the model sees twice as many rows.
-        lr: AdamW's.
-        threshold: τ while training, the paper's by default; a target chooses another at the end. What is above it
-            renews the cache with an output that is fresh to its score alone, where inference computes all of it: with
-            0.5 training is nearer to inference, and on the bundled model routers were much better (README).
-        importance: λ's definition, "paper", "reference" or "gain", see `train.importance`; importance_rows: with "soft"
-            or "hard" rows.
-        refresh: C, the denoising steps after which λ is measured again.
+        target_speedup, target_cur, beta: exactly one of them. A target is the FLOPs speedup or the cache utilization
+            ratio that the frozen schedule should have; the training finds β and τ for it. beta is β itself, the weight
+            of the cost, in units of the guided output's mean squared error (λ has mean 1).
+        trajectories: how many are run; each updates every row once. With a target at least 2, because the first only
+            measures, to find β.
+        batch: images per trajectory; with guidance the model's batch is twice as large.
+        lr: AdamW's learning rate.
+        threshold: τ during training, the paper's by default; with a target, another τ is chosen at the end. A branch
+            with score r > τ renews the cache with its blended output, of which the share r is fresh; in inference such
+            an output is entirely fresh. So training with 0.5 is nearer to inference, and on the bundled model it gave
+            much better routers (README).
+        importance: how λ is measured, "paper", "reference" or "gain", see `train.importance`. importance_rows: whether
+            with "soft" or "hard" rows.
+        refresh: C; λ is measured again every C denoising steps.
         extrapolation: None repeats cached outputs; a number is the coefficient a of the forecasts; "learned" learns
             one for each entry.
-        costs: c_k by "flops", where every branch has to have some, or "ones"; of mean 1 either way.
-        compare: "all" output channels in the loss, the learned variance's too (published code), or the "noise" alone.
-        guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own. Of a
-            scheduler given as an instance the router keeps the class's name: give it again to sample.
+        costs: c_k, in proportion to "flops" (every branch must have some) or all "ones"; scaled to mean 1.
+        compare: the output channels in the loss: "all", the learned variance's too (published code), or "noise" alone.
+        guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own. If the
+            scheduler is an instance, the router keeps only the name of its class: pass the instance again to sample.
         autocast: "bfloat16" runs the model under autocast in it; None runs it in its weights' dtype.
-        checkpointing: recompute each branch's inside in the backward, which saves memory for some time.
+        checkpointing: whether the backward pass recomputes the branches' bodies: less memory, more time.
         executor: "captured" records teacher, student with its backward, and λ's forwards as CUDA graphs that serve the
             whole training; "eager" runs them as they are. On the CPU both run alike.
-        seed: decides initial logits, noise and labels.
+        seed: decides the initial logits, the noise and the labels.
         out: folder for checkpoint, logs, the router and its picture. The same call with the same folder goes on after
             an interruption and ends with the same bits.
         progress: whether a progress bar is shown.
 
     Returns:
-        The router, its τ chosen such that the schedule meets the target; also in `out/router.safetensors`.
+        The router; if there is a target, its τ is chosen to meet it. It is also in `out/router.safetensors`.
 
     Raises:
         ValueError: an argument is out of range, or the checkpoint in `out` is of other settings; the message names it.
@@ -88,12 +89,12 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     out = None if out is None else Path(out)
     training, budget = start_training(net, settings)
     run = new_executor(net, training.router.steps) if executor == "captured" else run_eagerly
-    cache = hk.FeatureCache(training.router.history)  # one for all trajectories, since graphs know its memory
+    cache = hk.FeatureCache(training.router.history)  # one for all trajectories: recorded graphs use its memory
     if out is not None:
         checkpoint, record = out / "checkpoint.safetensors", settings.record(net)
         if checkpoint.exists():
             training.restore(checkpoint, record)
-        training.save(checkpoint, record)  # finds out now whether the folder can be written to
+        training.save(checkpoint, record)  # if the folder cannot be written, this fails before the work begins
     recomputation = checkpoint_bodies(net) if checkpointing else nullcontext()
     with freeze(net), recomputation, Log(out, trajectories, training.trajectory, progress) as log:
         try:
@@ -111,7 +112,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         budget.freeze(router)
         budget.check(router)
     if out is not None:
-        from harmonica_dit.evaluate.pictures import plot  # here, for matplotlib takes a second to import
+        from harmonica_dit.evaluate.pictures import plot  # not at the top: matplotlib takes a second to import
 
         router.save(out / "router.safetensors")
         plot(router, out / "router.png")
@@ -119,7 +120,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
 
 
 def check_arguments(*, dtype: str | torch.dtype = torch.float32, **arguments) -> None:
-    """Refuses those of `train_router` that no model could make good, and weights of such a dtype: before one is loaded.
+    """Refuses, before a model is loaded, arguments of `train_router` and a dtype that are wrong for every model.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -132,9 +133,9 @@ def check_arguments(*, dtype: str | torch.dtype = torch.float32, **arguments) ->
 
 def _train_one(net, settings: Settings, training: Training, executor: Callable,
                cache: hk.FeatureCache) -> dict[str, float]:
-    """Runs the next trajectory, before it λ where that is due; returns what there is to log.
+    """Measures λ if it is due, runs the next trajectory, and returns the values to log.
 
-    executor: runs its model, see `Trajectory`. cache: to work in.
+    executor: runs the model, see `Trajectory`. cache: the one to work in, see `Student`.
     """
     begun, n, router = time.monotonic(), training.trajectory, training.router
     noise = make_noise(net, settings, n).to(training.importance.device)
@@ -142,26 +143,26 @@ def _train_one(net, settings: Settings, training: Training, executor: Callable,
     if n == 0 or n * T // C > (n - 1) * T // C:
         found = measure_importance(router, make_trajectory(net, settings, n, executor), noise, kind=settings.importance,
                                    rows=settings.importance_rows, cache=cache)
-        training.importance = normalise(_finite(found, "λ", n))
+        training.importance = normalise(_check_finite(found, "λ", n))
     costs = torch.tensor(router.flops.branches if settings.costs == "flops" else [1.0] * len(router.branches))
     costs = (costs / costs.mean()).to(noise.device)
     beta = training.beta
     student = Student(router, make_trajectory(net, settings, n, executor), noise, cache=cache)
-    seen = train_trajectory(router, student, training.optimizer, training.importance, costs, beta,
-                            threshold=settings.threshold,
-                            channels=net.sample_shape[0] if settings.compare == "noise" else None)
-    _finite(seen.losses, "the loss", n)
-    _finite(torch.stack([p.detach() for p in router.parameters()]), "the router", n)
+    measurements = train_trajectory(router, student, training.optimizer, training.importance, costs, beta,
+                                    threshold=settings.threshold,
+                                    channels=net.sample_shape[0] if settings.compare == "noise" else None)
+    _check_finite(measurements.losses, "the loss", n)
+    _check_finite(torch.stack([p.detach() for p in router.parameters()]), "the router", n)
     if training.steering is not None:
-        training.beta = training.steering.observe(seen.values)
+        training.beta = training.steering.observe(measurements.values)
     training.trajectory += 1
     schedule = router.schedule()
-    return dict(trajectory=n, seconds=time.monotonic() - begun, loss=seen.losses.mean().item(),
-                error=seen.errors.mean().item(), beta=beta or 0.0, threshold=router.threshold, cur=schedule.cur,
-                speedup=schedule.speedup)
+    return dict(trajectory=n, seconds=time.monotonic() - begun, loss=measurements.losses.mean().item(),
+                error=measurements.errors.mean().item(), beta=beta or 0.0, threshold=router.threshold,
+                cur=schedule.cur, speedup=schedule.speedup)
 
 
-def _finite(values: Tensor, what: str, n: int) -> Tensor:
+def _check_finite(values: Tensor, what: str, n: int) -> Tensor:
     if not values.isfinite().all():
         raise FloatingPointError(f"{what} is not finite in trajectory {n}; the last checkpoint is the one before it")
     return values

@@ -1,9 +1,8 @@
 """Comparisons: rows that must come out as they do, and methods made from files."""
 
+import inspect
 import json
-import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, f
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import uncached
 from harmonica_dit.router import Router
+from harmonica_dit.sample import sample
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,11 @@ def test_rows_say_what_the_methods_do(net):
     assert repeated["error"] != forecast["error"]
     split = compare(net, methods[:1], [0, 1, 2], steps=4, batch=1, judge=None)[1]
     assert split["error"] == pytest.approx(repeated["error"], rel=1e-4)
+
+
+def test_seed_and_batches_are_by_default_those_of_sample():
+    mine, theirs = (inspect.signature(function).parameters for function in (compare, sample))
+    assert [mine[name].default for name in ("seed", "batch")] == [theirs[name].default for name in ("seed", "batch")]
 
 
 def test_the_bundled_model_is_judged(net):
@@ -81,26 +86,3 @@ def test_routers_and_schedules_are_read_from_files(net, tmp_path, extrapolation,
     router.save(tmp_path / "run" / "router.safetensors")
     assert from_file(tmp_path / "run" / "router.safetensors", net).name == "run"
     assert frozen.family.startswith("frozen") and mine.speedup(4) == frozen.speedup(4) > 1
-
-
-def test_the_curve_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    script = Path(__file__).parents[3] / "bench" / "curve.py"
-    out = tmp_path / "curve.json"
-
-    def run(*more):
-        monkeypatch.setattr(sys, "argv", ["curve.py", "--samples", "4", "--steps", "3", "--batch", "2", "--fewer", "2",
-                                          "--threads", str(torch.get_num_threads()), "--out", str(out), "--work",
-                                          str(tmp_path / "work"), *more])
-        runpy.run_path(str(script), run_name="__main__")
-        return json.loads(out.read_text())["rows"]
-
-    first = run("--fora")
-    assert [row["name"] for row in first] == ["uncached", "2 steps"]
-    second = run("--fora", "2")
-    timed = {row.pop("wall_speedup") for row in (*first, *second)}  # all named methods are timed anew
-    assert all(ratio > 0 for ratio in timed) and second[:2] == first
-    assert [row["name"] for row in second[2:]] == ["FORA n=2", "FORA n=2 + forecast"]
-    with pytest.raises(ValueError, match="more than one is called 'FORA n=2'"):
-        run("--fora", "2", "2")
-    with pytest.raises(SystemExit, match="other settings"):
-        run("--guidance", "2")

@@ -82,6 +82,16 @@ def test_label_accuracy_counts_what_the_classifier_recognises(tmp_path):
     assert (judge.count, judge.label_accuracy) == (40, 0.75)
 
 
+def test_samples_are_judged_with_clipped_pixels(tmp_path):
+    write_reference(tmp_path / "reference.safetensors", torch.randn(10, 4).double())
+    images, labels, sums = torch.linspace(-3, 3, 12).view(3, 1, 2, 2), torch.zeros(3, dtype=torch.long), []
+    for shown in (images, images.clamp(-1, 1)):
+        judge = Judge(Linear(), tmp_path / "reference.safetensors")
+        judge.update(shown, labels)
+        sums.append(judge.frechet.fake_features_sum)
+    assert torch.equal(*sums)
+
+
 def test_error_is_measured_on_clipped_pixels():
     black, white = torch.full((2, 1, 3, 3), -7.0), torch.ones(2, 1, 3, 3)
     assert rmse(black, white).tolist() == [2, 2]

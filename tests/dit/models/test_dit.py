@@ -69,7 +69,7 @@ def test_a_reused_branch_keeps_its_new_gate():
     other = net(x, (t + 400) % 1000, y, cache=cache, row=(False,) * 6)
     again = net(x, t - 1, y, cache=cache, row=(False,) * 6)
     assert (now - other).abs().max() > 1e-3
-    torch.testing.assert_close(again, now, rtol=1e-4, atol=1e-4)  # the outputs computed a line ago, the same gates
+    torch.testing.assert_close(again, now, rtol=1e-4, atol=1e-4)  # the outputs computed a line ago, the same row's
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100])
@@ -221,7 +221,7 @@ def test_hostile_checkpoints(tmp_path):
 
 
 @pytest.fixture
-def fused(monkeypatch):
+def gelu_calls(monkeypatch):
     """bias_gelu as where there is a kernel for it; the number of calls of each."""
     calls, op = [], ops.bias_gelu
     monkeypatch.setattr(ops, "FUSED", ("cpu",))
@@ -230,7 +230,7 @@ def fused(monkeypatch):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(fused, autocast):
+def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(gelu_calls, autocast):
     """In bodies that return and in those that write into the cache; not where a gradient is wanted."""
     plain, net = pair()
     x, t, y = inputs()
@@ -242,12 +242,12 @@ def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(fused, autocast):
             for calls, options in ((3, {}), (6, dict(cache=cache)), (8, dict(cache=cache, row=row))):
                 torch.testing.assert_close(net(x, t, y, **options).float(), expected.float(), rtol=tolerance,
                                            atol=tolerance)
-                assert len(fused) == calls
+                assert len(gelu_calls) == calls
         net(x, t, y)
-        assert len(fused) == 8
+        assert len(gelu_calls) == 8
 
 
-def test_the_fused_feed_forward_compiles(fused):
+def test_the_fused_feed_forward_compiles(gelu_calls):
     _, net = pair()
     x, t, y = inputs()
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_the_fused_feed_forward_compiles(fused):
 
 
 @torch.no_grad()
-def test_the_fused_feed_forward_in_a_gated_trajectory(fused):
+def test_the_fused_feed_forward_in_a_gated_trajectory(gelu_calls):
     _, net = pair(learn_sigma=False)
     net.guidance_channels = 2
     noise = torch.randn(2, 2, 8, 8)
@@ -266,5 +266,5 @@ def test_the_fused_feed_forward_in_a_gated_trajectory(fused):
         return Trajectory(net, torch.tensor([0, 3]), steps=4)
 
     images = hk.compile(denoise, mode="gated")(trajectory(), noise)
-    assert len(fused) >= 4 * 3
+    assert len(gelu_calls) >= 4 * 3
     torch.testing.assert_close(images, denoise(trajectory(), noise), rtol=1e-3, atol=1e-3)

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harmonica_dit import Schedule, scheduled
 from harmonica_dit.flops import Flops
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
-from support.generic_models import make, row, state
+from support.generic_models import make, random_row, state
 
 
 def schedule_of(adapter, T, history=2):
     K = len(adapter.branch_names)
-    compute = torch.tensor([(True,) * K, *(row(K, s) for s in range(1, T))])
+    compute = torch.tensor([(True,) * K, *(random_row(K, s) for s in range(1, T))])
     return Schedule(compute, adapter.branch_names, Flops((1.0,) * K, 1.0), torch.full((T, K), 0.5 * (history - 1)))
 
 
@@ -41,7 +41,7 @@ def test_a_denoising_loop_follows_a_schedule():
             x = scheduler.step(without + 3 * (with_prompt - without), t, x).prev_sample
         return x
 
-    def by_hand():
+    def run_by_hand():
         caches = [adapter.new_cache(2), adapter.new_cache(2)]
         return loop(lambda s, i, step: adapter(**step, row=schedule.rows[s],
                                                forecast_weights=schedule.forecast_weights[s], cache=caches[i]).sample)
@@ -49,7 +49,7 @@ def test_a_denoising_loop_follows_a_schedule():
     plain = loop(lambda s, i, step: transformer(**step).sample)
     with scheduled(transformer, schedule, calls=2):
         images = [loop(lambda s, i, step: transformer(**step).sample) for _ in range(2)]
-    assert all(torch.equal(image, by_hand()) for image in images) and not torch.equal(images[0], plain)
+    assert all(torch.equal(image, run_by_hand()) for image in images) and not torch.equal(images[0], plain)
     assert state(transformer) == before and torch.equal(loop(lambda s, i, step: transformer(**step).sample), plain)
 
     with pytest.raises(RuntimeError, match="called 10 times.*5 steps of 4"), scheduled(transformer, schedule, calls=4):
@@ -77,11 +77,11 @@ def test_a_denoising_loop_follows_a_schedule():
 
 
 @contextmanager
-def by_hooks(transformer, schedule, calls):
+def run_by_hooks(transformer, schedule, calls):
     """The same as `scheduled` for one trajectory that repeats, by hooks that put old outputs in place of new ones."""
     latest, count = {}, 0
 
-    def counted(*_):
+    def count_call(*_):
         nonlocal count
         count += 1
 
@@ -93,7 +93,7 @@ def by_hooks(transformer, schedule, calls):
             return latest[k, call]
         return put
 
-    handles = [transformer.register_forward_hook(counted)]
+    handles = [transformer.register_forward_hook(count_call)]
     handles += [transformer.get_submodule(name).register_forward_hook(hook(k))
                 for k, name in enumerate(schedule.branches)]
     yield
@@ -126,7 +126,7 @@ def test_pipelines_follow_a_schedule(name, calls):
     pipe, run = pipeline(name)
     transformer = pipe.transformer
     plain, schedule = run(), schedule_of(GenericAdapter(transformer), 4, history=1)
-    with by_hooks(transformer, schedule, calls):
+    with run_by_hooks(transformer, schedule, calls):
         expected = run()
     with scheduled(transformer, schedule, calls=calls):
         images = run(), run()
@@ -140,7 +140,7 @@ def test_the_hooks_of_offloading_are_set_anew_inside(when, monkeypatch):
     pipe, run = pipeline("Flux")
     transformer = pipe.transformer
     plain, schedule = run(), schedule_of(GenericAdapter(transformer), 4, history=1)
-    with by_hooks(transformer, schedule, 1):
+    with run_by_hooks(transformer, schedule, 1):
         expected = run()
     runs = []
 

@@ -18,6 +18,7 @@ from harmonica_dit.flops import count_flops
 from harmonica_dit.models import DiT
 from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, image_noise, make_scheduler
+from harmonica_dit.sample.schedulers import steps_of
 from harmonica_dit.train import train_router
 from harmonica_dit.train.importance import measure_importance
 
@@ -219,3 +220,14 @@ def test_noise_and_velocity_are_not_mixed_up():
             make_scheduler(name, T, flow)
     with pytest.raises(ValueError, match="scheduler: FlowMatchEulerDiscreteScheduler is for .* the velocity"):
         make_scheduler("FlowMatchEulerDiscreteScheduler", T)
+
+
+@pytest.mark.parametrize("name, calls, steps", [("ddim", 7, 7), ("HeunDiscreteScheduler", 7, 4),
+                                                ("HeunDiscreteScheduler", 1, 1)])
+def test_steps_of_a_number_of_calls(name, calls, steps):
+    assert steps_of(calls, name) == steps and len(make_scheduler(name, steps).timesteps) == calls
+
+
+def test_a_number_of_calls_that_no_steps_make_is_refused():
+    with pytest.raises(ValueError, match="'HeunDiscreteScheduler' cannot call the model 6 times"):
+        steps_of(6, "HeunDiscreteScheduler")

@@ -41,6 +41,15 @@ def test_cur_as_well(seed, target):
     assert target - 1e-6 <= router.schedule().cur < target + 1 / 18 + 1e-6
 
 
+def test_rounding_costs_no_entry():
+    """Of a target that a schedule meets exactly, with FLOPs of the size of a model's and no round numbers."""
+    flops, values = Flops((3e9 / 7, 5e9 / 7, 8e9 / 7), 1e9 / 3), torch.linspace(0.9, 0.1, 15)
+    for count in range(1, 15):
+        spent = 6 * flops.fixed + sum(flops.branches) + sum((flops.branches * 5)[:count])
+        cut = Budget(flops, 6, speedup=6 * flops.total / spent).cut(values.view(5, 3))
+        assert (values > cut).sum() == count
+
+
 def test_impossible_targets_are_refused_with_the_limit():
     most = 6 * 7.5 / (7.5 + 5 * 1.5)
     Budget(FLOPS, 6, speedup=most)

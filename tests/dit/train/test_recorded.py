@@ -42,15 +42,15 @@ def executors(monkeypatch):
     """Those that trainings make."""
     made = []
 
-    def noted(*args):
+    def note(*args):
         made.append(new_executor(*args))
         return made[-1]
 
-    monkeypatch.setattr(module, "new_executor", noted)
+    monkeypatch.setattr(module, "new_executor", note)
     return made
 
 
-def same(a, b):
+def equals(a, b):
     return all(torch.equal(x, y) for x, y in itertools.zip_longest(a.state_dict().values(), b.state_dict().values()))
 
 
@@ -60,12 +60,20 @@ def test_a_recorded_training_ends_with_the_same_bits(net, monkeypatch, executors
     assert executors.pop().graphs == 0
     CpuRecorder.install(monkeypatch)
     monkeypatch.setattr(forward, "HOST", ())
-    assert same(train_router(net, **SETTINGS | options), eager)
+    assert equals(train_router(net, **SETTINGS | options), eager)
     [executor] = executors
     replays = sum(recording.graph.replays for recording in executor._recordings.values())
     assert replays > 8 * (5 - 2)  # more than all students: teachers and λ too
-    assert same(train_router(net, executor="eager", **SETTINGS | options), eager)
-    assert len(executors) == 1
+
+
+def test_a_training_can_be_told_not_to_record(net, monkeypatch, executors):
+    options = SETTINGS | dict(extrapolation="learned")
+    on_host = train_router(net, **options)
+    executors.clear()
+    CpuRecorder.install(monkeypatch)
+    monkeypatch.setattr(forward, "HOST", ())
+    assert equals(train_router(net, executor="eager", **options), on_host)
+    assert not executors
 
 
 @pytest.mark.parametrize("history", [1, 2])
@@ -98,7 +106,7 @@ class Gradients:
         self.router.zero_grad(set_to_none=set_to_none)
 
 
-def trained(net, router, new_trajectory, noise, run):
+def train_three_times(net, router, new_trajectory, noise, run):
     """Three trajectories of one executor: what they saw, all gradients, and the last image."""
     optimizer, cache, seen = Gradients(router), hk.FeatureCache(router.history), []
     T, K = router.steps, len(router.branches)
@@ -116,11 +124,11 @@ def trained(net, router, new_trajectory, noise, run):
 def test_gradients_and_losses(net, make_router, make_trajectory, noise, monkeypatch, coefficients):
     """Of each row, in trajectories where nearly everything is replayed."""
     router = make_router(coefficients=coefficients, learned=coefficients)
-    seen, gradients, image = trained(net, router, make_trajectory, noise, run_eagerly)
+    seen, gradients, image = train_three_times(net, router, make_trajectory, noise, run_eagerly)
     CpuRecorder.install(monkeypatch)
     monkeypatch.setattr(forward, "HOST", ())
     run = new_executor(net, 5)
-    again, found, other = trained(net, router, make_trajectory, noise, run)
+    again, found, other = train_three_times(net, router, make_trajectory, noise, run)
     assert sum(recording.graph.replays for recording in run._recordings.values()) > 20
     assert torch.equal(image, other)
     for a, b in zip(itertools.chain(*seen), itertools.chain(*again), strict=True):
@@ -211,7 +219,7 @@ def test_models_that_look_up_prompts_and_bad_executors(net):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnAGpu:
     @pytest.fixture
-    def big(self):
+    def large(self):
         """Wide enough that activations outweigh everything else."""
         torch.manual_seed(0)
         net = DiT(input_size=32, patch_size=2, hidden_size=384, depth=4, num_heads=6, num_classes=4)
@@ -222,20 +230,20 @@ class TestOnAGpu:
         return net.eval().cuda()
 
     @pytest.fixture
-    def router(self, big):
+    def router(self, large):
         """With forecasts."""
-        K = len(big.branches)
-        return Router(torch.randn(6, K), big.branch_names, count_flops(big), tuple(range(6, 0, -1)), threshold=0.5,
+        K = len(large.branches)
+        return Router(torch.randn(6, K), large.branch_names, count_flops(large), tuple(range(6, 0, -1)), threshold=0.5,
                       extrapolation=torch.rand(6, K), learn_extrapolation=True).cuda()
 
     @staticmethod
-    def new_trajectory(big):
-        return Trajectory(big, torch.tensor([0, 3], device="cuda"), steps=6, autocast="bfloat16")
+    def new_trajectory(large):
+        return Trajectory(large, torch.tensor([0, 3], device="cuda"), steps=6, autocast="bfloat16")
 
-    def test_gradients_and_losses(self, big, router):
-        noise, run = image_noise(1, 0, 2, big.sample_shape).cuda(), new_executor(big, 6)
-        eager, recorded = (trained(big, router, lambda: self.new_trajectory(big), noise, how) for how in (run_eagerly,
-                                                                                                          run))
+    def test_gradients_and_losses(self, large, router):
+        noise, run = image_noise(1, 0, 2, large.sample_shape).cuda(), new_executor(large, 6)
+        eager, recorded = (train_three_times(large, router, lambda: self.new_trajectory(large), noise, how)
+                           for how in (run_eagerly, run))
         assert run.graphs >= 4
         (seen, gradients, image), (again, found, other) = eager, recorded
         torch.testing.assert_close(other, image, rtol=1e-2, atol=1e-2)
@@ -247,29 +255,29 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("options", [dict(extrapolation="learned"), dict(checkpointing=True), dict(guidance=1.0),
                                          dict(importance_rows="hard", importance="reference")])
-    def test_every_kind_of_training_is_recorded(self, big, executors, options):
-        router = train_router(big, **SETTINGS | dict(autocast="bfloat16") | options)
+    def test_every_kind_of_training_is_recorded(self, large, executors, options):
+        router = train_router(large, **SETTINGS | dict(autocast="bfloat16") | options)
         assert executors[0].graphs >= 4 and router.scores().isfinite().all()
 
-    def test_no_step_waits_for_the_device(self, big, router):
+    def test_no_step_waits_for_the_device(self, large, router):
         optimizer = torch.optim.AdamW(router.parameters(), 1e-2, eps=1e-16, weight_decay=0)
-        run, cache, ones = new_executor(big, 6), hk.FeatureCache(2), torch.ones(8, device="cuda")
-        noise = image_noise(1, 0, 2, big.sample_shape).cuda()
+        run, cache, ones = new_executor(large, 6), hk.FeatureCache(2), torch.ones(8, device="cuda")
+        noise = image_noise(1, 0, 2, large.sample_shape).cuda()
         for i in range(5):
-            trajectory = self.new_trajectory(big)
+            trajectory = self.new_trajectory(large)
             trajectory.executor = run
             walk = Student(router, trajectory, noise, cache=cache)
             torch.cuda.set_sync_debug_mode("error" if i == 4 else "default")
             try:
-                with freeze(big):
+                with freeze(large):
                     train_trajectory(router, walk, optimizer, ones[:6], ones, 1e-4)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-    def test_peak_memory_does_not_grow(self, big):
+    def test_peak_memory_does_not_grow(self, large):
         def peak(executor):
             torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
-            train_router(big, executor=executor, **SETTINGS | dict(batch=16, autocast="bfloat16"))
+            train_router(large, executor=executor, **SETTINGS | dict(batch=16, autocast="bfloat16"))
             return torch.cuda.max_memory_allocated()
 
         assert peak("captured") <= 1.05 * peak("eager")

@@ -61,10 +61,10 @@ def test_the_student_drives_the_trajectory_with_its_output_from_before_the_updat
             row = dict(row=start[s], threshold=router.threshold) if s else {}
             x = trajectory.advance(trajectory.predict(x, s, cache=cache, **row), s, x)
     torch.testing.assert_close(walk.x, x, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(walk.x, uncached(make_trajectory(), noise), rtol=1e-3)
+    assert not torch.allclose(walk.x, run_uncached(make_trajectory(), noise), rtol=1e-3)
 
 
-def uncached(trajectory, noise):
+def run_uncached(trajectory, noise):
     x = trajectory.start(noise)
     with torch.no_grad():
         for s in range(trajectory.steps):

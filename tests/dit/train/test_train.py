@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -17,22 +16,24 @@ from harmonica_dit.train import check_arguments, start, train_router
 from harmonica_dit.train.log import COLUMNS, Log
 
 SMALL = dict(steps=4, batch=2, lr=0.1, refresh=12, progress=False, trajectories=6)
+pytestmark = pytest.mark.filterwarnings("ignore:target_")  # twelve entries cannot meet a target to 2 %
 
 
-def same(a, b):
+def equals(a, b):
     return all(torch.equal(x, y) for x, y in itertools.zip_longest(a.state_dict().values(), b.state_dict().values())) \
         and (a.threshold, a.beta) == (b.threshold, b.beta)
 
 
-@pytest.fixture(autouse=True)
-def coarse_targets_may_be_missed():
-    """Twelve entries cannot meet a target to 2 %."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "target_")
-        yield
+@pytest.fixture(scope="module", params=[
+    dict(target_speedup=1.5), dict(beta=1e-5, extrapolation="learned"),
+    dict(target_cur=0.4, extrapolation=0.5, scheduler="DPMSolverMultistepScheduler", importance="reference",
+         importance_rows="hard")], ids=["speedup", "learned extrapolation", "another scheduler"])
+def training(request, net):
+    """Options, and the router of a training with them that nothing interrupts."""
+    return request.param, train_router(net, **request.param, **SMALL)
 
 
-@pytest.mark.parametrize("lr, trajectories", [(1e-2, 40), (1e-1, 40), (1e-1, 100)])
+@pytest.mark.parametrize("lr, trajectories", [(1e-2, 40), (1e-1, 100)])
 def test_target_speedup_is_met(net, lr, trajectories):
     settings = SMALL | dict(steps=6, lr=lr, trajectories=trajectories, refresh=100)
     router = train_router(net, target_speedup=1.6, **settings)
@@ -51,13 +52,10 @@ def test_a_larger_beta_reuses_more(net):
     assert few < 0.4 and many == 0.75
 
 
-@pytest.mark.parametrize("options", [dict(target_speedup=1.5), dict(beta=1e-5, extrapolation="learned"),
-                                     dict(target_cur=0.4, extrapolation=0.5, scheduler="DPMSolverMultistepScheduler",
-                                          importance="reference", importance_rows="hard")])
 @pytest.mark.parametrize("calls", [0, 13, 20, 40])
-def test_an_interrupted_training_ends_with_the_same_bits(net, tmp_path, calls, options):
+def test_an_interrupted_training_ends_with_the_same_bits(net, tmp_path, calls, training):
     """Ctrl-C after so many forwards: before the first trajectory is over, in the middle of one, in a λ refresh."""
-    whole = train_router(net, **options, **SMALL)
+    options, whole = training
     count = iter(range(calls))
 
     def interrupt(module, inputs, keywords):
@@ -72,11 +70,11 @@ def test_an_interrupted_training_ends_with_the_same_bits(net, tmp_path, calls, o
     finally:
         handle.remove()
     assert all(p.requires_grad for name, p in net.named_parameters() if name != "pos_embed")
-    assert same(train_router(net, out=out, **options, **SMALL), whole)
-    assert same(Router.load(out / "router.safetensors", net), whole)
+    assert equals(train_router(net, out=out, **options, **SMALL), whole)
+    assert equals(Router.load(out / "router.safetensors", net), whole)
     with open(out / "log.csv") as file:
         assert [int(line["trajectory"]) for line in csv.DictReader(file)] == list(range(6))
-    assert same(train_router(net, out=out, **options, **SMALL), whole)  # a finished one is read back
+    assert equals(train_router(net, out=out, **options, **SMALL), whole)  # a finished one is read back
 
 
 def test_files(net, tmp_path):
@@ -125,7 +123,7 @@ def test_a_checkpoint_that_lacks_something_is_refused(net, tmp_path, missing):
     assert missing in tensors or missing in metadata
     save_tensors(path, {name: tensor for name, tensor in tensors.items() if name != missing},
                  {name: value for name, value in metadata.items() if name != missing})
-    refused(net, path)
+    check_refusal(net, path)
 
 
 @pytest.mark.parametrize("change", [
@@ -141,7 +139,7 @@ def test_a_checkpoint_of_something_else_is_refused(net, tmp_path, change):
     for name, value in change.items():
         changed[isinstance(value, torch.Tensor)][name] = value
     save_tensors(path, tensors | changed[True], metadata | changed[False])
-    refused(net, path)
+    check_refusal(net, path)
 
 
 def one_checkpoint(net, folder):
@@ -149,7 +147,7 @@ def one_checkpoint(net, folder):
     return folder / "checkpoint.safetensors"
 
 
-def refused(net, path):
+def check_refusal(net, path):
     with pytest.raises(ValueError, match="not a whole training checkpoint") as error:
         train_router(net, target_speedup=1.5, out=path.parent, **SMALL | dict(trajectories=2))
     assert str(path) in str(error.value)
@@ -235,32 +233,32 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(net, tmp_
     whole = train_router(net, beta=1e-5, **SMALL)
     real = module.train_trajectory
 
-    def broken(router, walk, *arguments, **options):
+    def break_one(router, walk, *arguments, **options):
         seen = real(router, walk, *arguments, **options)
         return seen._replace(losses=seen.losses * float("nan")) if next(count) == 3 else seen
 
     count = itertools.count()
-    monkeypatch.setattr(module, "train_trajectory", broken)
+    monkeypatch.setattr(module, "train_trajectory", break_one)
     with pytest.raises(FloatingPointError, match="the loss is not finite in trajectory 3"):
         train_router(net, beta=1e-5, out=tmp_path, **SMALL)
     monkeypatch.undo()
-    assert same(train_router(net, beta=1e-5, out=tmp_path, **SMALL), whole)
+    assert equals(train_router(net, beta=1e-5, out=tmp_path, **SMALL), whole)
 
 
 def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_checkpoint(net, tmp_path, monkeypatch):
     whole = train_router(net, beta=1e-5, **SMALL)
     real, count = module.Student.learn, itertools.count()
 
-    def broken(walk, r, *arguments):
+    def break_one(walk, r, *arguments):
         if next(count) == 7:  # the second row of the third trajectory
             r.backward(torch.full_like(r, float("nan")), retain_graph=True)
         return real(walk, r, *arguments)
 
-    monkeypatch.setattr(module.Student, "learn", broken)
+    monkeypatch.setattr(module.Student, "learn", break_one)
     with pytest.raises(FloatingPointError, match="the router is not finite in trajectory 2"):
         train_router(net, beta=1e-5, out=tmp_path, **SMALL)
     monkeypatch.undo()
-    assert same(train_router(net, beta=1e-5, out=tmp_path, **SMALL), whole)
+    assert equals(train_router(net, beta=1e-5, out=tmp_path, **SMALL), whole)
 
 
 def test_a_scheduler_is_the_same_setting_in_every_process(net):
@@ -275,7 +273,7 @@ def test_a_scheduler_is_the_same_setting_in_every_process(net):
 
 def test_the_references_ddim_has_its_name_as_an_instance_too(net):
     router = train_router(net, beta=1e-5, scheduler=ReferenceDDIM(), **SMALL)
-    assert router.scheduler == "ddim" and same(router, train_router(net, beta=1e-5, scheduler="ddim", **SMALL))
+    assert router.scheduler == "ddim" and equals(router, train_router(net, beta=1e-5, scheduler="ddim", **SMALL))
 
 
 def test_arguments_are_checked_without_a_model():
@@ -288,4 +286,4 @@ def test_arguments_are_checked_without_a_model():
 
 def test_the_seed_decides(net):
     a, b, c = (train_router(net, beta=1e-5, **SMALL | dict(seed=seed)) for seed in (0, 0, 1))
-    assert same(a, b) and not same(a, c)
+    assert equals(a, b) and not equals(a, c)

@@ -18,7 +18,8 @@ from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, denoise, image_noise
 from harmonica_dit.train import train_router
 from harmonica_dit.train.frozen_model import checkpoint_bodies, freeze
-from support.pipeline_folders import randomised, save_pixart, small_vae
+from support.pipeline_folders import random_model, save_pixart, small_vae
+from support.tolerance import assert_close
 
 TEXTS = ("a cat", "the quick brown fox", "dogs")
 SMALL = dict(steps=4, trajectories=2, batch=2, lr=0.1, progress=False)
@@ -32,7 +33,7 @@ def pixart(tmp_path_factory):
 @pytest.fixture(scope="session")
 def dit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "small-dit"
-    transformer = randomised(DiTTransformer2DModel, dict(sample_size=8, num_embeds_ada_norm=1000))
+    transformer = random_model(DiTTransformer2DModel, dict(sample_size=8, num_embeds_ada_norm=1000))
     DiTPipeline(transformer, small_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
     return folder
 
@@ -45,7 +46,12 @@ def net(pixart):
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 @pytest.mark.parametrize("size", [8, 128])
 def test_a_text_models_trajectory_is_the_pipelines_own(pixart, tmp_path, guidance, size):
-    """The same latents from the same noise; at 1024 pixels, micro-conditions and all."""
+    """The same latents from the same noise; at 1024 pixels, micro-conditions and all.
+
+    With random weights the latents grow to about 1000, where float32's neighbours are 1e-4 apart, and guidance
+    multiplies the rounding of two predictions. So the tolerance is in units of the largest latent: rounding is 2e-6 of
+    it, guidance that is off by a hundred thousandth 5e-6 to 1e-5, another prompt 8 % or more.
+    """
     folder = pixart if size == 8 else save_pixart(tmp_path / "large", sample_size=128, patch_size=16,
                                                        attention_head_dim=12, cross_attention_dim=24)
     pipe = PixArtAlphaPipeline.from_pretrained(folder)
@@ -55,9 +61,9 @@ def test_a_text_models_trajectory_is_the_pipelines_own(pixart, tmp_path, guidanc
     expected = pipe(list(TEXTS), num_inference_steps=3, latents=noise, guidance_scale=guidance, output_type="latent",
                     use_resolution_binning=False, height=8 * size, width=8 * size).images
     found = denoise(Trajectory(net, torch.arange(3), steps=3, guidance=guidance), noise)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert_close(found, expected, tolerance=1e-5)
     other = denoise(Trajectory(net, torch.tensor([1, 0, 2]), steps=3, guidance=guidance), noise)
-    assert (other - expected)[:2].abs().max() > 1e-2  # prompts matter
+    assert ((other - expected)[:2].abs().amax((1, 2, 3)) > 1e-2 * expected.abs().max()).all()  # prompts matter
 
 
 def test_a_class_models_trajectory_is_the_pipelines_own(dit):
@@ -99,12 +105,12 @@ def test_an_interrupted_encoding_leaves_no_file(pixart, tmp_path, monkeypatch):
     real, path = PixArtAlphaPipeline.encode_prompt, tmp_path / "prompts.safetensors"
     count = iter(range(2))
 
-    def interrupted(*arguments, **options):
+    def interrupt(*arguments, **options):
         if next(count, None) is None:
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(PixArtAlphaPipeline, "encode_prompt", interrupted)
+    monkeypatch.setattr(PixArtAlphaPipeline, "encode_prompt", interrupt)
     with pytest.raises(KeyboardInterrupt):
         harmonica_dit.load(str(pixart), prompts=TEXTS, embeddings=path)
     assert not list(tmp_path.iterdir())
@@ -144,7 +150,7 @@ def test_train_save_apply_sample(pixart, tmp_path):
 
 def test_routers_of_class_models(dit):
     net = harmonica_dit.load(str(dit))
-    router = train_router(net, target_cur=0.4, **SMALL)
+    router = train_router(net, target_cur=0.4375, **SMALL)  # 7 of 16 entries
     assert router.scheduler == "DDIMScheduler" and router.guidance == 4.0
     pipe = DiTPipeline.from_pretrained(dit)
     pipe.set_progress_bar_config(disable=True)
@@ -189,7 +195,7 @@ def error_and_gradient(net, **options):
     return error.detach(), r.grad, [cache.latest(k).clone() for k in range(len(net.branches))]
 
 
-def kept(net, **options):
+def count_kept_bytes(net, **options):
     """Bytes that autograd keeps for the backward of one soft step, beside the weights."""
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     storages = {}
@@ -208,9 +214,9 @@ def kept(net, **options):
 @pytest.mark.parametrize("options", [dict(), dict(autocast="bfloat16")])
 def test_checkpointing_keeps_less_and_changes_nothing(net, options):
     with freeze(net):
-        plain, plain_bytes = error_and_gradient(net, **options), kept(net, **options)
+        plain, plain_bytes = error_and_gradient(net, **options), count_kept_bytes(net, **options)
         with checkpoint_bodies(net):
-            again, bytes_ = error_and_gradient(net, **options), kept(net, **options)
+            again, bytes_ = error_and_gradient(net, **options), count_kept_bytes(net, **options)
     for a, b in zip((plain[0], plain[1], *plain[2]), (again[0], again[1], *again[2]), strict=True):
         assert torch.equal(a, b)
     assert plain[1].abs().min() > 0
@@ -276,7 +282,8 @@ def test_bad_input(pixart, dit, tmp_path):
         harmonica_dit.load("fashion-dit", dtype="int8")
     diffusers.DDPMPipeline(diffusers.UNet2DModel(sample_size=8, block_out_channels=(4, 4), norm_num_groups=2,
                                                  down_block_types=("DownBlock2D",) * 2,
-                                                 up_block_types=("UpBlock2D",) * 2, layers_per_block=1),
+                                                 up_block_types=("UpBlock2D",) * 2, layers_per_block=1,
+                                                 attention_head_dim=2),
                            diffusers.DDPMScheduler()).save_pretrained(tmp_path / "unet")
     with pytest.raises(ValueError, match="unet is a DDPMPipeline; routers can be trained for DiTPipeline"):
         harmonica_dit.load(str(tmp_path / "unet"))

@@ -1,5 +1,5 @@
-"""How a recording begins and ends, by the rules of PyTorch and CUDA, on a stand-in for both; see TestOnAGpu of
-test_captured for the real ones."""
+"""How a recording begins and ends, by the rules of PyTorch and CUDA, on a stand-in for both; test_captured_gpu
+has the real ones."""
 
 import gc
 

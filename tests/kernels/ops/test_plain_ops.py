@@ -48,6 +48,12 @@ def test_a_guided_ddim_step():
     torch.testing.assert_close(x, expected)
 
 
+@pytest.mark.parametrize("step", [-1, 2])
+def test_a_step_that_is_not_in_the_table_gives_nan(step):
+    x = torch.randn(2, 4, 5, 5)
+    assert guided_step(x, x, table=torch.rand(2, 2), step=torch.tensor(step)).isnan().all()
+
+
 x, row = torch.randn(X), torch.randn(8)
 
 
@@ -64,6 +70,9 @@ x, row = torch.randn(X), torch.randn(8)
     (ValueError, "conditional must be", lambda: guided_step(x, x[:, :2])),
     (ValueError, r"table must be a float tensor \[T, 2\]", lambda: guided_step(x, x, table=torch.rand(2))),
     (ValueError, "comes with a table", lambda: guided_step(x, x, step=torch.tensor(1))),
+    (ValueError, "table is on meta, expected cpu", lambda: guided_step(x, x, table=torch.rand(2, 2, device="meta"))),
+    (ValueError, "step is on meta, expected cpu",
+     lambda: guided_step(x, x, table=torch.rand(2, 2), step=torch.ones(1, dtype=torch.int64, device="meta"))),
     (ValueError, "channels must be at least 0", lambda: guided_step(x, x, channels=-1)),
     (ValueError, "out must be contiguous", lambda: guided_step(x, x, out=torch.randn(2, 8, 3).transpose(1, 2))),
     (TypeError, "conditional is torch.int64", lambda: guided_step(x, x.long())),

@@ -24,7 +24,7 @@ def test_in_the_interpreter():
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled_kernels():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, HERE.parents[1] / "support" / "compile_for_gpus.py"], env=environment,
                             text=True, capture_output=True)
@@ -32,13 +32,13 @@ def compiled():
     return json.loads(result.stdout)
 
 
-def test_compiles_for_every_gpu(compiled):
-    calls = Counter(entry["arch"] for entry in compiled)
+def test_compiles_for_every_gpu(compiled_kernels):
+    calls = Counter(entry["arch"] for entry in compiled_kernels)
     assert set(calls) == set(SM) and min(calls.values()) == max(calls.values()) >= 17
 
 
-def test_no_kernel_spills(compiled):
+def test_no_kernel_spills(compiled_kernels):
     """At D = 1152, forward and backward, on every GPU; in Triton 3.7, one value in two of the calls."""
-    assert all(entry["registers"] > 0 for entry in compiled)
-    spilling = [entry for entry in compiled if entry["stack"] > 0]
+    assert all(entry["registers"] > 0 for entry in compiled_kernels)
+    spilling = [entry for entry in compiled_kernels if entry["stack"] > 0]
     assert len(spilling) <= 2 and all(entry["stack"] <= 8 for entry in spilling), spilling

@@ -1,4 +1,4 @@
-"""Adapters: diffusers' own transformers, with their own weights, run branch by branch as a row says."""
+"""Adapters: they run diffusers' own transformers, with their own weights, branch by branch as a row says."""
 
 import os
 from pathlib import Path
@@ -9,20 +9,20 @@ from torch import nn
 def adapt(transformer):
     """The adapter of a diffusers transformer: fused for DiT and PixArt, the generic one for every other class.
 
-    An adapter is called like `transformer.forward`, with `row`, `forecast_weights`, `cache` and `threshold` besides
-    (see `harmonica_kernels.cached_forward`), and returns what it returns. It has `transformer` (the module itself,
-    unchanged), `branches` (fused adapters), `branch_names` (submodules' names in execution order), `architecture` (a
-    fingerprint), `name` and `new_cache(history)`.
+    An adapter takes the arguments of `transformer.forward` and `row`, `forecast_weights`, `cache` and `threshold` (see
+    `harmonica_kernels.cached_forward`), and returns what `transformer.forward` returns. It has `transformer` (the
+    module itself, unchanged), `branches` (fused adapters only), `branch_names` (submodules' names in execution order),
+    `architecture` (a fingerprint), `name` and `new_cache(history)`.
 
     Raises:
-        TypeError: the class is not supported. ValueError: this configuration is not, or something is hooked or
-            compiled that would be passed by; the message names it.
+        TypeError: the class is not supported. ValueError: the configuration is not supported, or hooks or compiled
+            code would not run; the message names them.
     """
     if not isinstance(transformer, nn.Module):
         raise TypeError(f"transformer: got {type(transformer).__name__}, expected a diffusers transformer")
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
-    if hasattr(transformer, "_orig_mod"):  # the adapters see by themselves where it was compiled in place
+    if hasattr(transformer, "_orig_mod"):  # the adapters themselves refuse what was compiled in place
         raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside it; "
                          "compile its branches instead, for example block.ff.compile()")
     if isinstance(transformer, DiTTransformer2DModel):
@@ -39,7 +39,7 @@ def adapt(transformer):
 
 
 def model_name(source: str) -> str:
-    """What routers call the pipeline of a repository or folder: of a folder its name alone, wherever it lies."""
+    """The name of a pipeline in routers' files. source: its repository or folder; of a folder, only the last part."""
     return Path(source).absolute().name if os.path.isdir(source) else source
 
 

@@ -17,8 +17,8 @@ from .fused import (
     FusedAdapter,
     attention_options,
     finish,
+    is_plain_linear,
     unpatchify,
-    writable,
 )
 
 
@@ -30,7 +30,7 @@ class DiTAdapter(FusedAdapter):
                  threshold: float = 0.1, modulation: hk.Modulation | None = None):
         """As `DiTTransformer2DModel.forward`; row, forecast_weights, cache, threshold as in `cached_forward`.
 
-        modulation: this step's of `hoist`, which makes timestep and label unnecessary.
+        modulation: this step's from `hoist`. With it, timestep and label are not needed.
         """
         model = self.transformer
         height, width = (side // model.patch_size for side in hidden_states.shape[-2:])
@@ -47,9 +47,9 @@ class DiTAdapter(FusedAdapter):
 
     def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float], hidden_states: Tensor,
               timestep: Tensor | None = None, class_labels: Tensor | None = None, **_) -> Iterator[dict[str, Any]]:
-        """The modulations of the steps with these rows and timesteps: every block embeds once for all of them.
+        """The modulations of the steps with these rows and timesteps. Every block embeds once for all steps.
 
-        Where they would take more than HOISTED bytes, it goes by slices of steps, as in `harmonica_dit.models.DiT`.
+        If they would take more than HOISTED bytes, the steps are cut into slices, as in `harmonica_dit.models.DiT`.
         """
         B, D, dtype = len(hidden_states), self.transformer.inner_dim, hidden_states.dtype
         at_once = max(1, HOISTED // ((3 * len(self.branches) + 2) * B * D * dtype.itemsize))
@@ -57,7 +57,7 @@ class DiTAdapter(FusedAdapter):
         for first in range(0, len(rows), at_once):
             part = slice(first, first + at_once)
             labels = class_labels.repeat(len(rows[part]))
-            # a name for the last of a slice would keep all of it while the next is made
+            # no local variable holds a modulation: it would keep its slice alive while the next one is computed
             yield from (dict(modulation=modulation) for modulation in
                         self._modulations(times[part].repeat_interleave(B), labels, dtype, rows[part]))
 
@@ -66,14 +66,14 @@ class DiTAdapter(FusedAdapter):
         return (("attn1", hk.Branch(attention, attention.write, eps=block.norm1.norm.eps)),
                 ("ff", hk.Branch(feed_forward, feed_forward.write, eps=block.norm3.eps)))
 
-    def _passed_by(self, block: nn.Module) -> tuple[str, ...]:
+    def _bypassed_modules(self, block: nn.Module) -> tuple[str, ...]:
         return "norm1", "norm1.norm", "norm1.silu", "norm3"
 
     def _modulations(self, timestep: Tensor, labels: Tensor, dtype: torch.dtype,
                      rows: Sequence[Sequence[bool]]) -> list[hk.Modulation]:
-        """adaLN-Zero rows of T steps, whose timesteps and labels [T·B] follow each other.
+        """The adaLN-Zero modulations of T steps. Every block embeds timestep and label with its own weights.
 
-        Every block embeds timestep and label with weights of its own. rows: T rows of K bools, which are computed.
+        timestep, labels: [T·B], step after step. rows: the T hard rows.
         """
         blocks = self.transformer.transformer_blocks
         made = [hk.Modulation([], [], []) for _ in rows]
@@ -84,23 +84,25 @@ class DiTAdapter(FusedAdapter):
                 shifts_scales = dict(zip(steps, shift_scale))
                 for s, gate in enumerate(gates):
                     shift, scale = shifts_scales[s].chunk(2, 1) if s in shifts_scales else (None, None)
-                    for rows_of, row in zip(made[s], (shift, scale, gate)):
-                        rows_of.append(row)
+                    made[s].shift.append(shift)
+                    made[s].scale.append(scale)
+                    made[s].gate.append(gate)
         condition = F.silu(blocks[0].norm1.emb(timestep, labels, hidden_dtype=dtype))
         for modulation, final in zip(made, self.transformer.proj_out_1(condition).unflatten(0, (len(rows), -1))):
-            for rows_of, row in zip(modulation, final.chunk(2, 1)):
-                rows_of.append(row)
+            shift, scale = final.chunk(2, 1)
+            modulation.shift.append(shift)
+            modulation.scale.append(scale)
         return made
 
 
 def adaln_rows(linear: nn.Module, condition: Tensor, computed: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
-    """The rows of a block's adaLN for T conditions [T, B, D].
+    """A block's adaLN modulation for T conditions [T, B, D]. computed: for each branch the steps that compute it.
 
-    Returns, for each branch, shift and scale [·, B, 2·D] of the steps at which it is computed, and the gates [T, B, D].
-    Of a plain linear, nothing else is evaluated.
+    Returns, for each branch, shift and scale [·, B, 2·D] of these steps, and the gates [T, B, D] of all steps. If the
+    layer is a plain linear one, it computes nothing else.
     """
     D = condition.shape[-1]
-    if not writable(linear):
+    if not is_plain_linear(linear):
         parts = linear(condition).split(3 * D, 2)
         return [(part[steps][..., : 2 * D], part[..., 2 * D :]) for part, steps in zip(parts, computed)]
 
@@ -109,7 +111,8 @@ def adaln_rows(linear: nn.Module, condition: Tensor, computed: Sequence[Sequence
 
     made = []
     for branch, steps in enumerate(computed):
-        first, last, end = 3 * D * branch, 3 * D * branch + 2 * D, 3 * D * (branch + 1)  # shift and scale, the gate
+        # of the layer's output, first:last is the branch's shift and scale, last:end its gate
+        first, last, end = 3 * D * branch, 3 * D * branch + 2 * D, 3 * D * (branch + 1)
         if len(steps) == len(condition):
             made.append(part(condition, first, end).split((2 * D, D), 2))
         else:

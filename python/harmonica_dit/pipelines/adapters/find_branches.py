@@ -1,4 +1,4 @@
-"""Where the branches of a diffusers transformer are, by the names of its modules."""
+"""Finds the branches of a diffusers transformer by the names of its modules."""
 
 import re
 from collections.abc import Iterator
@@ -10,25 +10,25 @@ NOT_A_BRANCH = re.compile(r"norm|adaln|modulation|embed|drop")
 
 
 def find_branches(transformer: nn.Module) -> Iterator[str]:
-    """Names of the attention and feed-forward modules in the transformer's lists of blocks, by definition."""
+    """Names of the attention and feed-forward modules in the transformer's lists of blocks, in order of definition."""
     for name, child in transformer.named_children():
         if isinstance(child, nn.ModuleList):
             for i, block in enumerate(child):
-                yield from _within(block, f"{name}.{i}")
+                yield from _find_inside(block, f"{name}.{i}")
 
 
-def _within(block: nn.Module, prefix: str) -> Iterator[str]:
+def _find_inside(block: nn.Module, prefix: str) -> Iterator[str]:
     if is_single_stream(block):
         yield f"{prefix}.proj_out"
         return
     for name, child in block.named_children():
         if NOT_A_BRANCH.search(name):
             continue
-        inner = next(child.children(), None)  # none in a bare linear or activation
+        inner = next(child.children(), None)  # None in a bare linear layer or activation
         if BRANCH.search(name) and inner is not None and not isinstance(child, nn.ModuleList):
             yield f"{prefix}.{name}"
         else:
-            yield from _within(child, f"{prefix}.{name}")
+            yield from _find_inside(child, f"{prefix}.{name}")
 
 
 def is_single_stream(block: nn.Module) -> bool:
@@ -36,7 +36,7 @@ def is_single_stream(block: nn.Module) -> bool:
 
 
 def feeders(transformer: nn.Module, name: str) -> list[str]:
-    """Names of the modules whose outputs go into this branch and nowhere else."""
+    """Names of the modules whose outputs go into the branch `name` and nowhere else."""
     prefix, _, part = name.rpartition(".")
     if part != "proj_out" or not is_single_stream(transformer.get_submodule(prefix)):
         return []

@@ -1,4 +1,4 @@
-"""What the fused adapters share: the bodies of diffusers' `BasicTransformerBlock`, and the checks."""
+"""The common part of the fused adapters: the bodies of diffusers' `BasicTransformerBlock`, and the checks."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ from harmonica_dit.models.feed_forward import linear_gelu
 
 
 class Context(NamedTuple):
-    """What a forward's bodies need beside h.
+    """The arguments of a forward's bodies beside h.
 
     mask, text_mask: biases [B, 1, tokens] added to the scores of self- and cross-attention, or None.
     text: [B, tokens, D]; None where cross-attention attends to the image itself.
     options: keyword arguments of every attention (diffusers' `cross_attention_kwargs`).
-    keys_values: of the text, by cross-attention, where they have been computed for several steps at once.
+    keys_values: of the text, for each cross-attention for which `hoist` computed them.
     """
 
     mask: Tensor | None = None
@@ -42,10 +42,10 @@ class AttentionBody:
         return self.attn(h, encoder_hidden_states=text, attention_mask=mask, **context.options)
 
     def write(self, h: Tensor, context: Context, out: Tensor) -> None:
-        """Writes o into `out`, by the last linear itself where nothing stands between."""
+        """Writes o into `out`. In a plain attention the last linear layer writes there itself; else o is copied."""
         text, mask = self._source(context)
         source = h if text is None else text
-        if not self.plain(source, mask, context):
+        if not self.is_plain(source, mask, context):
             out.copy_(self(h, context))
             return
         q = self._heads(self.attn.to_q, h)
@@ -55,7 +55,7 @@ class AttentionBody:
         write_linear(self.attn.to_out[0], mixed.transpose(1, 2).flatten(2), out)
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, heads, tokens, width of a head] each, of what is attended to."""
+        """Keys and values of the tokens attended to, [B, heads, tokens, width of a head] each."""
         return self._heads(self.attn.to_k, source), self._heads(self.attn.to_v, source)
 
     def _heads(self, linear: nn.Module, tokens: Tensor) -> Tensor:
@@ -64,12 +64,12 @@ class AttentionBody:
     def _source(self, context: Context) -> tuple[Tensor | None, Tensor | None]:
         return (context.text, context.text_mask) if self.cross else (None, context.mask)
 
-    def plain(self, source: Tensor, mask: Tensor | None, context: Context) -> bool:
-        """Whether calling the attention does what `write` does, and nothing else."""
+    def is_plain(self, source: Tensor, mask: Tensor | None, context: Context) -> bool:
+        """Whether a call of the attention does exactly what `write` does without it."""
         attn = self.attn
         linear, dropout = attn.to_out
-        return (type(attn) is Attention and type(attn.processor) is AttnProcessor2_0 and untouched(attn)
-                and writable(linear) and untouched(dropout) and not (dropout.training and dropout.p)
+        return (type(attn) is Attention and type(attn.processor) is AttnProcessor2_0 and has_own_forward(attn)
+                and is_plain_linear(linear) and has_own_forward(dropout) and not (dropout.training and dropout.p)
                 and not context.options and (mask is None or mask.shape[-1] == source.shape[1]))
 
 
@@ -83,9 +83,9 @@ class FeedForwardBody:
         return self.ff(h)
 
     def write(self, h: Tensor, context: Context, out: Tensor) -> None:
-        """Writes o into `out`, by the last linear itself where nothing stands between."""
+        """Writes o into `out`. In a plain feed-forward the last linear layer writes there itself; else o is copied."""
         first, *hidden, last = self.ff.net
-        if not (type(self.ff) is FeedForward and untouched(self.ff) and writable(last)):
+        if not (type(self.ff) is FeedForward and has_own_forward(self.ff) and is_plain_linear(last)):
             out.copy_(self.ff(h))
             return
         h = linear_gelu(first.proj, h) if _is_linear_gelu(first) else first(h)
@@ -95,10 +95,10 @@ class FeedForwardBody:
 
 
 class FusedAdapter:
-    """A diffusers transformer of `BasicTransformerBlock`s run through `cached_forward`.
+    """Runs a diffusers transformer of `BasicTransformerBlock`s through `cached_forward`.
 
-    Subclasses give `_branches(block)`, a block's named branches, `_passed_by(block)`, the names of its submodules that
-    the fused calls stand in for, `hoist` and `__call__`.
+    Subclasses define `hoist`, `__call__`, `_branches(block)` (a block's branches with their names) and
+    `_bypassed_modules(block)` (the names of its submodules that fused calls replace).
     """
 
     def __init__(self, transformer: nn.Module):
@@ -108,7 +108,7 @@ class FusedAdapter:
                 raise ValueError(f"transformer: its configuration has {setting}={config[setting]!r}, this adapter "
                                  f"knows {only!r} only")
         self.transformer = transformer
-        self.name = type(transformer).__name__  # whoever knows the repository of the weights may put its name here
+        self.name = type(transformer).__name__  # a caller who knows the weights' repository may put its name here
         self.branches: list[hk.Branch] = []
         names = []
         for i, block in enumerate(transformer.transformer_blocks):
@@ -120,7 +120,7 @@ class FusedAdapter:
 
     @property
     def architecture(self) -> dict[str, str | int]:
-        """What a router has to have been made for: class, number of branches K and width D."""
+        """The model's fingerprint; a router must have the same: class, number of branches K and width D."""
         return {"class": type(self.transformer).__name__, "K": len(self.branches), "D": self.transformer.inner_dim}
 
     def new_cache(self, history: int = 1) -> hk.FeatureCache:
@@ -129,64 +129,64 @@ class FusedAdapter:
 
     def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float],
               *args, **kwargs) -> Iterator[dict[str, Any]]:
-        """What depends on the conditioning alone, for many steps at once: more arguments for each step's call.
+        """Computes for many steps at once what depends on the conditioning alone; yields more arguments for each call.
 
-        rows, timesteps: the steps' hard rows and timesteps. args, kwargs: of one of these calls; what they say of the
-        conditioning (labels, text) has to hold for all.
+        rows, timesteps: the steps' hard rows and timesteps. args, kwargs: of one of these calls; all calls must have
+        its conditioning (labels, text).
         """
         raise NotImplementedError
 
     def check(self) -> None:
-        """Refuses hooks and compiled code on modules that are not called here, for they would be passed by silently.
+        """Refuses hooks and compiled code on modules that the adapter does not call: they would silently not run.
 
-        The transformer's own hooks are left to those who call the adapter in its place.
+        The transformer's own hooks are allowed. Whoever calls the adapter instead of the transformer has to run them.
 
         Raises:
-            ValueError: the message names the module and what sits on it.
+            ValueError: the message names the module and its hooks or compiled code.
         """
         transformer = self.transformer
-        passed_by = [("transformer_blocks", transformer.transformer_blocks), ("norm_out", transformer.norm_out)]
+        bypassed = [("transformer_blocks", transformer.transformer_blocks), ("norm_out", transformer.norm_out)]
         for i, block in enumerate(transformer.transformer_blocks):
             prefix = f"transformer_blocks.{i}"
-            passed_by.append((prefix, block))
-            passed_by += ((f"{prefix}.{part}", block.get_submodule(part)) for part in self._passed_by(block))
-        touched = [(name, module) for name, module in passed_by if not untouched(module)]
+            bypassed.append((prefix, block))
+            bypassed += ((f"{prefix}.{part}", block.get_submodule(part)) for part in self._bypassed_modules(block))
+        refused = [(name, module) for name, module in bypassed if not has_own_forward(module)]
         if transformer._compiled_call_impl is not None:
-            touched.insert(0, ("transformer", transformer))
-        if touched:
-            name, module = touched[0]
+            refused.insert(0, ("transformer", transformer))
+        if refused:
+            name, module = refused[0]
             raise ValueError(
-                f"{name}: has {_touch(module)}, which would not run: blocks are taken apart into their branches. "
-                "Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
+                f"{name}: has {_describe_changes(module)}, which would not run: the adapter calls the branches, not "
+                "their blocks. Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
                 "enable_model_cpu_offload")
 
 
-def untouched(module: nn.Module) -> bool:
+def has_own_forward(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else."""
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                 or module._backward_pre_hooks or module._compiled_call_impl is not None
-                or "forward" in module.__dict__)  # how accelerate and diffusers' own hooks come in
+                or "forward" in module.__dict__)  # accelerate's and diffusers' hooks set one
 
 
-def _touch(module: nn.Module) -> str:
+def _describe_changes(module: nn.Module) -> str:
     if module._compiled_call_impl is not None:
         return "been compiled"
     return "a replaced forward (offloading or another hook)" if "forward" in module.__dict__ else "hooks"
 
 
-def writable(linear: nn.Module) -> bool:
-    """Whether this is exactly nn.Linear, so that its weight may be used in its place: no LoRA, quantization or hook."""
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and untouched(linear)
+def is_plain_linear(linear: nn.Module) -> bool:
+    """Whether this is exactly nn.Linear (no LoRA, quantization or hook), so that its weight may be used directly."""
+    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and has_own_forward(linear)
 
 
 def _is_linear_gelu(module: nn.Module) -> bool:
-    """Whether it is exactly a linear layer with bias and the tanh form of the GELU."""
-    return (type(module) is GELU and module.approximate == "tanh" and untouched(module) and writable(module.proj)
-            and module.proj.bias is not None)
+    """Whether this is exactly a linear layer with bias and the tanh form of the GELU."""
+    return (type(module) is GELU and module.approximate == "tanh" and has_own_forward(module)
+            and is_plain_linear(module.proj) and module.proj.bias is not None)
 
 
 def write_linear(linear: nn.Linear, h: Tensor, out: Tensor) -> None:
-    """The linear layer of h [B, N, ·] written straight into `out`, a contiguous cache buffer."""
+    """Writes linear(h), with h [B, N, ·], straight into `out`, a contiguous cache buffer."""
     h, out = h.flatten(0, 1), out.flatten(0, 1)
     if linear.bias is None:
         torch.mm(h, linear.weight.t(), out=out)
@@ -201,12 +201,12 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
 
 
 def finish(output: Tensor, return_dict: bool) -> Transformer2DModelOutput | tuple[Tensor]:
-    """The output in the form that diffusers gives it."""
+    """The output in the form that diffusers returns."""
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
 def attention_options(cross_attention_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """diffusers' `cross_attention_kwargs` as every attention gets them.
+    """The keyword arguments of every attention, from diffusers' `cross_attention_kwargs`.
 
     Raises:
         ValueError: they ask for GLIGEN, which neither model has.

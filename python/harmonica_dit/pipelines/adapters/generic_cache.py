@@ -1,4 +1,4 @@
-"""What branches of any kind return, tuples included, and the cache that keeps it."""
+"""The cache for branches of any kind, and the form of their outputs, which may be tuples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ Output = Tensor | tuple | None  # of a branch: a tensor, or tensors and None in 
 
 
 class GenericCache:
-    """The memory of one trajectory: what each branch returned in the last `history` forwards that computed it.
+    """The memory of one trajectory: each branch's outputs in the last `history` forwards that computed it.
 
-    Outputs have any shape, tuples included, and a branch has one for each of its calls in a forward. They are kept as
-    they come, not copied. Same use as `harmonica_kernels.FeatureCache`.
+    Outputs may have any shape, or be tuples. A branch has one for each of its calls in a forward. They are kept as they
+    are, not copied. It is used like `harmonica_kernels.FeatureCache`.
     """
 
     def __init__(self, history: int = 1):
@@ -23,8 +23,8 @@ class GenericCache:
 
     def reset(self) -> None:
         """Forgets everything; the next trajectory may have any shape."""
-        self._outputs: dict[int, list[list[Output]]] = {}  # per branch, newest first, the outputs of its calls
-        self._meta: dict[nn.Module, Output] = {}  # what stands in for the output of a feeder that is not called
+        self._outputs: dict[int, list[list[Output]]] = {}  # per branch and forward, newest first: its calls' outputs
+        self._meta: dict[nn.Module, Output] = {}  # meta tensors in place of the outputs of feeders that do not run
         self._of: tuple | None = None  # shapes, dtypes and devices of the forward's arguments
         self._open = False
 
@@ -34,7 +34,7 @@ class GenericCache:
         return sum(t.nbytes for t in tensors_of(list(self._outputs.values())))
 
     def filled(self, k: int) -> int:
-        """Of how many forwards the cache holds branch k's outputs, 0 to `history`."""
+        """From how many forwards the cache holds outputs of branch k, 0 to `history`."""
         return len(self._outputs.get(k, ()))
 
     def latest(self, k: int) -> list[Output]:
@@ -42,7 +42,7 @@ class GenericCache:
         return self._outputs[k][0]
 
     def previous(self, k: int) -> list[Output] | None:
-        """The outputs that branch k had before the latest, or None where there are none yet."""
+        """Branch k's outputs before the newest, or None if there are none yet."""
         return self._outputs[k][1] if self.filled(k) == 2 else None
 
     def copy_(self, other: "GenericCache") -> "GenericCache":
@@ -55,7 +55,7 @@ class GenericCache:
         """Does nothing: an entry is replaced, never written into, so a backward may still read the old one."""
 
     def _store(self, k: int, o: Output, first: bool) -> None:
-        """Takes an output of branch k, the first of this forward's or another."""
+        """Stores an output of branch k. first: whether it is the branch's first output in this forward."""
         if first:
             self._outputs[k] = [[], *self._outputs.get(k, ())][: self.history]
         self._outputs[k][0].append(map_tensors(Tensor.detach, o))
@@ -71,7 +71,7 @@ class GenericCache:
 
 
 def map_tensors(f: Callable, *outputs: Output) -> Output:
-    """f over the tensors of outputs of one form."""
+    """Applies f to the corresponding tensors of outputs of the same structure."""
     first = outputs[0]
     if isinstance(first, (tuple, list)):
         return tuple(map_tensors(f, *parts) for parts in zip(*outputs, strict=True))

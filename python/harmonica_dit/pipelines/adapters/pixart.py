@@ -25,7 +25,7 @@ class PixArtAdapter(FusedAdapter):
                  keys_values: dict[nn.Module, tuple[Tensor, Tensor]] | None = None):
         """As `PixArtTransformer2DModel.forward`; row, forecast_weights, cache, threshold as in `cached_forward`.
 
-        text, keys_values: of `hoist`, the projected text states and what cross-attention makes of them.
+        text, keys_values: from `hoist`: the projected text states, and each cross-attention's keys and values of them.
 
         Raises:
             ValueError: the model wants micro-conditions and `added_cond_kwargs` is None.
@@ -39,10 +39,10 @@ class PixArtAdapter(FusedAdapter):
         height, width = (side // patch for side in hidden_states.shape[-2:])
         mask, text_mask = (bias(m, hidden_states.dtype) for m in (attention_mask, encoder_attention_mask))
         x = model.pos_embed(hidden_states)
-        rows, embedded = model.adaln_single(timestep, added_cond_kwargs, batch_size=batch, hidden_dtype=x.dtype)
+        shared, embedded = model.adaln_single(timestep, added_cond_kwargs, batch_size=batch, hidden_dtype=x.dtype)
         if text is None:
             text = self._text(encoder_hidden_states, batch)
-        x = hk.cached_forward(self.branches, x, self._modulation(rows, embedded), row=row,
+        x = hk.cached_forward(self.branches, x, self._modulation(shared, embedded), row=row,
                               forecast_weights=forecast_weights, cache=cache, threshold=threshold,
                               eps=model.norm_out.eps,
                               context=Context(mask, text, text_mask, attention_options(cross_attention_kwargs),
@@ -58,11 +58,11 @@ class PixArtAdapter(FusedAdapter):
             return
         bodies = [branch.body for branch, column in zip(self.branches, zip(*rows)) if any(column)]
         keys_values = {body.attn: body.keys_values(text) for body in bodies
-                       if isinstance(body, AttentionBody) and body.cross and body.plain(text, None, Context())}
+                       if isinstance(body, AttentionBody) and body.cross and body.is_plain(text, None, Context())}
         yield from [dict(text=text, keys_values=keys_values)] * len(rows)
 
     def _text(self, states: Tensor | None, batch: int) -> Tensor | None:
-        """The text states [B, tokens, D] as cross-attention sees them."""
+        """The text states [B, tokens, D] that cross-attention takes."""
         project = self.transformer.caption_projection
         return states if project is None else project(states).view(batch, -1, self.transformer.inner_dim)
 
@@ -75,15 +75,18 @@ class PixArtAdapter(FusedAdapter):
             branches.insert(1, ("attn2", hk.Branch(cross, cross.write, norm=False, gate=False)))
         return branches
 
-    def _passed_by(self, block: nn.Module) -> tuple[str, ...]:
+    def _bypassed_modules(self, block: nn.Module) -> tuple[str, ...]:
         return "norm1", "norm2"
 
-    def _modulation(self, rows: Tensor, embedded: Tensor) -> hk.Modulation:
-        """adaLN-single: the step's rows [B, 6·D] are shared by all blocks, each of which adds its own table [6, D]."""
+    def _modulation(self, shared: Tensor, embedded: Tensor) -> hk.Modulation:
+        """adaLN-single: all blocks share a step's values `shared` [B, 6·D], and each block adds its own table [6, D].
+
+        The final norm adds its table [2, D] to `embedded` [B, D], the embedded timestep.
+        """
         blocks = self.transformer.transformer_blocks
         tables = torch.stack([block.scale_shift_table for block in blocks])
         shift, scale, gate = [], [], []
-        for block, six in zip(blocks, (tables[:, None] + rows.unflatten(1, (6, -1))).unbind()):  # [B, 6, D] each
+        for block, six in zip(blocks, (tables[:, None] + shared.unflatten(1, (6, -1))).unbind()):  # [B, 6, D] each
             six = six.unbind(1)
             cross = [] if block.attn2 is None else [None]
             shift += [six[0], *cross, six[3]]
@@ -94,9 +97,9 @@ class PixArtAdapter(FusedAdapter):
 
 
 def bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """An attention mask [B, tokens], 1 to keep and 0 to discard, as the bias [B, 1, tokens] that diffusers makes of it.
+    """diffusers' bias [B, 1, tokens] for an attention mask [B, tokens] of 1 to keep and 0 to discard.
 
-    What has three dimensions is a bias already.
+    A mask of three dimensions is a bias already and is returned as it is.
     """
     if mask is None or mask.dim() != 2:
         return mask

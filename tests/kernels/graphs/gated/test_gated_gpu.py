@@ -7,23 +7,19 @@ import torch
 
 import harmonica_kernels as hk
 from support.gated_norm_check import check
-from support.loops import Table, Trajectory
+from support.loops import Table, Trajectory, compile_gated
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda:0")
 
 
-def gated(rule="scores"):
-    return hk.compile(Trajectory.run, mode="gated", rule=rule)
-
-
-def loaded(executor, table, threshold):
+def load(executor, table, threshold):
     executor.load(table)
     executor.threshold = threshold
     return executor
 
 
-def test_norm_on_random_states_of_the_gate():
+def test_norm_on_random_states_of_what_decides():
     for _ in range(200):
         check(CUDA)
 
@@ -33,28 +29,28 @@ def test_equals_the_walk_on_the_cpu(rule):
     for _ in range(10):
         T, K = random.randint(1, 6), random.randint(2, 9)
         trajectory = Trajectory(T, K, width=random.choice((8, 16, 48)))
-        on_gpu, walked, there = gated(rule), gated(rule), trajectory.to(CUDA)
+        on_gpu, walked, there = compile_gated(rule), compile_gated(rule), trajectory.to(CUDA)
         for i in range(8):
             table = Table(torch.rand(T, K), torch.randn(T, K) * 0.3 if i % 2 else None)
             noise = torch.randn(trajectory.shape)
-            image = loaded(on_gpu, table, i / 8)(there, noise.to(CUDA)).cpu()
-            torch.testing.assert_close(image, loaded(walked, table, i / 8)(trajectory, noise), rtol=1e-3, atol=1e-3)
+            image = load(on_gpu, table, i / 8)(there, noise.to(CUDA)).cpu()
+            torch.testing.assert_close(image, load(walked, table, i / 8)(trajectory, noise), rtol=1e-3, atol=1e-3)
             assert torch.equal(on_gpu.reused, walked.reused)
 
 
 def test_a_changed_router_or_threshold_equals_a_fresh_capture_to_the_bit():
     trajectory = Trajectory(5, 6, width=64, dtype=torch.bfloat16).to(CUDA)
-    used, noise = gated(), torch.randn(trajectory.shape, device=CUDA)
+    used, noise = compile_gated(), torch.randn(trajectory.shape, device=CUDA)
     for _ in range(10):
         table, threshold = Table(torch.rand(5, 6), torch.randn(5, 6)), random.random()
-        fresh = loaded(gated(), table, threshold)
-        assert torch.equal(loaded(used, table, threshold)(trajectory, noise), fresh(trajectory, noise))
+        fresh = load(compile_gated(), table, threshold)
+        assert torch.equal(load(used, table, threshold)(trajectory, noise), fresh(trajectory, noise))
         assert torch.equal(used.reused, fresh.reused)
         fresh.reset()
 
 
 def test_no_synchronisation_inside_a_trajectory():
-    trajectory, executor = Trajectory(4, 5).to(CUDA), gated()
+    trajectory, executor = Trajectory(4, 5).to(CUDA), compile_gated()
     noise = torch.randn(trajectory.shape, device=CUDA)
     executor(trajectory, noise)
     torch.cuda.set_sync_debug_mode("error")
@@ -73,18 +69,18 @@ def test_a_copy_from_the_host_is_refused_by_name():
     trajectory.loop = lambda: loop
     trajectory.graph_parts = lambda: (trajectory, (), lambda: trajectory)
     with pytest.raises(RuntimeError, match="branch 1"):
-        gated()(trajectory, torch.randn(trajectory.shape, device=CUDA))
+        compile_gated()(trajectory, torch.randn(trajectory.shape, device=CUDA))
 
 
 def test_memory_does_not_grow():
-    trajectory, executor = Trajectory(4, 5).to(CUDA), gated()
+    trajectory, executor = Trajectory(4, 5).to(CUDA), compile_gated()
     noise = torch.randn(trajectory.shape, device=CUDA)
     used = []
     for i in range(200):
-        loaded(executor, Table(torch.rand(4, 5)), random.random())(trajectory, noise)
+        load(executor, Table(torch.rand(4, 5)), random.random())(trajectory, noise)
         if i % 50 == 49:
             executor.reset()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            used.append(torch.cuda.memory_reserved())  # of this process; bench/gpu_gated.py has the device to itself
+            used.append(torch.cuda.memory_reserved())  # of this process; bench/gpu/gated.py has the device to itself
     assert used[-1] <= used[1]

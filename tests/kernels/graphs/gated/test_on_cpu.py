@@ -1,18 +1,18 @@
-"""The plan, walked on the CPU with the compiled gate, against trajectories step by step through `cached_forward`."""
+"""The plan, walked on the CPU with what decides in C++, against trajectories step by step through `cached_forward`."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 import harmonica_kernels as hk
+from harmonica_kernels.graphs.gated.decision_memory import DecisionMemory
+from harmonica_kernels.graphs.gated.norm import is_aligned, norm_on_cpu
+from harmonica_kernels.graphs.gated.parts import Parts
 from harmonica_kernels.graphs.gated.plan import Capture, Change, Decide, If, Op, Rewind, While, plan
 from harmonica_kernels.ops import residual_norm
-from support.loops import Table, Trajectory
-
-
-def gated(rule="scores"):
-    return hk.compile(Trajectory.run, mode="gated", rule=rule)
+from support.loops import Table, Trajectory, compile_gated
 
 
 def random_table(T, K, forecast):
@@ -25,7 +25,7 @@ def random_table(T, K, forecast):
     return Table(scores, coefficients)
 
 
-def stepwise(trajectory, noise, table, threshold):
+def run_step_by_step(trajectory, noise, table, threshold):
     compute, weights = table.rows(threshold)
     image = trajectory.run(noise, lambda s, tokens, rows: (tuple(compute[s].tolist()), weights[s]))
     return image, compute
@@ -37,13 +37,13 @@ def test_equals_cached_forward_on_random_schedules(part):
     for _ in range(25):
         T, K = random.randint(1, 6), random.randint(1, 7)
         trajectory = Trajectory(T, K, n=random.randint(1, 2), tokens=random.randint(1, 3))
-        executor = gated()
+        executor = compile_gated()
         for i in range(10):
             table = random_table(T, K, forecast=i % 2 == 1)
             executor.load(table)
             executor.threshold = threshold = random.choice((0.1, random.random()))
             noise = torch.randn(trajectory.shape)
-            image, compute = stepwise(trajectory, noise, table, threshold)
+            image, compute = run_step_by_step(trajectory, noise, table, threshold)
             torch.testing.assert_close(executor(trajectory, noise), image, rtol=0, atol=0)
             assert torch.equal(executor.reused, ~compute)
         assert executor.graphs == 1
@@ -53,20 +53,20 @@ def test_bfloat16_bodies():
     for _ in range(20):
         trajectory = Trajectory(4, 5, dtype=torch.bfloat16)
         table, noise = random_table(4, 5, True), torch.randn(trajectory.shape)
-        executor = gated()
+        executor = compile_gated()
         executor.load(table)
-        torch.testing.assert_close(executor(trajectory, noise), stepwise(trajectory, noise, table, 0.1)[0], rtol=0,
-                                   atol=0)
+        expected, _ = run_step_by_step(trajectory, noise, table, 0.1)
+        torch.testing.assert_close(executor(trajectory, noise), expected, rtol=0, atol=0)
 
 
 def test_a_changed_router_threshold_or_label_equals_a_fresh_executor_to_the_bit():
     trajectory = Trajectory(5, 6)
-    used = gated()
+    used = compile_gated()
     for i in range(40):
         table, threshold = random_table(5, 6, forecast=i > 20), random.random()
         trajectory.labels = torch.randint(7, (2,))
         noise = torch.randn(trajectory.shape)
-        fresh = gated()
+        fresh = compile_gated()
         for executor in (used, fresh):
             executor.load(table)
             executor.threshold = threshold
@@ -77,7 +77,7 @@ def test_a_changed_router_threshold_or_label_equals_a_fresh_executor_to_the_bit(
 
 def test_threshold_decides_in_double_precision():
     """In float32, 0.1 is not above 0.1; as a Python float, float32's 0.1 is above 0.1, as everywhere else here."""
-    trajectory, executor = Trajectory(2, 1), gated()
+    trajectory, executor = Trajectory(2, 1), compile_gated()
     executor.load(Table(torch.full((2, 1), 0.1)))
     for threshold, reused in ((0.1, False), (float(torch.tensor(0.1)), True)):
         executor.threshold = threshold
@@ -114,7 +114,7 @@ def test_change_rule_decides_as_its_definition():
     decisions = set()
     for _ in range(150):
         T, K = random.randint(1, 7), random.randint(2, 6)
-        trajectory, executor = Trajectory(T, K), gated("change")
+        trajectory, executor = Trajectory(T, K), compile_gated("change")
         coefficients = random.choice((None, torch.randn(T, K)))
         executor.load(Table(torch.rand(T, K), coefficients))
         executor.threshold = random.random() * 0.6
@@ -135,6 +135,11 @@ def test_plan_of_a_router():
     loop = plan(3, "change")[-1]
     assert [type(node) for node in loop.body] == [Decide, Capture, If, Change, Decide, If, If, Capture]
     assert loop.body[4] == Decide(1, 3, "change")
+
+
+@pytest.mark.parametrize("rule", ["scores", "change"])
+def test_a_plan_is_a_value(rule):
+    assert len({plan(3, rule), plan(3, rule), plan(4, rule)}) == 2
 
 
 @pytest.mark.parametrize("rule", ["scores", "change"])
@@ -163,7 +168,7 @@ def test_tf32_is_another_graph():
 
 
 def test_refusals():
-    executor = gated()
+    executor = compile_gated()
     trajectory = Trajectory(3, 4)
     noise = torch.randn(trajectory.shape)
     with pytest.raises(RuntimeError, match="nothing has run yet"):
@@ -176,9 +181,59 @@ def test_refusals():
     with pytest.raises(ValueError, match="float32"):
         executor.load(Table(torch.rand(3, 4).double()))
     with pytest.raises(ValueError, match="rule: got 'first'"):
-        gated("first")
+        compile_gated("first")
     with pytest.raises(ValueError, match="at least 2"):
-        gated("change")(Trajectory(2, 1), noise)
+        compile_gated("change")(Trajectory(2, 1), noise)
     executor.load(Table(torch.rand(3, 4)))
     with torch.autocast("cpu"), pytest.raises(RuntimeError, match="autocast"):
         executor(trajectory, noise)
+
+
+@pytest.mark.parametrize("width, tokens, first, aligned", [(32, 3, 32, True), (24, 16, 32, False), (32, 16, 33, False)])
+def test_the_norm_is_promised_multiples_of_16_only_where_all_are(width, tokens, first, aligned):
+    """`first`: where the second branch's gate rows begin, counted from the first's."""
+    trajectory = Trajectory(2, 2, tokens=tokens, width=width, plain=True)
+    loop = trajectory.loop()
+    wide = torch.zeros(2, trajectory.B, 80)
+    mod = loop.modulation()._replace(gate=[wide[..., :width], wide[..., first:first + width]])
+    loop = replace(loop, modulation=lambda: mod)
+    memory = DecisionMemory(2, 2, 1, torch.device("cpu"))
+    assert is_aligned(Parts(loop, memory, torch.randn(trajectory.shape), norm_on_cpu)) is aligned
+
+
+def rows(part, k, change):
+    """The modulation of a loop with one row of one part changed."""
+    def changed(loop):
+        mod = loop.modulation()
+        found = list(getattr(mod, part))
+        found[k] = change(found[k])
+        return dict(modulation=lambda: mod._replace(**{part: found}))
+    return changed
+
+
+def branch(k, **change):
+    return lambda loop: dict(branches=[replace(b, **change) if j == k else b for j, b in enumerate(loop.branches)])
+
+
+@pytest.mark.parametrize("error, message, change", [
+    (ValueError, r"updates: got shape \(2, 2\), expected \[3, 2\]", lambda loop: dict(updates=loop.updates[:2])),
+    (ValueError, r"updates: got shape \(3, 1\)", lambda loop: dict(updates=loop.updates[:, :1])),
+    (ValueError, "embed: returned . rows for 2 samples", lambda loop: dict(embed=lambda x: loop.embed(x)[:1])),
+    (ValueError, "got 4 entries in scale, expected 5",
+     lambda loop: dict(modulation=lambda: loop.modulation()._replace(scale=loop.modulation().scale[1:]))),
+    (ValueError, "branch 1 says gate=True", rows("gate", 1, lambda row: None)),
+    (ValueError, "branch 1 says gate=False", branch(1, gate=False)),
+    (TypeError, r"shift\[2\] is torch.float64, expected one dtype", rows("shift", 2, lambda row: row.double())),
+    (ValueError, r"shift\[4\] has shape \(2, ", rows("shift", 4, lambda row: row[:2])),
+    (ValueError, r"gate\[0\] has shape \(3, ., 15\)", rows("gate", 0, lambda row: row[..., :15])),
+    (ValueError, r"branches\[1\].body: returned torch.float64 of shape",
+     branch(1, body=lambda h, context: h.double(), body_out=None)),
+    (ValueError, r"branches\[3\].body: returned torch.float32 of shape \(., 1, 16\)",
+     branch(3, body=lambda h, context: h[:, :1], body_out=None)),
+])
+def test_a_loop_that_contradicts_itself_is_refused(error, message, change):
+    trajectory = Trajectory(3, 4, plain=True)
+    loop = trajectory.loop()
+    trajectory.loop = lambda: replace(loop, **change(loop))
+    with pytest.raises(error, match=message):
+        compile_gated()(trajectory, torch.randn(trajectory.shape))

@@ -1,37 +1,39 @@
-"""Cached against plain trajectories of diffusers' transformers, and what becomes of the FLOPs that are saved."""
+"""Cached against plain trajectories of diffusers' transformers, and what becomes of the FLOPs that are saved.
+
+    OMP_NUM_THREADS=2 python -m pytest bench/bench_models.py [-k flux] [--long] [--steps 5] [--cur 0.56] [--rounds 5]
+                                       [--heads 1] [--layers 2] [--benchmark-json=FILE]
+
+Trajectories of `steps` forwards, their inputs fixed, on random weights: plain, with everything computed and stored and
+clocks around the branches, and with a share `cur` of the branches reused at random. --heads, --layers: instead of a
+model's own. --long: pixart-alpha-1024 too.
+"""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import median
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from bench.diffusers_models import MODELS, Model
+from bench.problems import random_schedule
+from bench.record import cell
+from bench.replay import Measured
+from bench.timing import add_time, branch_seconds, forward_clocks, interleave, medians, quartiles
 from harmonica_dit.flops import count_call
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
 from harmonica_dit.schedule import Schedule
 
-from .classes import MODELS, Model
-from .measure import (
-    Bar,
-    cell,
-    check_counts,
-    check_cur,
-    forward_clocks,
-    interleaved,
-    medians,
-    random_schedule,
-    spread,
-)
-
+LONG = {"pixart-alpha-1024"}
+TINY = dict(steps=4, rounds=1, warmup=0, heads=1, layers=2)
 COLUMNS = {
-    "model": lambda row: row["model"],
-    "K": cell("K", "{}"),
-    "tokens": cell("tokens", "{}"),
+    "model": cell("model"),
+    "K": cell("K"),
+    "tokens": cell("tokens"),
     "CUR": cell("cur", "{:.1%}"),
     "FLOPs speedup": cell("flops_speedup", "{:.2f}×"),
     "wall speedup": cell("wall_speedup", "{:.2f}×"),
@@ -45,58 +47,52 @@ CAPTION = """speedups: over the plain diffusers model; FLOPs: of the branches an
 should: the fixed part + the computed branches' own times, measured with nothing reused; does: the time it takes.
 error at CUR 0: largest difference from the plain forward over its largest value."""
 
+@pytest.fixture(scope="module", params=MODELS)
+def measured(request, settings):
+    if request.param in LONG and not request.config.getoption("long"):
+        pytest.skip("takes long; --long runs it")
+    return measure(request.param, **settings(TINY, steps=5, cur=0.56, rounds=5, warmup=1, heads=None, layers=None))
 
-def bench_models(*, names: Sequence[str], steps: int, cur: float, rounds: int, heads: int | None = None,
-                 layers: int | None = None) -> Iterator[dict]:
-    """Yields a row for each of the named models, see `MODELS`.
 
-    Each runs trajectories of `steps` forwards, its inputs fixed: plain, with everything computed and stored, and with
-    a share `cur` of the branches reused at random. heads, layers: instead of a model's own.
-
-    Raises:
-        ValueError: a model is not known, or a number is out of range; the message names it.
-    """
-    for name in names:
-        if name not in MODELS:
-            raise ValueError(f"model: got {name!r}, expected one of {', '.join(MODELS)}")
-    check_counts(steps=steps, rounds=rounds, heads=heads, layers=layers)
-    check_cur(cur, steps)
-    with Bar(len(names) * (rounds + 1)) as bar:
-        for name in names:
-            bar.say(name)
-            yield measured(name, MODELS[name], bar, steps, cur, rounds, heads, layers)
+@pytest.mark.parametrize("candidate", ["plain", "computed", "cached"])
+def test_model(measured, replay, candidate):
+    replay(measured, candidate)
 
 
 @torch.inference_mode()
-def measured(name: str, model: Model, bar: Bar, steps: int, cur: float, rounds: int, heads: int | None,
-             layers: int | None) -> dict:
-    run = Runner(model, steps, heads, layers)
+def measure(name: str, steps: int, cur: float, rounds: int, warmup: int, heads: int | None,
+            layers: int | None) -> Measured:
+    """One of MODELS; heads, layers: instead of its own."""
+    run = Runner(MODELS[name], steps, heads, layers)
     schedule = random_schedule(run.adapter.branch_names, run.flops, steps, cur)
     everything = random_schedule(run.adapter.branch_names, run.flops, steps, 0.0)
     wanted, found = run.plain(steps - 1), run.cached(everything)
-    own_times, hoists = [], {"computed": [], "cached": []}
+    own_times: list[list[float]] = []
+    hoists: dict[str, list[float]] = {"computed": [], "cached": []}
 
-    def computed() -> None:
+    def run_clocked() -> None:
         with run.clocks() as bodies:
             run.cached(everything, hoists["computed"])
         own_times.append(bodies)
 
-    seconds = interleaved({"plain": lambda: [run.plain(s) for s in range(steps)], "computed": computed,
-                           "cached": lambda: run.cached(schedule, hoists["cached"])}, rounds, bar)
+    seconds = interleave({"plain": lambda: [run.plain(s) for s in range(steps)], "computed": run_clocked,
+                          "cached": lambda: run.cached(schedule, hoists["cached"])}, rounds, warmup=warmup)
     middle = medians(seconds)
-    body = [median(values) / steps for values in zip(*own_times[1:])]
-    hoist = {kind: median(values[1:]) for kind, values in hoists.items()}
+    body = [median(values) / steps for values in zip(*own_times[-rounds:])]
+    hoist = {kind: median(values[-rounds:]) for kind, values in hoists.items()}
     fixed = middle["computed"] - hoist["computed"] - steps * sum(body)
-    should = fixed + hoist["cached"] + sum(b for row in schedule.rows for b, c in zip(body, row) if c)
+    should = fixed + hoist["cached"] + branch_seconds(schedule.rows, body)
     wall = middle["plain"] / middle["cached"]
-    return dict(
+    row = dict(
         model=name, cls=type(run.transformer).__name__, path="generic" if run.generic else "fused",
         K=len(body), width=run.adapter.architecture["D"], rows=len(wanted), tokens=run.tokens, steps=steps,
         cur=schedule.cur, flops_speedup=schedule.speedup, wall_speedup=wall,
         wall_over_flops=wall / schedule.speedup, plain_over_ours=middle["plain"] / middle["computed"],
         should_over_does=should / middle["cached"], cache_bytes=run.cache.nbytes,
         error_at_cur_0=((found - wanted).abs().max() / wanted.abs().max()).item(),
-        seconds=spread(seconds), hoist_seconds=hoist, fixed_seconds=fixed, body_seconds=body)
+        seconds={kind: quartiles(values) for kind, values in seconds.items()}, hoist_seconds=hoist,
+        fixed_seconds=fixed, body_seconds=body)
+    return Measured(name, seconds, {"cached": row})
 
 
 class Runner:
@@ -148,17 +144,10 @@ class Runner:
                 yield seconds
             return
 
-        def timed(k: int, call: Callable) -> Callable:
-            def run(*arguments):
-                start = time.perf_counter()
-                o = call(*arguments)
-                seconds[k] += time.perf_counter() - start
-                return o
-            return run
-
         branches = list(self.adapter.branches)
-        self.adapter.branches[:] = [replace(b, body=timed(k, b.body), body_out=timed(k, b.body_out))
-                                    for k, b in enumerate(branches)]
+        self.adapter.branches[:] = [
+            replace(b, body=add_time(b.body, seconds, k), body_out=add_time(b.body_out, seconds, k))
+            for k, b in enumerate(branches)]
         try:
             yield seconds
         finally:

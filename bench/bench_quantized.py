@@ -1,35 +1,36 @@
-"""A router as a plug-in of a quantized PixArt-α: speedup and error of either alone and of both."""
+"""A router as a plug-in of a quantized PixArt-α: speedup and error of either alone and of both.
+
+    OMP_NUM_THREADS=2 python -m pytest bench/bench_quantized.py [--steps 10] [--cur 0.56] [--rounds 5] [--heads 2]
+                                       [--layers 28] [--benchmark-json=FILE]
+
+The pipeline is a PixArt-α 256 of fewer heads with random weights, one image with guidance, sampled to latents. The
+linears of its blocks are quantized by torchao. The router's schedule reuses a share `cur` at random. Every candidate
+runs in every round, so -k chooses what is shown, not what is run.
+"""
 
 import copy
 from collections.abc import Callable
 from functools import partial
 
+import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from torch import Tensor, nn
 
+from bench.diffusers_models import MODELS
+from bench.problems import random_schedule
+from bench.record import cell, installed_version
+from bench.replay import Measured
+from bench.timing import interleave, medians, quartiles, relative_error
 from harmonica_dit.flops import count_call
 from harmonica_dit.pipelines import apply
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
 
-from .classes import MODELS
-from .measure import (
-    Bar,
-    cell,
-    check_counts,
-    check_cur,
-    installed,
-    interleaved,
-    medians,
-    random_schedule,
-    relative_error,
-    spread,
-)
-
+TINY = dict(steps=3, cur=0.5, rounds=1, warmup=0, heads=4, layers=2)
 GROUP = 72  # weights that share a scale of int4: the width of a head, which divides that of every linear
 COLUMNS = {
-    "weights": lambda row: row["weights"],
+    "weights": cell("weights"),
     "speedup, quantized": cell("speedup_quantized", "{:.2f}×"),
     "router": cell("speedup_router", "{:.2f}×"),
     "both": cell("speedup_both", "{:.2f}×"),
@@ -78,18 +79,20 @@ KINDS: dict[str, Callable] = {"int8 weight-only": int8_weight_only, "int8 dynami
                               "int4 weight-only, packed": int4_packed, "fp8 dynamic": fp8_dynamic}
 
 
-def bench_quantized(*, steps: int, cur: float, rounds: int, heads: int | None = None,
-                    layers: int | None = None) -> list[dict]:
-    """A row for each kind of quantized weights; a kind that cannot run here says why.
+@pytest.fixture(scope="module")
+def measured(settings):
+    return measure(**settings(TINY, steps=10, cur=0.56, rounds=5, warmup=1, heads=None, layers=None))
 
-    The pipeline is a PixArt-α 256 of fewer heads with random weights, one image with guidance, sampled to latents.
-    The linears of its blocks are quantized. The router's schedule reuses a share `cur` at random.
 
-    Raises:
-        ValueError: a number is out of range; the message names it.
-    """
-    check_counts(steps=steps, rounds=rounds, heads=heads, layers=layers)
-    check_cur(cur, steps)
+@pytest.mark.parametrize("candidate", ["plain", "router", *(f"{kind}{of}" for kind in KINDS for of in ("", ": both"))])
+def test_pipeline(measured, replay, candidate):
+    replay(measured, candidate)
+
+
+def measure(steps: int, cur: float, rounds: int, warmup: int, heads: int | None,
+            layers: int | None) -> Measured:
+    """A row for each kind of quantized weights; a kind that cannot run here says why. heads, layers: instead of the
+    model's own."""
     transformer, arguments = MODELS["pixart-alpha-256"].build(heads, layers)
     adapter = adapt(transformer)
     flops = count_call(adapter, lambda: adapter(**arguments, timestep=torch.zeros(2)))
@@ -97,46 +100,38 @@ def bench_quantized(*, steps: int, cur: float, rounds: int, heads: int | None = 
     plain, router = Pipeline(transformer, arguments), Pipeline(transformer, arguments, schedule)
     wanted, of_router = plain.run(steps), router.run(steps)
     candidates = {"plain": partial(plain.run, steps), "router": partial(router.run, steps)}
-    rows: list[dict] = []
-    with Bar(len(KINDS) + rounds + 1) as bar:
-        for kind, config in KINDS.items():
-            bar.say(kind)
-            row = dict(weights=kind)
-            rows.append(row)
-            try:
-                model = quantized(transformer, config)
-                alone, both = Pipeline(model, arguments), Pipeline(model, arguments, schedule)
-                row |= dict(error_quantized=relative_error(alone.run(steps), wanted),
-                            error_router=relative_error(of_router, wanted),
-                            error_both=relative_error(both.run(steps), wanted))
-            except (ImportError, AssertionError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
-                row["note"] = f"cannot run here: {type(error).__name__}: {' '.join(str(error).split())}"
-            else:
-                candidates |= {kind: partial(alone.run, steps), f"{kind}: both": partial(both.run, steps)}
-            bar.advance()
-        bar.say("timing")
-        seconds = interleaved(candidates, rounds, bar)
-    middle, quartiles = medians(seconds), spread(seconds)
-    speedup = {name: middle["plain"] / value for name, value in middle.items()}
-    for row in rows:
-        kind = row["weights"]
-        if kind in middle:
+    rows: dict[str, dict] = {}
+    for kind, config in KINDS.items():
+        row = rows[kind] = dict(weights=kind)
+        try:
+            model = quantize(transformer, config)
+            alone, both = Pipeline(model, arguments), Pipeline(model, arguments, schedule)
+            row |= dict(error_quantized=relative_error(alone.run(steps), wanted),
+                        error_router=relative_error(of_router, wanted),
+                        error_both=relative_error(both.run(steps), wanted))
+        except (ImportError, AssertionError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
+            row["note"] = f"cannot run here: {type(error).__name__}: {' '.join(str(error).split())}"
+        else:
+            candidates |= {kind: partial(alone.run, steps), f"{kind}: both": partial(both.run, steps)}
+    seconds = interleave(candidates, rounds, warmup=warmup)
+    speedup = {name: medians(seconds)["plain"] / value for name, value in medians(seconds).items()}
+    for kind, row in rows.items():
+        if kind in seconds:
             row |= dict(cur=schedule.cur, flops_speedup=schedule.speedup, speedup_quantized=speedup[kind],
                         speedup_router=speedup["router"], speedup_both=speedup[f"{kind}: both"],
                         product=speedup[kind] * speedup["router"],
-                        seconds={name: quartiles[key] for name, key in (("plain", "plain"), ("router", "router"),
-                                                                        ("quantized", kind),
-                                                                        ("both", f"{kind}: both"))})
-    return rows
+                        seconds={name: quartiles(seconds[key]) for name, key in (
+                            ("plain", "plain"), ("router", "router"), ("quantized", kind), ("both", f"{kind}: both"))})
+    return Measured("PixArtAlphaPipeline", seconds, rows)
 
 
-def quantized(transformer: nn.Module, config: Callable) -> nn.Module:
+def quantize(transformer: nn.Module, config: Callable) -> nn.Module:
     """A copy with the linears of its blocks quantized.
 
     Raises:
         ImportError: torchao is not installed. ValueError: it left a linear as it was. Whatever else torchao raises.
     """
-    if installed("torchao") is None:
+    if installed_version("torchao") is None:
         raise ImportError("torchao is not installed (pip install torchao)")
     from torchao.quantization import quantize_
 

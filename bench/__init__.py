@@ -1,0 +1,9 @@
+"""The benchmarks, which run from the repository's root: `python -m pytest bench/` collects the suites (bench_*.py),
+`python -m bench.curve` measures quality against speedup, `bench/gpu.sh` runs what needs a GPU.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))  # the tests' reference model, support.plain_dit, is measured beside ours

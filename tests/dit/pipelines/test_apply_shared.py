@@ -1,0 +1,103 @@
+"""Pipelines with an applied schedule that share a transformer: by turns, one inside another, in threads."""
+
+import threading
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
+
+import harmonica_dit
+from support.apply_checks import run_with_hooks
+from support.pipes import LINEAR, make_pipe, random_schedule, run, small_dit, small_pixart
+from support.tolerance import assert_close
+
+
+def test_the_transformer_must_not_be_used_inside_a_call(sigma):
+    """It would be taken for a step."""
+    harmonica_dit.apply(sigma, random_schedule(sigma.transformer))
+    text = torch.randn(4, 9, 20)
+
+    def callback(step, timestep, latents):
+        if step == 2:
+            sigma.transformer(torch.cat([latents] * 2), encoder_hidden_states=text, timestep=timestep.expand(4))
+
+    with pytest.raises(RuntimeError, match="call 7 of the transformer; the scheduler lists 6"):
+        run(sigma, callback=callback)
+    run(sigma)
+
+
+def test_pipelines_that_share_a_transformer():
+    """Each with a schedule of its own, and one without."""
+    transformer = small_pixart()
+    pipes = [make_pipe("sigma", transformer=transformer) for _ in range(2)]
+    pipes.append(PixArtAlphaPipeline.from_pipe(pipes[0]))
+    pipes[2].set_progress_bar_config(disable=True)
+    plain = run(pipes[2])
+    schedules = [random_schedule(transformer, seed=seed) for seed in range(2)]
+    expected = [run_with_hooks(pipe, schedule) for pipe, schedule in zip(pipes, schedules)]
+    for pipe, schedule in zip(pipes, schedules):
+        harmonica_dit.apply(pipe, schedule)
+    for _ in range(2):
+        for pipe, image in zip(pipes, expected):
+            assert_close(run(pipe), image)
+        assert torch.equal(run(pipes[2]), plain)
+    late = PixArtSigmaPipeline.from_pipe(pipes[0])
+    late.set_progress_bar_config(disable=True)
+    assert late.transformer is transformer and torch.equal(run(late), plain)
+    harmonica_dit.remove(pipes[0])
+    assert torch.equal(run(pipes[0]), plain)
+    assert_close(run(pipes[1]), expected[1])
+
+
+def test_a_call_inside_a_call(sigma):
+    """From a callback: of another pipeline with the same transformer, and of this one with a scheduler of its own."""
+    other = make_pipe("sigma", transformer=sigma.transformer)
+    schedules = [random_schedule(sigma.transformer, seed=seed) for seed in range(2)]
+    harmonica_dit.apply(sigma, schedules[0])
+    harmonica_dit.apply(other, schedules[1])
+    expected, inner = run(sigma), run(other)
+    found = []
+
+    def callback(step, timestep, latents):
+        if step == 2:
+            found.append(run(other))
+
+    assert torch.equal(run(sigma, callback=callback), expected)
+    assert torch.equal(found[0], inner)
+    harmonica_dit.remove(sigma)
+    sigma.scheduler = DDIMScheduler(**LINEAR)  # which keeps no history
+    harmonica_dit.apply(sigma, schedules[0])
+    expected, inner = run(sigma), run(sigma, seed=3)
+    found.clear()
+
+    def callback_of_its_own(step, timestep, latents):
+        if step == 2:
+            found.append(run(sigma, seed=3))
+
+    assert torch.equal(run(sigma, callback=callback_of_its_own), expected)
+    assert torch.equal(found[0], inner)
+
+
+def test_threads():
+    """Pipelines with one transformer, and one pipeline with a scheduler that keeps no history, at the same time."""
+    transformer = small_dit()
+    pipes = [make_pipe("dit", transformer=transformer) for _ in range(3)]
+    for seed, pipe in enumerate(pipes[:2]):
+        harmonica_dit.apply(pipe, random_schedule(transformer, 8, seed=seed))
+    jobs = [(pipe, seed, images) for pipe in pipes for seed in range(2) for images in (1, 2)]
+    expected = [run(pipe, 8, seed, images) for pipe, seed, images in jobs]
+    found, start = [None] * len(jobs), threading.Barrier(len(jobs))
+
+    def work(i):
+        pipe, seed, images = jobs[i]
+        start.wait()
+        found[i] = run(pipe, 8, seed, images)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, image in zip(found, expected):
+        assert torch.equal(got, image)
+    assert not any(pipe._harmonica._trajectories for pipe in pipes[:2])

@@ -1,0 +1,80 @@
+"""Captured executors and feature caches: graphs know a cache's memory and state."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import harmonica_kernels as hk
+from support.three_branches import ThreeBranches
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+ROWS = list(product((True, False), repeat=3))
+
+
+@pytest.mark.parametrize("history", [1, 2])
+def test_caches(recorder, history):
+    """Random schedules, trajectory after trajectory in two caches by turns: as eager with a fresh cache each time."""
+    net = ThreeBranches()
+    executor = hk.compile(net)
+    caches = [hk.FeatureCache(history) for _ in range(2)]
+    generator = torch.Generator().manual_seed(history)
+    schedules = [[(True,) * 3] + [ROWS[int(i)] for i in torch.randint(8, (5,), generator=generator)] for _ in range(3)]
+    for n in range(24):
+        rows = schedules[n % 3]
+        for cache in caches:
+            cache.rewind()
+        fresh = [hk.FeatureCache(history) for _ in caches]
+        xs = [torch.randn(2, 5, 8) for _ in caches]
+        for s, row in enumerate(rows):
+            for i, x in enumerate(xs):
+                filled_twice = history == 2 and all(fresh[i].filled(k) == 2 for k in range(3))
+                e = tuple(0.0 if c else 0.5 for c in row) if filled_twice and s % 2 else None
+                want = net(x, row=row, forecast_weights=e, cache=fresh[i])
+                got = executor(x, row=row, forecast_weights=e, cache=caches[i])
+                assert torch.equal(got, want)
+                assert [caches[i].filled(k) for k in range(3)] == [fresh[i].filled(k) for k in range(3)]
+                for k in range(3):
+                    assert torch.equal(caches[i].latest(k), fresh[i].latest(k))
+                xs[i] = want
+    assert sum(recording.graph.replays for recording in executor._recordings.values()) > 100
+
+
+def test_a_reset_cache_has_other_memory(recorder):
+    """Graphs that know the old memory are not replayed on the new one; the old one stays theirs."""
+    net, cache = ThreeBranches(), hk.FeatureCache()
+    executor = hk.compile(net)
+    x = torch.randn(2, 5, 8)
+    for _ in range(3):
+        net(x, cache=cache)
+        for _ in range(3):
+            assert torch.equal(executor(x, row=ROWS[5], cache=cache), net(x, row=ROWS[5], cache=cache))
+        cache.reset()
+        x = torch.randn(2, 5, 8)
+    assert executor.graphs == 3
+
+
+def test_a_recording_that_fails_changes_nothing(recorder):
+    """The message says what to do, and the cache goes on from where it was."""
+    cache, net = hk.FeatureCache(2), ThreeBranches()
+    x = torch.randn(2, 3, 8)
+
+    def waits(x, cache, row):
+        y = net(x, cache=cache, row=row)
+        if recorder.recording:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return y
+
+    net(x, cache=cache), net(x + 1, cache=cache)
+    executor = hk.compile(waits)
+    row, before = (True, False, True), cache._state()
+    executor(x, cache, row)
+    net(x, cache=cache, row=row)  # swaps the slots back
+    assert cache._state() == before
+    with pytest.raises(RuntimeError, match=r"waits cannot be captured: operation not permitted.*\n.*\.item\(\)"):
+        executor(x, cache, row)
+    assert cache._state() == before and executor.graphs == 0
+    other = hk.FeatureCache(2).copy_(cache)
+    assert torch.equal(net(x, cache=cache, row=row), net(x, cache=other, row=row))

@@ -1,0 +1,115 @@
+"""What `make mutants` changes and which tests have to notice: the paths of the tree, all in this one place."""
+
+from typing import NamedTuple
+
+SEED = 1  # of the draw, and of the tests' inputs
+INTERPRETED = "kernels/triton_kernels/test_triton_interpreted.py::test_in_the_interpreter"  # the CUDA side, on the CPU
+
+
+class Part(NamedTuple):
+    """A part of the tree, from whose lines so many changes are drawn.
+
+    tests: for each of its files those under tests/ that run against a change in it, the quickest and nearest first.
+    """
+
+    name: str
+    draws: int
+    tests: dict[str, tuple[str, ...]]
+
+
+class Named(NamedTuple):
+    """A change that is always made: the line `old`, which the file has to have exactly once, becomes `new`."""
+
+    what: str
+    part: str
+    file: str
+    old: str
+    new: str
+
+
+HK, DIT = "harmonica_kernels/", "python/harmonica_dit/"
+TRAIN, OPS, GATED = DIT + "train/", HK + "ops/", HK + "graphs/gated/"
+TESTS_OF_TRAIN, TESTS_OF_OPS = "dit/train/", "kernels/ops/"
+SDT, ORACLE, IMPORTANCE, TRAINING, WORTH, RECORDED, PIPELINES = (
+    f"{TESTS_OF_TRAIN}test_{name}.py" for name in ("sdt", "oracle", "importance", "train", "method", "recorded",
+                                                   "train_pipelines"))
+METHOD = (SDT, ORACLE, IMPORTANCE, TRAINING, WORTH)
+FORWARD = ("kernels/test_forward.py", "kernels/test_cache.py", "kernels/test_forward_input.py",
+           "kernels/test_forward_compiled.py", "kernels/graphs/test_captured_caches.py", "dit/models/test_dit.py")
+RESIDUAL_NORM, BLEND, PLAIN_OPS = (f"{TESTS_OF_OPS}test_{name}.py" for name in
+                                   ("residual_norm", "blend_residual_norm", "plain_ops"))
+WALKED = ("kernels/graphs/gated/test_on_cpu.py", "dit/sample/test_gated_sampling.py",
+          "kernels/graphs/gated/test_on_cuda.py")
+SAMPLE, SCHEDULERS = "dit/sample/test_sample.py", "dit/sample/test_schedulers.py"
+
+PARTS = (
+    Part("train", 30, {
+        TRAIN + "budget.py": (TESTS_OF_TRAIN + "test_budget.py", *METHOD),
+        TRAIN + "checkpoint.py": (TRAINING,),
+        TRAIN + "frozen_model.py": (SDT, RECORDED, PIPELINES),
+        TRAIN + "importance.py": (IMPORTANCE, ORACLE, TRAINING, WORTH),
+        TRAIN + "log.py": (TRAINING,),
+        TRAIN + "sdt.py": METHOD,
+        TRAIN + "settings.py": (TRAINING, PIPELINES),
+        TRAIN + "start.py": (*METHOD, PIPELINES),
+        TRAIN + "student.py": (*METHOD, RECORDED),
+        TRAIN + "train.py": (*METHOD, RECORDED, PIPELINES),
+    }),
+    Part("forward and cache", 14, {
+        HK + "forward.py": FORWARD,
+        HK + "cache.py": FORWARD,
+    }),
+    Part("schedule and router", 16, {
+        DIT + "schedule.py": ("dit/test_schedule.py", "dit/test_router.py", SAMPLE),
+        DIT + "validate.py": ("dit/test_schedule.py", "dit/test_router.py", TRAINING),
+        DIT + "router.py": ("dit/test_router.py", SDT, "dit/evaluate/test_pictures.py", "dit/test_cli.py"),
+    }),
+    Part("sample", 14, {
+        DIT + "sample/sampling.py": (SAMPLE,),
+        DIT + "sample/schedulers.py": (SCHEDULERS, SAMPLE),
+        DIT + "sample/trajectory.py": (SCHEDULERS, "dit/sample/test_gated_sampling.py", SAMPLE),
+    }),
+    Part("evaluate", 10, {
+        DIT + "evaluate/metrics.py": ("dit/evaluate/test_metrics.py", "dit/evaluate/test_compare.py"),
+        DIT + "evaluate/compare.py": ("dit/evaluate/test_compare.py",),
+    }),
+    Part("ops", 20, {
+        OPS + "_arguments.py": (RESIDUAL_NORM, BLEND, PLAIN_OPS, "kernels/test_extension.py", INTERPRETED),
+        OPS + "bias_gelu.py": (PLAIN_OPS, INTERPRETED),
+        OPS + "blend_residual_norm.py": (BLEND, INTERPRETED),
+        OPS + "cache_commit.py": (PLAIN_OPS, INTERPRETED),
+        OPS + "guided_step.py": (PLAIN_OPS, INTERPRETED),
+        OPS + "reference.py": (PLAIN_OPS, RESIDUAL_NORM, BLEND),
+        OPS + "residual_norm.py": (RESIDUAL_NORM, INTERPRETED),
+    }),
+    Part("gated", 14, {
+        GATED + "plan.py": WALKED,
+        GATED + "norm.py": (*WALKED, "kernels/graphs/gated/test_gated_norm.py"),
+        GATED + "on_cpu.py": WALKED,
+        GATED + "parts.py": (*WALKED, "kernels/graphs/gated/test_gated_norm.py"),
+    }),
+)
+
+NAMED = (
+    Named("λ replaced by ones", "train", TRAIN + "train.py",
+          'training.importance = normalise(_check_finite(found, "λ", n))',
+          "training.importance = torch.ones_like(found)"),
+    Named("costs ignored", "train", TRAIN + "train.py",
+          'costs = torch.tensor(router.flops.branches if settings.costs == "flops" else [1.0] * len(router.branches))',
+          "costs = torch.tensor([1.0] * len(router.branches))"),
+    Named("compare ignored", "train", TRAIN + "train.py",
+          'channels=net.sample_shape[0] if settings.compare == "noise" else None)',
+          "channels=None)"),
+    Named("Adam's eps as usual", "train", TRAIN + "start.py",
+          "optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-16,",
+          "optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-8,"),
+    Named("initial logits a tenth", "train", TRAIN + "start.py",
+          "logits = torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)",
+          "logits = 0.1 * torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)"),
+    Named("λ refreshed by trajectories", "train", TRAIN + "train.py",
+          "if n == 0 or n * T // C > (n - 1) * T // C:",
+          "if n % C == 0:"),
+    Named("no update", "train", TRAIN + "sdt.py",
+          "optimizer.step()",
+          "pass"),
+)

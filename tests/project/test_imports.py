@@ -1,0 +1,132 @@
+"""Who imports whom: one way only, from the top rooms of docs/design.md down; and no file is too long to read."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"harmonica_kernels": ROOT / "harmonica_kernels", "harmonica_dit": ROOT / "python" / "harmonica_dit"}
+
+# From the top down (docs/design.md, section 4): a room, a file or folder of the package, imports those below it. Rooms
+# of one line may import each other. Each package's __init__.py stands below all that imports the package as a whole.
+ORDER = {
+    "harmonica_kernels": (("__main__", "_command"), ("__init__",), ("graphs",), ("forward",), ("checks",),
+                          ("cache", "trunk"), ("ops", "_info"), ("triton_kernels",)),
+    "harmonica_dit": (("cli",), ("demo",), ("__init__",), ("published_routers",), ("load",), ("train",), ("evaluate",),
+                      ("pipelines",), ("sample",), ("methods",), ("router",), ("schedule",), ("fashion",),
+                      ("forecaster",), ("validate",), ("models",), ("files",), ("flops",)),
+}
+COMPILED = {"harmonica_kernels._C"}  # has no Python file
+LINES = 350
+
+
+def modules_of(package: str, folder: Path) -> dict[str, Path]:
+    """The package's modules by dotted name; that of a folder stands for its __init__.py."""
+    found = {}
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts)))] = path
+    return found
+
+
+def names_in(module: str, path: Path) -> set[str]:
+    """Dotted names of all that the file imports, wherever the import stands in it."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[:len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{source}.{alias.name}" for alias in node.names}
+    return names - COMPILED
+
+
+def imports(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """For every module those of `modules` that it imports: where a name is no module, the one that holds it."""
+    found = {}
+    for module, path in modules.items():
+        names = names_in(module, path)
+        found[module] = {next((of for of in (name, name.rpartition(".")[0]) if of in modules), None) for name in names}
+        found[module] -= {None, module}
+    return found
+
+
+def circle(found: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in turn; none: []."""
+    try:
+        TopologicalSorter(found).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def level(module: str, order: tuple[tuple[str, ...], ...]) -> int:
+    room = (*module.split(".")[1:], "__init__")[0]
+    (number,) = [i for i, rooms in enumerate(order) if room in rooms] or [None]
+    assert number is not None, f"{module}: give its room {room!r} a place in ORDER and in docs/design.md"
+    return number
+
+
+def upward(found: dict[str, set[str]], order: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Imports of a room above the importing one."""
+    return sorted(f"{module} imports {other}" for module, others in found.items() for other in others
+                  if level(other, order) < level(module, order))
+
+
+def importers(modules: dict[str, Path], package: str) -> set[str]:
+    return {module for module, path in modules.items()
+            if any(name.split(".")[0] == package for name in names_in(module, path))}
+
+
+def long_files(*folders: Path) -> list[str]:
+    """Files of code (data may be of any size) above the limit."""
+    return [f"{path}: {count} lines" for folder in folders for path in sorted(folder.rglob("*"))
+            if path.suffix in (".py", ".sh", ".cpp", ".cu", ".h")
+            and (count := len(path.read_text().splitlines())) > LINES]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_files_import_each_other(package):
+    found = imports(modules_of(package, PACKAGES[package]))
+    assert sum(map(len, found.values())) > len(found) / 2  # imports are seen at all
+    assert not circle(found)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_import_only_those_below_them(package):
+    assert not upward(imports(modules_of(package, PACKAGES[package])), ORDER[package])
+
+
+def test_the_kernels_know_nothing_of_harmonica_dit_but_its_command():
+    modules = modules_of("harmonica_kernels", PACKAGES["harmonica_kernels"])
+    assert importers(modules, "harmonica_dit") == {"harmonica_kernels._command"}
+
+
+def test_no_file_is_longer_than_a_reader_takes():
+    assert not long_files(*PACKAGES.values(), ROOT / "bench", ROOT / "tests")
+
+
+def test_what_is_wrong_is_found(tmp_path):
+    """In a package made for it: imports inside functions, for types alone, relative, absolute and by a folder."""
+    files = {"__init__.py": "from .top import run\n",
+             "top.py": "def run():\n    from .room import inner\n",
+             "room/__init__.py": "",
+             "room/inner.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..low import Low\n",
+             "low.py": f"import made.top\nfrom elsewhere import thing\n{'#' * 3}\n" * LINES}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    modules = modules_of("made", tmp_path)
+    found = imports(modules)
+    assert found == {"made": {"made.top"}, "made.top": {"made.room.inner"}, "made.room": set(),
+                     "made.room.inner": {"made.low"}, "made.low": {"made.top"}}
+    assert set(circle(found)) == {"made.top", "made.room.inner", "made.low"}
+    assert upward(found, (("__init__",), ("top",), ("room",), ("low",))) == ["made.low imports made.top"]
+    with pytest.raises(AssertionError, match="give its room 'low' a place"):
+        upward(found, (("__init__",), ("top",), ("room",)))
+    assert importers(modules, "elsewhere") == {"made.low"}
+    assert long_files(tmp_path) == [f"{tmp_path / 'low.py'}: {3 * LINES} lines"]

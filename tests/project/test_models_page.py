@@ -1,0 +1,89 @@
+"""docs/models.md names the classes and branches that are found, and its code runs."""
+
+import inspect
+import re
+
+import diffusers
+import pytest
+import torch
+
+from harmonica_dit.pipelines.adapters import adapt
+from harmonica_dit.pipelines.adapters.generic import GenericAdapter
+from support.generic_models import MODELS, arguments_at, make, values
+
+
+def describe(names):
+    """Branches' names as the docs have them: `list`: part, part; …"""
+    lists = {}
+    for name in names:
+        blocks, part = re.split(r"\.\d+\.", name, maxsplit=1)
+        lists.setdefault(blocks, {})[re.sub(r"\.\d+\.", ".*.", part)] = None
+    return "; ".join(f"`{blocks}`: {', '.join(parts)}" for blocks, parts in lists.items())
+
+
+@pytest.fixture(scope="module")
+def docs(pytestconfig):
+    """docs/models.md by headline."""
+    parts = re.split(r"^## (.*)\n", (pytestconfig.rootpath / "docs" / "models.md").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def table(text):
+    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_docs_name_the_classes_that_are_run_here(docs, name):
+    transformer, arguments = make(name)
+    adapter = GenericAdapter(transformer)
+    adapter.trace(**arguments)
+    rows = table(docs["Generic"])
+    assert rows[type(transformer).__name__] == describe(adapter.branch_names) and set(rows) == set(MODELS)
+
+
+def few_layers(cls):
+    """The default model of two layers, without memory."""
+    counts = {name: 2 for name, parameter in inspect.signature(cls).parameters.items()
+              if re.search("(layers|depth|blocks)$", name) and type(parameter.default) is int}
+    with torch.device("meta"):
+        return cls(**counts)
+
+
+def test_docs_name_what_is_found_in_other_classes(docs):
+    found, missing = table(docs["Found, not run"]), []
+    for name, branches in found.items():
+        cls = getattr(diffusers, name, None)  # diffusers of another version may not have it
+        if cls is None:
+            missing.append(name)
+        else:
+            assert describe(GenericAdapter(few_layers(cls)).branch_names) == branches, name
+    assert len(missing) < len(found) and not set(found) & set(MODELS)
+
+
+def test_docs_name_the_fused_and_the_refused(docs):
+    for name, branches in table(docs["Fused"]).items():
+        adapter = adapt(few_layers(getattr(diffusers, name)))
+        assert type(adapter) is not GenericAdapter and describe(adapter.branch_names) == branches
+    for name in table(docs["Not"]):
+        if hasattr(diffusers, name):
+            with pytest.raises(TypeError, match="no list of blocks"):
+                GenericAdapter(few_layers(getattr(diffusers, name)))
+
+
+def test_the_code_in_the_docs_runs(docs):
+    transformer, arguments = make("SD3Transformer2DModel")
+
+    def denoise(transformer, T):
+        return [transformer(**arguments_at(arguments, s) | dict(timestep=arguments["timestep"] - s)) for s in range(T)]
+
+    names = dict(torch=torch, transformer=transformer, arguments=arguments, T=4, denoise=denoise)
+    with torch.no_grad():
+        plain = values(denoise(transformer, 4)[-1])
+    blocks = re.findall(r"```python\n(.*?)```", docs["Generic"], re.DOTALL)
+    assert len(blocks) == 2
+    for code in blocks:
+        exec(code, names)
+    assert names["schedule"].cur == 0.5 and not torch.equal(values(names["image"][-1]), plain)
+    values(names["output"]).sum().backward()
+    assert names["scores"].grad is not None
