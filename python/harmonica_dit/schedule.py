@@ -218,6 +218,8 @@ class Schedule:
 
         The scores are ±∞, so every threshold decides alike. The coefficients are None if nothing is forecast.
         """
+        if self.forecaster is not None:
+            raise ValueError('schedule: forecasts the trunk, which mode="gated" does not; use mode="captured"')
         scores = torch.where(self.compute, math.inf, -math.inf)
         return scores, None if self.history == 1 else self.extrapolation
 
