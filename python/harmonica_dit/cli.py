@@ -16,6 +16,7 @@ from harmonica_dit.evaluate import Method, fora_methods
 from harmonica_dit.evaluate.named_methods import name_after, read, schedule_of
 from harmonica_dit.evaluate.pictures import image_sheet, plot, plot_tradeoff
 from harmonica_dit.evaluate.table import compare_with_bar, table
+from harmonica_dit.fashion import find
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import check_file, check_folder, replacement, save_tensors
 from harmonica_dit.pipelines.prompts import read_texts
@@ -229,7 +230,7 @@ def show(
     kind: Annotated[str, typer.Option(help=f"Which published code wrote a .pt file: {' or '.join(KINDS)}.")] = KINDS[0],
 ) -> None:
     """Draw a router or a schedule, and say what it saves."""
-    out = out or file.parent / Router.find(file).with_suffix(".png").name  # of a bundled router: in the current folder
+    out = out or file.parent / find(file).with_suffix(".png").name  # of a bundled router: in the current folder
     check_file(out)
     found = load_published_router(file, kind) if file.suffix == ".pt" else read(file)
     schedule = schedule_of(found, threshold)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
 from harmonica_dit.forecaster import TrunkForecaster
@@ -237,12 +238,13 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Schedule":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, or the bundled schedule of a name (see `harmonica_dit.fashion.find`).
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a whole schedule of this format; the message names it and what is wrong.
         """
+        path = find(path)
         return cls.from_tensors(*load_tensors(path), path)
 
     @classmethod

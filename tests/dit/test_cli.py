@@ -103,7 +103,7 @@ def make_router(path, **options):
 
 
 def test_a_bundled_router_goes_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("harmonica_dit.router.BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr("harmonica_dit.fashion.ROUTERS", tmp_path / "bundled")
     monkeypatch.chdir(tmp_path)
     make_router(tmp_path / "bundled" / "fashion-dit-2.5x.safetensors")
     result = harmonica("show", "fashion-dit-2.5x")

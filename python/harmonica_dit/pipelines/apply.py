@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors
 from harmonica_dit.pipelines.adapters import adapt, model_name
 from harmonica_dit.router import Router
@@ -259,7 +260,7 @@ def _make_subclass(base: type) -> type:
 def _schedule(router, threshold: float | None) -> Schedule:
     """The schedule in `apply`'s argument `router`."""
     if isinstance(router, (str, os.PathLike)):
-        path = Router.find(router)
+        path = find(router)
         tensors, metadata = load_tensors(path)
         cls = Schedule if metadata.get("kind") == "schedule" else Router
         router = cls.from_tensors(tensors, metadata, path)
