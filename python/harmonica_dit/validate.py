@@ -115,6 +115,13 @@ def check_threshold(threshold) -> float:
     return float(threshold)
 
 
+def check_whole(name: str, value, least: int) -> int:
+    """The value, if it is a whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected a whole number from {least} on")
+    return value
+
+
 def is_number(value) -> bool:
     """Whether value is a finite float or an int that fits in 64 bits, and no bool."""
     if isinstance(value, float):

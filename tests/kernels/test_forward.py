@@ -29,6 +29,9 @@ def test_forecast_trajectory_equals_naive(grad):
             e = [0.0 if torch.rand(()) < 0.3 else torch.randn(()).item() for _ in range(K)]
             e = None if row is None else e
             torch.testing.assert_close(toy(x, row=row, cache=cache, forecast_weights=e), toy.naive(x, store, row, e))
+        e = [-1.0] * K  # every reused branch gives its previous output
+        torch.testing.assert_close(toy(x, row=[False] * K, cache=cache, forecast_weights=e),
+                                   toy.naive(x, store, [False] * K, e))
 
 
 @pytest.mark.parametrize("backward", [False, True])

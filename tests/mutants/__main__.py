@@ -150,6 +150,7 @@ def main() -> str | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="at a time, of one thread each (2)")
     processes, stop = parser.parse_args().processes, threading.Event()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no more behind than Ctrl-C
     try:
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             return test_all(Run([Copy(Path(folder) / str(i), stop) for i in range(processes)]))

@@ -28,7 +28,8 @@ class Named(NamedTuple):
 
 
 HK, DIT = "harmonica_kernels/", "python/harmonica_dit/"
-TRAIN, OPS, GATED = DIT + "train/", HK + "ops/", HK + "graphs/gated/"
+TRAIN, OPS, TRITON = DIT + "train/", HK + "ops/", HK + "triton_kernels/"
+GRAPHS, GATED = HK + "graphs/", HK + "graphs/gated/"
 TESTS_OF_TRAIN, TESTS_OF_OPS = "dit/train/", "kernels/ops/"
 SDT, ORACLE, IMPORTANCE, TRAINING, WORTH, RECORDED, PIPELINES = (
     f"{TESTS_OF_TRAIN}test_{name}.py" for name in ("sdt", "oracle", "importance", "train", "method", "recorded",
@@ -38,6 +39,8 @@ FORWARD = ("kernels/test_forward.py", "kernels/test_cache.py", "kernels/test_for
            "kernels/test_forward_compiled.py", "kernels/graphs/test_captured_caches.py", "dit/models/test_dit.py")
 RESIDUAL_NORM, BLEND, PLAIN_OPS = (f"{TESTS_OF_OPS}test_{name}.py" for name in
                                    ("residual_norm", "blend_residual_norm", "plain_ops"))
+CAPTURED = ("kernels/graphs/test_captured.py", "kernels/graphs/test_captured_caches.py",
+            "dit/train/test_recorded.py")
 WALKED = ("kernels/graphs/gated/test_on_cpu.py", "dit/sample/test_gated_sampling.py",
           "kernels/graphs/gated/test_on_cuda.py")
 SAMPLE, SCHEDULERS = "dit/sample/test_sample.py", "dit/sample/test_schedulers.py"
@@ -82,10 +85,20 @@ PARTS = (
         OPS + "reference.py": (PLAIN_OPS, RESIDUAL_NORM, BLEND),
         OPS + "residual_norm.py": (RESIDUAL_NORM, INTERPRETED),
     }),
-    Part("gated", 14, {
+    Part("captured graphs", 10, {
+        GRAPHS + "__init__.py": CAPTURED,
+        GRAPHS + "captured.py": CAPTURED,
+        GRAPHS + "keys.py": CAPTURED,
+        GRAPHS + "recording.py": ("kernels/graphs/test_recording.py",),
+    }),
+    Part("Triton", 8, {TRITON + file: (INTERPRETED,) for file in (
+        "bias_gelu.py", "cache_commit.py", "guided_step.py", "residual_norm.py", "residual_norm_backward.py")}),
+    Part("gated", 18, {
         GATED + "plan.py": WALKED,
         GATED + "norm.py": (*WALKED, "kernels/graphs/gated/test_gated_norm.py"),
+        GATED + "executor.py": WALKED,
         GATED + "on_cpu.py": WALKED,
+        GATED + "on_cuda.py": ("kernels/graphs/gated/test_on_cuda.py",),
         GATED + "parts.py": (*WALKED, "kernels/graphs/gated/test_gated_norm.py"),
     }),
 )

@@ -8,6 +8,7 @@ from statistics import fmean, median
 from torch import Tensor
 
 from harmonica_dit.sample import Trajectory, check_labels, sample
+from harmonica_dit.validate import check_whole
 
 from .metrics import Judge, psnr, rmse
 from .named_methods import Method, check_names
@@ -62,8 +63,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
         ValueError: as in `harmonica_dit.sample`; or two methods have the same name, or the scheduler calls the model
             more than once a step. Nothing has been sampled then.
     """
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch: got {batch!r}, expected a whole number ≥ 1")
+    check_whole("batch", batch, 1)
     labels = check_labels(labels, net.num_classes)
     methods = [Method("uncached", "uncached", steps), *methods]
     check_names(methods)

@@ -4,7 +4,7 @@ import torch
 
 from harmonica_dit.flops import count_flops
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import is_number
+from harmonica_dit.validate import check_whole, is_number
 
 
 def fora(net, steps: int, every: int, extrapolation: float = 0.0) -> Schedule:
@@ -22,8 +22,7 @@ def fora(net, steps: int, every: int, extrapolation: float = 0.0) -> Schedule:
     Source: FORA (Selvaraju et al., 2024, arXiv 2407.01425); TaylorSeer (Liu et al., 2025, arXiv 2503.06923).
     """
     for name, value in (("steps", steps), ("every", every)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: got {value!r}, expected a whole number from 1 on")
+        check_whole(name, value, 1)
     if not is_number(extrapolation):
         raise ValueError(f"extrapolation: got {extrapolation!r}, expected a finite number")
     K = len(net.branch_names)

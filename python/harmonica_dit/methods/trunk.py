@@ -5,7 +5,7 @@ import torch
 from harmonica_dit.flops import count_flops
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import is_number
+from harmonica_dit.validate import check_whole, is_number
 
 
 def trunk_forecast(net, steps: int, *, every: int | None = None, speedup: float | None = None,
@@ -25,8 +25,8 @@ def trunk_forecast(net, steps: int, *, every: int | None = None, speedup: float 
     Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923), which forecasts branch by branch.
     """
     for name, value in (("steps", steps), ("every", every)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: got {value!r}, expected a whole number from 1 on")
+        if value is not None:
+            check_whole(name, value, 1)
     if (every is None) == (speedup is None):
         raise ValueError(f"every, speedup: give exactly one of them, got {every!r} and {speedup!r}")
     if every is not None:

@@ -4,11 +4,11 @@ import torch
 
 from harmonica_dit.flops import count_flops
 from harmonica_dit.schedule import Schedule
+from harmonica_dit.validate import check_whole
 
 
 def uncached(net, steps: int) -> Schedule:
     """Computes every branch of `net` at each of T = `steps` steps."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: got {steps!r}, expected a whole number from 1 on")
+    check_whole("steps", steps, 1)
     compute = torch.ones(steps, len(net.branch_names), dtype=torch.bool)
     return Schedule(compute, net.branch_names, count_flops(net), origin="uncached", model=net.name)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_fits, shorten
+from harmonica_dit.validate import check_fits, check_whole, shorten
 
 from .adapters.generic import GenericAdapter
 
@@ -41,8 +41,7 @@ def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> 
             of calls a step); it is raised when the next trajectory begins or the block ends. Or something else has
             replaced the transformer's forward inside the block.
     """
-    if isinstance(calls, bool) or not isinstance(calls, int) or calls < 1:
-        raise ValueError(f"calls: got {calls!r}, expected a whole number from 1 on")
+    check_whole("calls", calls, 1)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
     if schedule.forecaster is not None:

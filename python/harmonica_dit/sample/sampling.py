@@ -7,6 +7,7 @@ from torch import Tensor
 
 import harmonica_kernels as hk
 from harmonica_dit.schedule import Schedule
+from harmonica_dit.validate import check_whole
 
 from .trajectory import Trajectory, check_labels, image_noise
 
@@ -45,8 +46,7 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None =
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
     for name, value, least in (("batch", batch, 1), ("seed", seed, 0), ("first", first, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: got {value!r}, expected a whole number ≥ {least}")
+        check_whole(name, value, least)
     if steps is None:
         steps = 20 if schedule is None else schedule.steps
     run = _runner(executor)

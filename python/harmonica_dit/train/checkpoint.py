@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
 from harmonica_dit.router import Router
-from harmonica_dit.validate import check_threshold, describe, is_number
+from harmonica_dit.validate import check_threshold, check_whole, describe, is_number
 
 from .budget import Steering
 
@@ -71,11 +71,11 @@ class Training:
         self.importance = check_like("importance", tensors["importance"], self.importance)
         if self.steering is not None:
             self.steering.values = check_like("steering", tensors["steering"], self.steering.values)
-            self.steering.seen = check_count("seen", metadata["seen"])
+            self.steering.seen = check_whole("seen", metadata["seen"], 0)
         self.beta, self.router.threshold = metadata["beta"], check_threshold(metadata["threshold"])
         if self.beta is not None and not is_number(self.beta):
             raise ValueError(f"beta is {self.beta!r}")
-        self.trajectory = check_count("trajectory", metadata["trajectory"])
+        self.trajectory = check_whole("trajectory", metadata["trajectory"], 0)
 
 
 def check_like(name: str, tensor: Tensor, expected: Tensor) -> Tensor:
@@ -83,9 +83,3 @@ def check_like(name: str, tensor: Tensor, expected: Tensor) -> Tensor:
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype) or not tensor.isfinite().all():
         raise ValueError(f"{name}: expected finite {describe(expected)}, got {describe(tensor)}")
     return tensor.to(expected.device)
-
-
-def check_count(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}: got {value!r}, expected a whole number ≥ 0")
-    return value

@@ -16,7 +16,7 @@ from harmonica_dit.forecaster import taylor
 from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import is_number
+from harmonica_dit.validate import check_whole, is_number
 
 from .frozen_model import freeze
 from .settings import check_weights, fingerprint
@@ -68,8 +68,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     """
     for name, value, least in (("steps", steps, 2), ("iterations", iterations, 1), ("images", images, 1),
                                ("held_out", held_out, 1), ("batch", batch, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: got {value!r}, expected a whole number from {least} on")
+        check_whole(name, value, least)
     if target not in ("accurate", "uncached"):
         raise ValueError(f"target: got {target!r}, expected 'accurate' or 'uncached'")
     if not is_number(lr) or lr <= 0:

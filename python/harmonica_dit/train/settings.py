@@ -8,7 +8,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from harmonica_dit.sample.schedulers import ReferenceDDIM
-from harmonica_dit.validate import check_threshold, is_number
+from harmonica_dit.validate import check_threshold, check_whole, is_number
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ class Settings:
 
     def __post_init__(self):
         for name, least in (("steps", 2), ("trajectories", 1), ("batch", 1), ("refresh", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: got {value!r}, expected a whole number from {least} on")
+            check_whole(name, getattr(self, name), least)
         goals = {name: getattr(self, name) for name in ("target_speedup", "target_cur", "beta")}
         given = {name: value for name, value in goals.items() if value is not None}
         if len(given) != 1:

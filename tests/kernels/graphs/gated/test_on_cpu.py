@@ -201,6 +201,22 @@ def test_the_norm_is_promised_multiples_of_16_only_where_all_are(width, tokens, 
     assert is_aligned(Parts(loop, memory, torch.randn(trajectory.shape), norm_on_cpu)) is aligned
 
 
+def test_an_output_that_does_not_begin_at_a_vector_is_copied():
+    """The norm on CUDA reads whole vectors of 64 bytes."""
+    trajectory = Trajectory(2, 1, plain=True)
+
+    def body(h, context):
+        memory = torch.zeros(h.numel() + 16)
+        begin = next(i for i in range(16) if memory[i:].data_ptr() % 64 == 4)
+        return memory[begin : begin + h.numel()].view(h.shape).copy_(h.sin())
+
+    loop = replace(trajectory.loop(), branches=[hk.Branch(body)])
+    parts = Parts(loop, DecisionMemory(2, 1, 1, torch.device("cpu")), torch.randn(trajectory.shape), norm_on_cpu)
+    parts.h.copy_(torch.randn(parts.h.shape))
+    parts.run(Op("body", 0))
+    assert parts.fresh[0].data_ptr() % 64 == 0 and torch.equal(parts.fresh[0], parts.h.sin())
+
+
 def rows(part, k, change):
     """The modulation of a loop with one row of one part changed."""
     def changed(loop):
