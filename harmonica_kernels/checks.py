@@ -8,6 +8,7 @@ from torch import Tensor
 from .trunk import TrunkCache, TrunkWeights
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+# Python reads scores on these devices without waiting. On others the device decides which entries are renewed.
 HOST = ("cpu",)
 
 

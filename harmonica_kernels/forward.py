@@ -17,8 +17,6 @@ from .checks import HOST, check_forward, check_output
 from .ops import Term, blend_residual_norm, residual_norm
 from .trunk import TrunkCache, TrunkWeights, base_and_terms
 
-# Python reads scores on these devices without waiting. On others the device decides which entries are renewed.
-
 
 @dataclass(frozen=True)
 class Branch:
@@ -69,7 +67,9 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
             r > threshold (`FeatureCache.commit`, which the next forward calls).
         forecast_weights: K weights e for reuse = (1 + e)·latest - e·previous; None or 0 repeats the latest. A float
             tensor [K] is differentiable; an entry has no effect while the cache holds fewer than two outputs.
-        cache: one per trajectory; its first forward, with row=None, fills it.
+        cache: one per trajectory; its first forward, with row=None, fills it. With a `TrunkCache` the step is computed
+            whole (row=None) or forecast (row=False, then mod needs the final norm's rows alone), and forecast_weights
+            are `TrunkWeights`: a forecast's, or a computed step's correction.
         threshold: τ of a soft row; a hard row does not use it.
         context: whatever the bodies need beside h; every body gets it as it is.
         eps: of the final norm.
