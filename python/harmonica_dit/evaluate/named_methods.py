@@ -82,9 +82,13 @@ def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
     Its name is the file's. `train` calls every router router.safetensors, so the name of that is its folder's.
     """
     path = find(path)
-    name = path.absolute().parent.name if path.stem == "router" else path.stem
+    name = path.absolute().parent.name if path.stem in ("router", "forecast") else path.stem
     family, schedule = "router" if isinstance(found, Router) else name, schedule_of(found)
-    return Method(name, f"{family} + forecast" if schedule.history > 1 else family, schedule.steps, schedule)
+    if schedule.forecaster is not None:
+        family = "learned forecast"
+    elif schedule.history > 1:
+        family += " + forecast"
+    return Method(name, family, schedule.steps, schedule)
 
 
 def check_names(methods: Iterable[Method]) -> None:
