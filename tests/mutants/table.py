@@ -51,7 +51,7 @@ PARTS = (
         TRAIN + "checkpoint.py": (TRAINING,),
         TRAIN + "frozen_model.py": (SDT, RECORDED, PIPELINES),
         TRAIN + "importance.py": (IMPORTANCE, ORACLE, TRAINING, WORTH),
-        TRAIN + "log.py": (TRAINING,),
+        TRAIN + "log.py": (TESTS_OF_TRAIN + "test_log.py", TRAINING),
         TRAIN + "sdt.py": METHOD,
         TRAIN + "settings.py": (TRAINING, PIPELINES),
         TRAIN + "start.py": (*METHOD, PIPELINES),
