@@ -88,6 +88,7 @@ def test_a_coefficient_without_two_outputs_forecasts_nothing():
     (dict(origin=None), TypeError, "origin"),
     (dict(architecture={"class": 1.5}), TypeError, "architecture"),
     (dict(resolution=(8.0, 8)), ValueError, "resolution"), (dict(resolution=(0, 8)), ValueError, "resolution"),
+    (dict(resolution=(8, 8, 8)), ValueError, "resolution"),
     (dict(architecture={1: "class"}), TypeError, "architecture"),
 ])
 def test_what_is_no_schedule_is_refused(change, error, message):

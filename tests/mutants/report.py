@@ -1,5 +1,6 @@
 """The table of docs/testing.md, and the mutants that change nothing."""
 
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def write(root: Path, results: list[tuple[Mutant, str]], equivalents: dict, seed
     lines = ["| part | made | killed | equivalent | survived |", "|---|---|---|---|---|"]
     lines += [f"| {part} | {count.total()} | {count['killed'] + count['timed out']} | {count['equivalent']} | "
               f"{count['survived']} |" for part, count in counts.items()]
-    lines += ["", f"`make mutants`, seed {seed}; {counts['all']['timed out']} of the killed ran out of time."]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True).stdout
+    lines += ["", f"`make mutants`, seed {seed}, commit {commit.strip() or 'unknown'}; {counts['all']['timed out']} of "
+              "the killed ran out of time."]
     lines += ["", "Survived:", "", *survivors] if survivors else []
     lines += ["", "Equivalent, for they change nothing that a caller could see:", "", *equal] if equal else []
     before, _, rest = (root / PAGE).read_text().partition(BEGIN)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 SEED = 1  # of the draw, and of the tests' inputs
 INTERPRETED = "kernels/triton_kernels/test_triton_interpreted.py::test_in_the_interpreter"  # the CUDA side, on the CPU
+COMPILED = INTERPRETED.replace("test_in_the_interpreter", "test_compiles_for_every_gpu")
 
 
 class Part(NamedTuple):
@@ -91,7 +92,7 @@ PARTS = (
         GRAPHS + "keys.py": CAPTURED,
         GRAPHS + "recording.py": ("kernels/graphs/test_recording.py",),
     }),
-    Part("Triton", 8, {TRITON + file: (INTERPRETED,) for file in (
+    Part("Triton", 8, {TRITON + file: (INTERPRETED, COMPILED) for file in (
         "bias_gelu.py", "cache_commit.py", "guided_step.py", "residual_norm.py", "residual_norm_backward.py")}),
     Part("gated", 18, {
         GATED + "plan.py": WALKED,

@@ -83,6 +83,15 @@ def test_what_is_another_graph(recorder):
     assert executor.graphs == len(calls) + 1
 
 
+def test_what_came_once_and_long_ago_makes_room_for_what_comes_now(recorder):
+    """No more calls that came once are remembered than graphs may be kept."""
+    executor = hk.compile(double, graphs=2)
+    for n in (1, 2, 3, 4):
+        executor(torch.randn(n))
+    executor(torch.randn(4))
+    assert executor.graphs == 1  # of the last; an executor that forgot it would never record what is new
+
+
 def test_tf32_is_another_graph(recorder):
     executor, x, places = hk.compile(double), torch.randn(3), (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in places]
