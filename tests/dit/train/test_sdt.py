@@ -136,7 +136,13 @@ def test_forecasts_are_used(net, make_router, make_trajectory, noise):
     assert not torch.allclose(*images, rtol=1e-4)
 
 
-def test_no_gradient_reaches_the_model(net, make_router, make_trajectory, noise):
-    router = make_router()
-    run(net, router, Student(router, make_trajectory(), noise), optimizer_of(router))
-    assert all(p.grad is None for p in net.parameters())
+def test_a_frozen_model_asks_for_no_gradients_and_is_afterwards_what_it_was(net):
+    wanted = [p.requires_grad for p in net.parameters()]
+    assert any(wanted) and not net.training
+    net.train()
+    try:
+        with freeze(net):
+            assert not any(p.requires_grad for p in net.parameters()) and not any(m.training for m in net.modules())
+        assert [p.requires_grad for p in net.parameters()] == wanted and all(m.training for m in net.modules())
+    finally:
+        net.eval()
