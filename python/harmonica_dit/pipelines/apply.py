@@ -127,7 +127,7 @@ class Applied:
         try:
             yield
         finally:
-            trajectory.view = None  # view and trajectory refer to each other: the cache would wait to be collected
+            trajectory.view = None  # they refer to each other, which would keep the cache until gc runs
             self._end()
             if outer is not None:
                 self._trajectories[thread] = outer

@@ -137,7 +137,7 @@ def _make_by_name(name: str, own: SchedulerMixin | None) -> SchedulerMixin:
 def _make_from_config(cls: type[SchedulerMixin], config: Mapping) -> SchedulerMixin:
     """A scheduler of diffusers with another's configuration."""
     if "learned" in (config.get("variance_type") or "") and not issubclass(cls, LEARNED_VARIANCE):
-        config = dict(config) | {"variance_type": None}  # they would keep 3 channels of the output, however many it has
+        config = dict(config) | {"variance_type": None}  # others would keep 3 channels of any output
     return cls.from_config(config)
 
 

@@ -1,4 +1,4 @@
-"""A trajectory: all of the way from noise to image but the decision rows. Sampler, trainer and λ refresh use it."""
+"""A trajectory: the way from noise to image, without the decision rows. Sampler, trainer and λ refresh use it."""
 
 import copy
 import inspect
