@@ -43,7 +43,7 @@ COLUMNS = {
     "ours  ": cell("our_error", "{:.3g}"),
 }
 CAPTION = """ours: harmonica_dit.apply with a schedule that skips the same branches at the same steps (2 lines).
-speedup: over the plain pipeline. overhead: what a step takes beside the branches computed, less what it takes uncached.
+speedup: over the plain pipeline. overhead: a step's time outside the computed branches, minus that of the uncached run.
 error: of the final latents, root mean square relative to the uncached ones."""
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def pytest_configure(config) -> None:
 
 
 def pytest_itemcollected(item) -> None:
-    item.add_marker(pytest.mark.benchmark(timer=CLOCK.recorded))
+    item.add_marker(pytest.mark.benchmark(timer=CLOCK.time))
 
 
 @pytest.fixture(scope="session")

@@ -22,16 +22,16 @@ class Measured(NamedTuple):
 
 
 class ReplayClock:
-    """A clock by which a round takes as long as the one that was recorded; its `recorded` is a timer."""
+    """A clock on which each round lasts as long as the recorded one. Its method `time` is a timer."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
-    def recorded(self) -> float:
+    def time(self) -> float:
         return self.now
 
     def replay(self, benchmark, seconds: Sequence[float]) -> None:
-        """Gives these durations to a `benchmark` fixture whose timer is `recorded`."""
+        """Gives these durations to a `benchmark` fixture whose timer is `time`."""
         durations = iter(seconds)
 
         def rewind() -> None:

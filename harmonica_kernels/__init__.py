@@ -4,5 +4,6 @@ from ._info import info
 from .cache import FeatureCache
 from .forward import Branch, Modulation, cached_forward
 from .graphs import compile
+from .trunk import TrunkCache, TrunkWeights
 
-__all__ = ["Branch", "FeatureCache", "Modulation", "cached_forward", "compile", "info"]
+__all__ = ["Branch", "FeatureCache", "Modulation", "TrunkCache", "TrunkWeights", "cached_forward", "compile", "info"]

@@ -1,4 +1,4 @@
-"""The feature cache: each branch's latest output, and the one before it where a schedule extrapolates."""
+"""The feature cache: each branch's latest output, and the one before it where a schedule forecasts."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,12 @@ class FeatureCache:
     slots; the latest output is then copied into the other slot before it is replaced.
 
     Args:
-        history: outputs kept per branch: 1 repeats, 2 can also extrapolate.
+        history: outputs kept per branch: 1 repeats, 2 can also forecast.
     """
 
     def __init__(self, history: int = 1):
         if isinstance(history, bool) or history not in (1, 2):
-            raise ValueError(f"history: got {history!r}, expected 1 (repeat) or 2 (extrapolate)")
+            raise ValueError(f"history: got {history!r}, expected 1 (repeat) or 2 (forecast)")
         self.history = history
         self.reset()
 

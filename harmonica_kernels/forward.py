@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from .cache import FeatureCache
+from .checks import HOST, check_forward, check_output
 from .ops import Term, blend_residual_norm, residual_norm
-
-STORAGE = (torch.float32, torch.bfloat16, torch.float16)
-# Python reads scores on these devices without waiting. On others the device decides which entries are renewed.
-HOST = ("cpu",)
+from .trunk import TrunkCache, TrunkWeights, base_and_terms
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,9 @@ class Modulation(NamedTuple):
 
 
 def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
-                   row: Sequence[bool] | Tensor | None = None,
-                   forecast_weights: Sequence[float] | Tensor | None = None, cache: FeatureCache | None = None,
+                   row: Sequence[bool] | Tensor | bool | None = None,
+                   forecast_weights: Sequence[float] | Tensor | TrunkWeights | None = None,
+                   cache: FeatureCache | TrunkCache | None = None,
                    threshold: float = 0.1, context: Any = None, eps: float = 1e-6) -> Tensor:
     """Runs K residual branches and the final modulated norm: y = LN(x_K)·(1 + scale_K) + shift_K.
 
@@ -68,7 +67,9 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
             r > threshold (`FeatureCache.commit`, which the next forward calls).
         forecast_weights: K weights e for reuse = (1 + e)·latest - e·previous; None or 0 repeats the latest. A float
             tensor [K] is differentiable; an entry has no effect while the cache holds fewer than two outputs.
-        cache: one per trajectory; its first forward, with row=None, fills it.
+        cache: one per trajectory; its first forward, with row=None, fills it. With a `TrunkCache` the step is computed
+            whole (row=None) or forecast (row=False, then mod needs the final norm's rows alone), and forecast_weights
+            are `TrunkWeights`: a forecast's, or a computed step's correction.
         threshold: τ of a soft row; a hard row does not use it.
         context: whatever the bodies need beside h; every body gets it as it is.
         eps: of the final norm.
@@ -87,15 +88,19 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     Source: HarmoniCa (Huang et al., ICML 2025), section 3; forecasts after TaylorSeer (Liu et al., 2025), first order.
     """
     K = len(branches)
-    compute = _check(branches, x, mod, row, forecast_weights, cache, threshold)
+    compute = check_forward(branches, x, mod, row, forecast_weights, cache, threshold)
     soft = isinstance(row, Tensor)
     if cache is not None:
         cache._begin(x, K)
 
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
+    trunk = cache if isinstance(cache, TrunkCache) else None
+    cache = None if trunk else cache  # of the branches
     in_place_bodies = cache is not None and not soft and not autocast and not torch.is_grad_enabled()
     stream = _Stream(x, torch.get_autocast_dtype(device) if autocast else x.dtype)
+    if row is False:
+        branches = ()
     for k, branch in enumerate(branches):
         if not compute[k]:
             stream.reuse(cache, k, mod.gate[k], forecast_weights)
@@ -107,7 +112,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
             stream.compute(o, None, mod.gate[k])
             continue
         o = branch.body(h, context)
-        _check_output(o, h, x, k)
+        check_output(o, h, x, k)
         if soft:
             stream.blend(o, row[k], cache, k, mod.gate[k], forecast_weights)
             if device not in HOST:
@@ -116,9 +121,12 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
                 stream.renew = partial(cache._renew, k, None, threshold)
         else:
             stream.compute(o, None if cache is None else cache._push(k, o.dtype), mod.gate[k])
+    if trunk:
+        stream.weigh_trunk(trunk, x, row is not False, forecast_weights)
     y = stream.norm(mod.shift[K], mod.scale[K], True, eps, last=True)
-    if cache is not None:
-        cache._end()
+    for used in (cache, trunk):
+        if used is not None:
+            used._end()
     return y
 
 
@@ -153,6 +161,17 @@ class _Stream:
               weights: Sequence[float] | Tensor | None) -> None:
         self.reuse(cache, k, gate, weights)
         self.fresh, self.r = o, r
+
+    def weigh_trunk(self, cache: TrunkCache, tokens: Tensor, computed: bool, weights: TrunkWeights | None) -> None:
+        """Keeps a computed state, and lets the final norm have what the weights make of it and of the cached ones."""
+        kept = list(cache._kept)  # not this step's own
+        if computed:
+            self.norm(None, None, False, 0.0)  # adds the run to x, which is the state then
+            cache._keep(self.x, tokens)
+            self.owned = False
+        if weights is not None:
+            self.x, self.run = base_and_terms(weights, self.x, kept, computed)
+            self.weights = [0.0] * len(self.run)
 
     def norm(self, shift: Tensor | None, scale: Tensor | None, norm: bool, eps: float, last: bool = False) -> Tensor:
         """Adds the run to x and returns the modulated norm: the one fused call between two bodies."""
@@ -203,99 +222,3 @@ class _Stream:
         for term in self.run:
             tensors += [term.latest, term.gate]
         return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
-def _check(branches, x, mod, row, forecast_weights, cache, threshold) -> Sequence[bool]:
-    """Raises on wrong arguments, before anything is changed. Returns for each branch whether its body is called."""
-    K = len(branches)
-    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
-        what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x: got {what}, expected a float tensor [B, N, D]")
-    if x.device.type not in ("cpu", "cuda"):
-        raise NotImplementedError(f"x: is on {x.device}; there are kernels for the CPU and for CUDA")
-    if x.dtype not in (*STORAGE, torch.float64):
-        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16 or float16 (float64 for checking gradients)")
-    _check_modulation(branches, x, mod)
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: got {threshold}, expected a number from 0 to 1")
-    if cache is not None:
-        cache._check(x, K)
-        cache.commit()
-    compute = _check_row(K, row, cache)
-    _check_forecast_weights(K, forecast_weights, cache, compute, isinstance(row, Tensor))
-    return compute
-
-
-def _check_modulation(branches, x, mod) -> None:
-    K, (B, _, D) = len(branches), x.shape
-    dtypes = (torch.float64,) if x.dtype == torch.float64 else STORAGE
-    for name, rows, count in (("shift", mod.shift, K + 1), ("scale", mod.scale, K + 1), ("gate", mod.gate, K)):
-        if len(rows) != count:
-            raise ValueError(f"mod.{name}: got {len(rows)} rows, expected {count} for {K} branches")
-        for k, row in enumerate(rows):
-            if row is not None and (row.dim() != 2 or row.shape[0] not in (1, B) or row.shape[1] != D):
-                raise ValueError(f"mod.{name}[{k}]: got shape {tuple(row.shape)}, expected [{B} or 1, {D}]")
-            if row is not None and (row.device != x.device or row.dtype not in dtypes):
-                raise TypeError(f"mod.{name}[{k}]: got {row.dtype} on {row.device}, expected one of {dtypes} on "
-                                f"{x.device}")
-    for k, branch in enumerate(branches):
-        if branch.gate != (mod.gate[k] is not None):
-            raise ValueError(f"mod.gate[{k}]: got {'no row' if branch.gate else 'a row'}, but branch {k} "
-                             f"says gate={branch.gate}")
-
-
-def _check_row(K, row, cache) -> Sequence[bool]:
-    if row is None:
-        return (True,) * K
-    if isinstance(row, Tensor) and not row.is_floating_point():
-        raise TypeError(f"row: got a tensor of {row.dtype}; a hard row is a tuple of Python bools "
-                        "(tensor.tolist()), a soft row a float tensor")
-    if (tuple(row.shape) != (K,)) if isinstance(row, Tensor) else (len(row) != K):
-        got = f"shape {tuple(row.shape)}" if isinstance(row, Tensor) else f"{len(row)} entries"
-        raise ValueError(f"row: got {got}, expected {K}, one for each branch")
-    if isinstance(row, Tensor):
-        if row.device.type in HOST and not torch.compiler.is_compiling() and not row.isfinite().all():
-            raise ValueError(f"row: scores must be finite, got {row.tolist()}")
-        if cache is None:
-            raise ValueError("row: a soft row blends with cached outputs; pass cache=FeatureCache()")
-    else:
-        for k, entry in enumerate(row):
-            if not isinstance(entry, bool):
-                raise TypeError(f"row[{k}]: got {entry!r}, expected a Python bool; for soft scores pass one tensor")
-        if cache is None and not all(row):
-            raise ValueError("row: the row reuses branches; pass cache=FeatureCache()")
-    compute = (True,) * K if isinstance(row, Tensor) else row
-    for k in range(K):
-        if (isinstance(row, Tensor) or not row[k]) and not cache.filled(k):
-            raise ValueError(f"row[{k}]: the cache holds no output of branch {k} yet; the first forward of a "
-                             "trajectory computes everything (row=None)")
-    return compute
-
-
-def _check_forecast_weights(K, weights, cache, compute, soft) -> None:
-    if weights is None:
-        return
-    if len(weights) != K:
-        raise ValueError(f"forecast_weights: got {len(weights)}, expected {K}, one for each branch")
-    if isinstance(weights, Tensor):
-        if weights.device.type in HOST and not torch.compiler.is_compiling() and not weights.isfinite().all():
-            raise ValueError(f"forecast_weights: must be finite, got {weights.tolist()}")
-        return
-    for k, e in enumerate(weights):
-        if not -1e6 < e < 1e6:  # NaN fails too
-            raise ValueError(f"forecast_weights[{k}]: got {e}, expected a finite number")
-        if e != 0 and (soft or not compute[k]) and (cache is None or cache.filled(k) < 2):
-            held = 0 if cache is None else cache.filled(k)
-            raise ValueError(f"forecast_weights[{k}]: a forecast needs the branch's last two computed outputs, the "
-                             f"cache holds {held}" + (" (FeatureCache(history=2) keeps two)"
-                                                if cache is None or cache.history == 1 else ""))
-
-
-def _check_output(o, h, x, k) -> None:
-    if not isinstance(o, Tensor) or o.shape != x.shape:
-        what = f"shape {tuple(o.shape)}" if isinstance(o, Tensor) else type(o).__name__
-        raise ValueError(f"branches[{k}].body: returned {what}, expected a tensor of shape {tuple(x.shape)}")
-    if o is h or (not torch.compiler.is_compiling()
-                  and o.untyped_storage().data_ptr() == h.untyped_storage().data_ptr()):
-        raise ValueError(f"branches[{k}].body: returned its input or a view of it; x is accumulated in place, so a "
-                         "body must return a tensor of its own")

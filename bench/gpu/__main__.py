@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def stop(*_) -> None:
-    """Closes the record; not to be stopped at that: `timeout` sends its signal to the process and to its group."""
+    """Ends the part, which closes its record. No second signal stops that: `timeout` sends one to the group as well."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     sys.exit("stopped: its time is over")

@@ -131,8 +131,8 @@ class _Gradients(NamedTuple):
         return [t for t in (*self[:6], *self.latest, *self.gate) if t is not None]
 
 
-# An op may not return its argument, so a result that is not computed is an empty tensor: x_new of an empty run (which
-# is x), h without h_dtype (which is x_new), and o where nothing is blended.
+# An op may not return one of its arguments. A result that is not computed is an empty tensor: x_new if the run is empty
+# (the caller takes x instead), h without h_dtype (the caller takes x_new), and o if nothing is blended.
 PROBLEM = ("Tensor x, Tensor[] latest, Tensor[] previous, bool[] forecasts, Tensor? forecast_weights, Tensor[] gate, "
            "bool[] has_gate, Tensor? fresh, Tensor? r, Tensor? shift, Tensor? scale, bool norm, float eps")
 library.define(f"blend_residual_norm({PROBLEM}, ScalarType? h_dtype) -> (Tensor x_new, Tensor h, Tensor o)")

@@ -16,6 +16,7 @@ from harmonica_dit.evaluate import Method, fora_methods
 from harmonica_dit.evaluate.named_methods import name_after, read, schedule_of
 from harmonica_dit.evaluate.pictures import image_sheet, plot, plot_tradeoff
 from harmonica_dit.evaluate.table import compare_with_bar, table
+from harmonica_dit.fashion import find
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import check_file, check_folder, replacement, save_tensors
 from harmonica_dit.pipelines.prompts import read_texts
@@ -23,7 +24,7 @@ from harmonica_dit.published_routers import KINDS, load_published_router
 from harmonica_dit.router import Router
 from harmonica_dit.sample.schedulers import steps_of
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.train import check_arguments, train_router
+from harmonica_dit.train import check_arguments, train_forecaster, train_router
 
 console = Console()
 
@@ -69,6 +70,9 @@ Threshold = Annotated[float | None, typer.Option(help="Compute a branch where th
                                                  show_default="the router's own threshold")]
 
 
+ROUTERS_OWN = ("target_cur", "beta", "trajectories", "threshold", "importance", "extrapolation", "checkpointing")
+
+
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for pictures and figures.")] = Path("demo")) -> None:
     """Train a router on the bundled model, sample with it and compare it: a few minutes on a CPU."""
@@ -78,8 +82,12 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for pictures and figures
 
 @app.command()
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the router, its picture, the log and the checkpoint. After "
                                            "Ctrl-C the same command goes on from the checkpoint.")],
+    forecast: Annotated[str | None, typer.Option(
+        help='Train a forecaster of the trunk in place of a router: whole steps, learned forecasts between them. '
+             'Towards the "accurate" images (a better solution from the same noise) or the "uncached" ones.')] = None,
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
     prompts: Prompts = None,
@@ -88,12 +96,15 @@ def train(
     device: Device = None,
     steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
     target_speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach; 1.6 unless --target-cur or "
-                                                              "--beta is given.")] = None,
+                                                              "--beta is given, 2.8 for a forecaster.")] = None,
     target_cur: Annotated[float | None, typer.Option(help="Cache utilization ratio to reach, from 0 to 1.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the cost in the loss, instead of a target.")] = None,
-    trajectories: Annotated[int, typer.Option(help="Number of trajectories to train on.")] = 500,
-    batch: Annotated[int, typer.Option(help="Images per trajectory; another number gives another router.")] = 32,
-    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 1e-2,
+    trajectories: Annotated[int, typer.Option(help="Number of trajectories to train a router on.")] = 500,
+    iterations: Annotated[int, typer.Option(help="Number of iterations to train a forecaster for.")] = 600,
+    batch: Annotated[int | None, typer.Option(help="Images per trajectory; another number gives another router.",
+                                              show_default="32, for a forecaster 10")] = None,
+    lr: Annotated[float | None, typer.Option(help="The optimiser's learning rate.",
+                                             show_default="0.01, for a forecaster 0.004")] = None,
     threshold: Annotated[float, typer.Option(help="Threshold during training: a branch whose score is above it counts "
                                                   "as computed. The default is the paper's; 0.5 gave better routers. "
                                                   "With a target, the finished router gets the threshold that meets "
@@ -111,12 +122,23 @@ def train(
                                                 "less memory, more time.")] = False,
     seed: Seed = 0,
 ) -> None:
-    """Train a router, which decides which branches to compute at which step. No images are needed."""
+    """Train a router, which decides which branches to compute at which step, or a forecaster. No images are needed."""
+    check_folder(out)
+    if forecast is not None:
+        given = [name for name in ROUTERS_OWN if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')}: is a router's; a forecaster (--forecast) has none")
+        net = load(model, checkpoint, prompts, dtype, image_size, device, out)
+        schedule = train_forecaster(net, target_speedup or 2.8, target=forecast, steps=steps, iterations=iterations,
+                                    batch=10 if batch is None else batch, lr=4e-3 if lr is None else lr,
+                                    guidance=guidance, scheduler=scheduler, seed=seed, out=out)
+        describe(schedule, out / "forecast.safetensors")
+        return
+    batch, lr = 32 if batch is None else batch, 1e-2 if lr is None else lr
     if target_speedup is None and target_cur is None and beta is None:
         target_speedup = 1.6
     if extrapolation != "learned":
         extrapolation = None if extrapolation == "none" else number("--extrapolation", extrapolation)
-    check_folder(out)
     options = dict(steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta,
                    trajectories=trajectories, batch=batch, lr=lr, threshold=threshold, importance=importance,
                    extrapolation=extrapolation, guidance=guidance, scheduler=scheduler, seed=seed)
@@ -229,7 +251,7 @@ def show(
     kind: Annotated[str, typer.Option(help=f"Which published code wrote a .pt file: {' or '.join(KINDS)}.")] = KINDS[0],
 ) -> None:
     """Draw a router or a schedule, and say what it saves."""
-    out = out or file.parent / Router.find(file).with_suffix(".png").name  # of a bundled router: in the current folder
+    out = out or file.parent / find(file).with_suffix(".png").name  # of a bundled router: in the current folder
     check_file(out)
     found = load_published_router(file, kind) if file.suffix == ".pt" else read(file)
     schedule = schedule_of(found, threshold)

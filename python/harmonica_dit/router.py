@@ -1,11 +1,11 @@
 """The router: T×K learned scores that say which branches are computed at which step."""
 
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
 from harmonica_dit.schedule import Schedule
@@ -24,7 +24,6 @@ from harmonica_dit.validate import (
     is_number,
 )
 
-BUNDLED = Path(__file__).parent / "fashion" / "routers"
 LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
 FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
 OPTIONAL = ("resolution", "architecture")  # older files lack these
@@ -132,7 +131,7 @@ class Router(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike, net=None) -> "Router":
-        """Reads a file that `save` wrote, or a bundled router by its name, such as "fashion-dit-2.0x" (see `find`).
+        """Reads a file that `save` wrote, or a bundled router by its name, such as "fashion-dit-2.0x".
 
         With `net`, it also checks that the router fits this model.
 
@@ -141,23 +140,8 @@ class Router(nn.Module):
             ValueError: the file is not a whole router of this format, or is for another architecture or other branches;
                 the message names the file and what was expected. If only the model's name differs, that is a warning.
         """
-        path = cls.find(path)
+        path = find(path)
         return cls.from_tensors(*load_tensors(path), path, net)
-
-    @staticmethod
-    def find(path: str | os.PathLike) -> Path:
-        """The file at `path`; if there is none, the file of the bundled router of that name.
-
-        Raises:
-            FileNotFoundError: there is neither; the message lists the bundled routers.
-        """
-        path = Path(path)
-        if path.is_file():
-            return path
-        bundled = {file.stem: file for file in sorted(BUNDLED.glob("*.safetensors"))}
-        if str(path) in bundled:
-            return bundled[str(path)]
-        raise FileNotFoundError(f"no file at {path}; the bundled routers are {', '.join(bundled)}")
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike, net=None) -> "Router":

@@ -9,10 +9,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+import harmonica_kernels as hk
+from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
+from harmonica_dit.forecaster import TrunkForecaster
 from harmonica_dit.validate import (
     FORMAT,
+    WITH_FORECASTER,
     check_architecture,
     check_branches,
     check_content,
@@ -28,6 +32,7 @@ from harmonica_dit.validate import (
 
 FIELDS = ("branches", "flops", "origin", "model", "timesteps")
 OPTIONAL = ("guidance", "resolution", "architecture")  # older files lack these
+TABLES = ("states", "tokens", "own")  # of a forecaster
 
 
 def forecast_ratios(compute: Tensor) -> Tensor:
@@ -59,6 +64,8 @@ class Schedule:
         branches: the K branches' names in execution order.
         flops: of a forward of batch 1, branch by branch.
         extrapolation: float32 [T, K] extrapolation coefficients a; None is zeros, which repeat the latest output.
+        forecaster: of the trunk, for a schedule whose steps are computed whole or not at all; then nothing is
+            extrapolated branch by branch, and sampling takes the schedule's timesteps. None: branches are reused.
         origin: the method and its settings, in words.
         model: name of the model that the schedule was made for; "" is any model.
         timesteps, guidance, resolution: the T timesteps, the guidance scale, and height and width of the latents that
@@ -79,6 +86,7 @@ class Schedule:
     guidance: float | None = None
     resolution: tuple[int, int] | None = None
     architecture: dict[str, str | int] | None = None
+    forecaster: TrunkForecaster | None = None
 
     def __post_init__(self):
         compute = self.compute
@@ -105,6 +113,21 @@ class Schedule:
             raise ValueError(f"guidance: got {self.guidance!r}, expected a finite number")
         object.__setattr__(self, "resolution", check_resolution(self.resolution))
         check_architecture(self.architecture)
+        if self.forecaster is not None:
+            self._check_forecaster()
+
+    def _check_forecaster(self) -> None:
+        forecaster, compute = self.forecaster, self.compute
+        if not isinstance(forecaster, TrunkForecaster):
+            raise TypeError(f"forecaster: got {type(forecaster).__name__}, expected a TrunkForecaster")
+        if len(forecaster.states) != self.steps:
+            raise ValueError(f"forecaster: for {len(forecaster.states)} steps, the schedule has {self.steps}")
+        partly = (compute.any(1) & ~compute.all(1)).nonzero().flatten().tolist()
+        if partly:
+            raise ValueError(f"compute: steps {partly} are computed in part; a forecaster of the trunk needs each step "
+                             "computed whole or not at all")
+        if self.extrapolation.any():
+            raise ValueError("extrapolation: got coefficients beside a forecaster of the trunk; give one of both")
 
     @property
     def steps(self) -> int:
@@ -120,21 +143,36 @@ class Schedule:
     def speedup(self) -> float:
         """FLOPs of the uncached trajectory / FLOPs of this one. Both include the FLOPs that no schedule skips."""
         computed = (self.compute.double() @ torch.tensor(self.flops.branches, dtype=torch.float64)).sum().item()
+        if self.forecaster is not None:
+            computed += self.forecaster.flops(self.compute[:, 0].tolist())
         return self.steps * self.flops.total / (self.steps * self.flops.fixed + computed)
 
     @property
     def history(self) -> int:
         """How many outputs of each branch a feature cache has to keep: 2 if any is forecast, else 1."""
+        if self.forecaster is not None:
+            return self.forecaster.history
         return 1 if all(row is None for row in self.forecast_weights) else 2
 
+    def new_cache(self) -> hk.FeatureCache | hk.TrunkCache:
+        """A cache for one trajectory."""
+        return hk.FeatureCache(self.history) if self.forecaster is None else hk.TrunkCache(self.history)
+
     @cached_property
-    def rows(self) -> tuple[tuple[bool, ...], ...]:
-        """The T hard rows."""
+    def rows(self) -> tuple[tuple[bool, ...] | bool | None, ...]:
+        """The T hard rows; with a forecaster of the trunk None for a computed step and False for a forecast one."""
+        if self.forecaster is not None:
+            return tuple(None if row[0] else False for row in self.compute.tolist())
         return tuple(map(tuple, self.compute.tolist()))
 
     @cached_property
-    def forecast_weights(self) -> tuple[tuple[float, ...] | None, ...]:
-        """For each step, K forecast weights e = a·ratio, 0 where a branch is computed; None if all are 0."""
+    def forecast_weights(self) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
+        """For each step, K forecast weights e = a·ratio, 0 where a branch is computed, or None if all are 0.
+
+        With a forecaster of the trunk its weights, on the CPU.
+        """
+        if self.forecaster is not None:
+            return self.forecaster.weights(self.compute[:, 0].tolist())
         rows = []
         for s in range(self.steps):
             e = self.extrapolation[s] * forecast_ratios(self.compute[:s]) * ~self.compute[s]
@@ -149,6 +187,9 @@ class Schedule:
         Raises:
             ValueError: this schedule does not say what timesteps it was made for.
         """
+        if self.forecaster is not None:
+            raise ValueError("schedule: its forecaster's weights belong to its own timesteps and cannot be mapped to "
+                             "others")
         if self.timesteps is None:
             raise ValueError("schedule: does not say what timesteps it was made for, so its rows cannot be mapped to "
                              "others")
@@ -160,11 +201,26 @@ class Schedule:
         return replace(self, compute=compute, extrapolation=self.extrapolation[rows], timesteps=timesteps,
                        origin=f"{self.origin}, resampled from {self.steps} steps")
 
+    def forecast_weights_on(self, device: torch.device) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
+        """`forecast_weights` with tensors on a device, where they stay."""
+        if self.forecaster is None:
+            return self.forecast_weights
+        if device not in self._moved:
+            self._moved[device] = tuple(step and hk.TrunkWeights(*(part if part is None else part.to(device)
+                                                                   for part in step)) for step in self.forecast_weights)
+        return self._moved[device]
+
+    @cached_property
+    def _moved(self) -> dict:
+        return {}
+
     def decision_tables(self) -> tuple[Tensor, Tensor | None]:
         """Scores and extrapolation coefficients [T, K], for `executor.load`.
 
         The scores are ±∞, so every threshold decides alike. The coefficients are None if nothing is forecast.
         """
+        if self.forecaster is not None:
+            raise ValueError('schedule: forecasts the trunk, which mode="gated" does not; use mode="captured"')
         scores = torch.where(self.compute, math.inf, -math.inf)
         return scores, None if self.history == 1 else self.extrapolation
 
@@ -172,25 +228,38 @@ class Schedule:
         """Writes a safetensors file, whole or not at all."""
         metadata = {name: getattr(self, name) for name in FIELDS + OPTIONAL} | dict(
             kind="schedule", format=FORMAT, flops=[self.flops.branches, self.flops.fixed])
-        save_tensors(path, {"compute": self.compute, "extrapolation": self.extrapolation}, metadata)
+        tensors = {"compute": self.compute, "extrapolation": self.extrapolation}
+        if self.forecaster is not None:
+            metadata |= dict(format=WITH_FORECASTER, forecaster=dict(size=self.forecaster.size,
+                                                                     origin=self.forecaster.origin))
+            tensors |= {f"forecaster.{name}": table for name in TABLES
+                        if (table := getattr(self.forecaster, name)) is not None}
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Schedule":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, or the bundled schedule of a name (see `harmonica_dit.fashion.find`).
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is not a whole schedule of this format; the message names it and what is wrong.
         """
+        path = find(path)
         return cls.from_tensors(*load_tensors(path), path)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike) -> "Schedule":
         """Makes a schedule from the content of a file, for `load`. path: for error messages."""
         tensors, metadata = check_content(tensors, metadata, path, "schedule", ("compute", "extrapolation"), FIELDS,
-                                          optional_fields=OPTIONAL)
+                                          tuple(f"forecaster.{name}" for name in TABLES), (*OPTIONAL, "forecaster"))
         try:
+            tables = {name: tensors.pop(f"forecaster.{name}", None) for name in TABLES}
+            about = metadata.pop("forecaster", None)
+            if about is not None:
+                metadata["forecaster"] = TrunkForecaster(**tables, size=about["size"], origin=about["origin"])
             return cls(**tensors, **metadata)
+        except KeyError as error:
+            raise ValueError(f"{path}: its forecaster has no {error}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from harmonica_dit.flops import Flops
 
 FORMAT = 1  # of router and schedule files
+WITH_FORECASTER = 2  # of schedule files with a forecaster, which older versions cannot follow
 
 
 def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathLike, kind: str,
@@ -24,8 +25,9 @@ def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathL
     """
     if metadata.get("kind") != kind:
         raise ValueError(f"{path}: expected a {kind}, its metadata says kind={metadata.get('kind')!r}")
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected format version {FORMAT}, got {metadata.get('format')!r}; "
+    expected = WITH_FORECASTER if kind == "schedule" and "forecaster" in metadata else FORMAT
+    if metadata.get("format") != expected:
+        raise ValueError(f"{path}: expected format version {expected}, got {metadata.get('format')!r}; "
                          "another version of harmonica wrote it")
     missing = [name for name in tensors if name not in found] + [name for name in fields if name not in metadata]
     if missing:

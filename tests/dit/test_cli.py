@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from harmonica_dit.evaluate import compare, read_schedule
 from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import Flops
 from harmonica_dit.router import Router
+from harmonica_dit.train import train_forecaster
 
 TINY = ["--steps", "3", "--target-speedup", "1.3", "--trajectories", "2", "--batch", "1"]
 
@@ -103,7 +105,7 @@ def make_router(path, **options):
 
 
 def test_a_bundled_router_goes_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("harmonica_dit.router.BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr("harmonica_dit.fashion.ROUTERS", tmp_path / "bundled")
     monkeypatch.chdir(tmp_path)
     make_router(tmp_path / "bundled" / "fashion-dit-2.5x.safetensors")
     result = harmonica("show", "fashion-dit-2.5x")
@@ -137,6 +139,24 @@ def test_evaluate_leaves_rows_and_a_picture(router, tmp_path):
     assert [row["name"] for row in rows] == 2 * ["uncached", router.parent.name, "FORA n=2", "FORA n=2 + forecast",
                                                  "2 steps"]
     assert {row["seed"] for row in rows} == {0, 1} and (tmp_path / "tradeoff.png").exists()
+
+
+def test_a_forecaster_is_trained_sampled_with_and_shown(tmp_path):
+    small = ["--steps", "4", "--iterations", "1", "--batch", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harmonica_dit.cli.train_forecaster", partial(train_forecaster, images=2, held_out=2))
+        result = harmonica("train", "--forecast", "uncached", "--target-speedup", "1.5", "--out", tmp_path, *small)
+    assert result.exit_code == 0 and "FLOPs speedup" in result.output, result.output
+    file = tmp_path / "forecast.safetensors"
+    result = harmonica("sample", "--schedule", file, "--labels", "bag", "--out", tmp_path / "bag.png")
+    assert result.exit_code == 0 and (tmp_path / "bag.png").exists(), result.output
+    assert harmonica("show", file, "--out", tmp_path / "table.png").exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["--beta", "--trajectories", "--threshold"])
+def test_a_routers_option_beside_a_forecaster_is_refused(tmp_path, option):
+    result = harmonica("train", "--forecast", "accurate", "--out", tmp_path, option, "1")
+    assert result.exit_code == 2 and f"{option}: is a router's" in result.output
 
 
 def test_demo_leaves_its_pictures(tmp_path):

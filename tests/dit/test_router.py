@@ -8,10 +8,11 @@ from safetensors.torch import save_file
 
 from harmonica_dit import load
 from harmonica_dit.evaluate.pictures import plot
+from harmonica_dit.fashion import ROUTERS
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
 from harmonica_dit.models.dit import DiT
-from harmonica_dit.router import BUNDLED, Router
+from harmonica_dit.router import Router
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
     check_refusal("has to hold logits")
 
 
-BUNDLED_NAMES = sorted(file.stem for file in BUNDLED.glob("*"))
+BUNDLED_NAMES = sorted(file.stem for file in ROUTERS.glob("*"))
 
 
 def test_there_are_bundled_routers():
@@ -153,12 +154,12 @@ def test_a_bundled_router_does_what_its_name_says(name):
 
 
 def test_a_bare_name_is_a_file_or_a_bundled_router(net, tmp_path, monkeypatch):
-    monkeypatch.setattr("harmonica_dit.router.BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr("harmonica_dit.fashion.ROUTERS", tmp_path / "bundled")
     monkeypatch.chdir(tmp_path)
     make(net, seed=1).save("bundled/tiny-2.0x.safetensors")
     assert Router.load("tiny-2.0x", net).seed == 1
     for wrong in ("tiny-3.0x", "folder/tiny-2.0x", ""):
-        with pytest.raises(FileNotFoundError, match=f"no file at {wrong}.*bundled routers are tiny-2.0x"):
+        with pytest.raises(FileNotFoundError, match=f"no file at {wrong}.*bundled are tiny-2.0x"):
             Router.load(wrong)
     make(net, seed=2).save("tiny-2.0x")
     assert Router.load("tiny-2.0x", net).seed == 2

@@ -98,7 +98,7 @@ def test_what_is_no_schedule_is_refused(change, error, message):
         Schedule(**good | change)
 
 
-def test_frozen():
+def test_a_schedule_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Schedule(table("11"), NAMES, FLOPS).origin = "other"
 

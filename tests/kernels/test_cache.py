@@ -37,7 +37,7 @@ def test_renewal_decided_by_a_score_on_the_device():
             cache.commit()
             for k in range(K):
                 assert torch.equal(cache.latest(k), stored[k][-1]) and cache.filled(k) == history
-                if history == 2:  # a lone output counts as two equal ones
+                if history == 2:  # a forecast from one output repeats it
                     assert torch.equal(cache.previous(k), stored[k][max(0, len(stored[k]) - 2)])
 
 

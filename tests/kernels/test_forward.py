@@ -209,7 +209,7 @@ def test_on_cuda(on_cuda, promise):
 
 @pytest.mark.gpu
 def test_soft_forecasts_on_cuda(on_cuda):
-    """As `test_soft_trajectory_equals_naive`, but a lone output counts as two equal ones: forecasts repeat it."""
+    """As `test_soft_trajectory_equals_naive`, but a forecast from a single output repeats it."""
     toy, cache, store = Toy(), hk.FeatureCache(2), [[] for _ in range(K)]
     with torch.no_grad():
         for step in range(8):

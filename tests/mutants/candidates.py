@@ -54,7 +54,7 @@ def places(text: str) -> dict[int, dict[int, list[tuple[str, int]]]]:
 
 
 def _is_words(node) -> bool:
-    """Whether a node serves a message or an annotation alone, or type checkers."""
+    """Whether a node is only part of a message, of an annotation, or of an import for type checkers."""
     while node.parent is not None:
         parent = node.parent
         if node.type in ("fstring", "raise_stmt"):

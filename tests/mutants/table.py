@@ -38,6 +38,7 @@ SDT, ORACLE, IMPORTANCE, TRAINING, WORTH, RECORDED, PIPELINES = (
 METHOD = (SDT, ORACLE, IMPORTANCE, TRAINING, WORTH)
 FORWARD = ("kernels/test_forward.py", "kernels/test_cache.py", "kernels/test_forward_input.py",
            "kernels/test_forward_compiled.py", "kernels/graphs/test_captured_caches.py", "dit/models/test_dit.py")
+TRUNK = "kernels/test_trunk.py"
 RESIDUAL_NORM, BLEND, PLAIN_OPS = (f"{TESTS_OF_OPS}test_{name}.py" for name in
                                    ("residual_norm", "blend_residual_norm", "plain_ops"))
 CAPTURED = ("kernels/graphs/test_captured.py", "kernels/graphs/test_captured_caches.py",
@@ -59,12 +60,17 @@ PARTS = (
         TRAIN + "student.py": (*METHOD, RECORDED),
         TRAIN + "train.py": (*METHOD, RECORDED, PIPELINES),
     }),
+    Part("training a forecaster", 12, {TRAIN + file: (TESTS_OF_TRAIN + "test_forecaster.py",) for file in (
+        "forecaster.py", "targets.py", "unrolled.py")}),
     Part("forward and cache", 14, {
-        HK + "forward.py": FORWARD,
+        HK + "forward.py": (*FORWARD, TRUNK),
         HK + "cache.py": FORWARD,
+        HK + "checks.py": (*FORWARD, TRUNK),
+        HK + "trunk.py": (TRUNK, "dit/pipelines/adapters/test_trunk_forecast.py"),
     }),
     Part("schedule and router", 16, {
-        DIT + "schedule.py": ("dit/test_schedule.py", "dit/test_router.py", SAMPLE),
+        DIT + "forecaster.py": ("dit/test_forecaster.py",),
+        DIT + "schedule.py": ("dit/test_schedule.py", "dit/test_forecaster.py", "dit/test_router.py", SAMPLE),
         DIT + "validate.py": ("dit/test_schedule.py", "dit/test_router.py", TRAINING),
         DIT + "router.py": ("dit/test_router.py", SDT, "dit/evaluate/test_pictures.py", "dit/test_cli.py"),
     }),

@@ -12,11 +12,11 @@ PACKAGES = {"harmonica_kernels": ROOT / "harmonica_kernels", "harmonica_dit": RO
 # From the top down (docs/design.md, section 4): a room, a file or folder of the package, imports those below it. Rooms
 # of one line may import each other. Each package's __init__.py stands below all that imports the package as a whole.
 ORDER = {
-    "harmonica_kernels": (("__main__", "_command"), ("__init__",), ("graphs",), ("forward",), ("cache",),
-                          ("ops", "_info"), ("triton_kernels",)),
+    "harmonica_kernels": (("__main__", "_command"), ("__init__",), ("graphs",), ("forward",), ("checks",),
+                          ("cache", "trunk"), ("ops", "_info"), ("triton_kernels",)),
     "harmonica_dit": (("cli",), ("demo",), ("__init__",), ("published_routers",), ("load",), ("train",), ("evaluate",),
                       ("pipelines",), ("sample",), ("methods",), ("router",), ("schedule",), ("fashion",),
-                      ("validate",), ("models",), ("files",), ("flops",)),
+                      ("forecaster",), ("validate",), ("models",), ("files",), ("flops",)),
 }
 COMPILED = {"harmonica_kernels._C"}  # has no Python file
 LINES = 350

@@ -26,7 +26,7 @@ class Trajectory:
         self.weights = torch.randn(branches, width, width, dtype=dtype) / width**0.5
         self.kinds = [(random.random() < 0.5, self._some(0.8), self._some(0.8), random.choice((1e-6, 1e-5)))
                       for _ in range(branches)]
-        self.rows = [(self._some(0.9), self._some(0.9), gated) for _, _, gated, _ in self.kinds]
+        self.rows = [(self._some(0.9), self._some(0.9), gate) for _, _, gate, _ in self.kinds]
         self.B, self.eps = B, random.choice((1e-6, 1e-5))
 
     def _some(self, share: float) -> bool:
@@ -37,7 +37,7 @@ class Trajectory:
         return [self._branch(k) for k in range(self.K)]
 
     def _branch(self, k: int) -> hk.Branch:
-        has_out, norm, gated, eps = self.kinds[k]
+        has_out, norm, gate, eps = self.kinds[k]
 
         def body(h: Tensor, context) -> Tensor:
             return torch.tanh(h @ self.weights[k]) + context * k
@@ -45,7 +45,7 @@ class Trajectory:
         def body_out(h: Tensor, context, out: Tensor) -> None:
             out.copy_(body(h, context))
 
-        return hk.Branch(body, body_out if has_out else None, norm, gated, eps)
+        return hk.Branch(body, body_out if has_out else None, norm, gate, eps)
 
     def to(self, device: torch.device) -> "Trajectory":
         """The same on another device."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...ops import Term, residual_norm
 from .parts import Parts
 
-NO_GATE = -16  # stands for the stride of a branch without gate; a multiple of 16, as `is_aligned` promises of strides
+NO_GATE = -16  # the stride of a branch without gate; a multiple of 16, like all strides if `is_aligned`
 
 
 def norm_on_cpu(parts: Parts, k: int) -> None:

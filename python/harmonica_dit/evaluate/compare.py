@@ -8,6 +8,7 @@ from statistics import fmean, median
 from torch import Tensor
 
 from harmonica_dit.sample import Trajectory, check_labels, sample
+from harmonica_dit.sample.sampling import own_timesteps
 from harmonica_dit.validate import check_whole
 
 from .metrics import Judge, psnr, rmse
@@ -68,7 +69,8 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     methods = [Method("uncached", "uncached", steps), *methods]
     check_names(methods)
     for method in methods:
-        trajectory = Trajectory(net, labels[:1], steps=method.steps, scheduler=scheduler, guidance=guidance)
+        trajectory = Trajectory(net, labels[:1], steps=method.steps, scheduler=scheduler, guidance=guidance,
+                                timesteps=own_timesteps(method.schedule))
         if trajectory.steps != method.steps:
             raise ValueError(f"scheduler: {scheduler!r} calls the model {trajectory.steps} times in {method.steps} "
                              "steps; a comparison needs a scheduler of one call a step")

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors
 from harmonica_dit.methods import fora
 from harmonica_dit.router import Router
@@ -49,7 +50,7 @@ def read(path: str | os.PathLike, net=None) -> Router | Schedule:
     Raises:
         FileNotFoundError, ValueError: there is no such file, it holds neither, or its router does not fit `net`.
     """
-    path = Router.find(path)
+    path = find(path)
     tensors, metadata = load_tensors(path)
     if metadata.get("kind") == "router":
         return Router.from_tensors(tensors, metadata, path, net)
@@ -80,10 +81,14 @@ def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
 
     Its name is the file's. `train` calls every router router.safetensors, so the name of that is its folder's.
     """
-    path = Router.find(path)
-    name = path.absolute().parent.name if path.stem == "router" else path.stem
+    path = find(path)
+    name = path.absolute().parent.name if path.stem in ("router", "forecast") else path.stem
     family, schedule = "router" if isinstance(found, Router) else name, schedule_of(found)
-    return Method(name, f"{family} + forecast" if schedule.history > 1 else family, schedule.steps, schedule)
+    if schedule.forecaster is not None:
+        family = "learned forecast"
+    elif schedule.history > 1:
+        family += " + forecast"
+    return Method(name, family, schedule.steps, schedule)
 
 
 def check_names(methods: Iterable[Method]) -> None:

@@ -25,10 +25,11 @@ from harmonica_dit.schedule import Schedule
 INK, FAINT, RULE = "#222222", "#767676", "#d9d9d9"
 COMPUTED, REPEATED, FORECAST = "#0b559f", "#f3efe6", "#e08214"
 # Okabe and Ito's palette: readable with every common colour vision. A method has the same colour in every picture.
-COLOURS = {"uncached": INK, "router": "#0072b2", "router + forecast": "#56b4e9", "FORA": "#d55e00",
-           "FORA + forecast": "#e69f00", "fewer steps": "#009e73"}
-SPARE = ("#cc79a7", "#999999", "#8c6d1f", "#5b3a8c")
-MARKERS = {"router": "o", "router + forecast": "D", "FORA": "s", "FORA + forecast": "^", "fewer steps": "v"}
+COLOURS = {"uncached": INK, "learned forecast": "#cc79a7", "router": "#0072b2", "router + forecast": "#56b4e9",
+           "FORA": "#d55e00", "FORA + forecast": "#e69f00", "fewer steps": "#009e73"}
+SPARE = ("#999999", "#8c6d1f", "#5b3a8c")
+MARKERS = {"learned forecast": "p", "router": "o", "router + forecast": "D", "FORA": "s", "FORA + forecast": "^",
+           "fewer steps": "v"}
 STYLE = {"font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": FAINT,
          "axes.labelcolor": INK, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK}
@@ -124,7 +125,8 @@ def plot_router(scores: Tensor, threshold: float, path: str | os.PathLike, branc
 def plot_schedule(schedule: Schedule, path: str | os.PathLike, title: str | None = None) -> None:
     """Writes a heat map of a `Schedule`: computed, repeated and forecast entries. Arrows mark the forecast ones."""
     compute = schedule.compute.cpu().numpy().astype(bool)
-    forecast = np.where(compute, 0, schedule.extrapolation.float().cpu().numpy())
+    strengths = schedule.extrapolation.float().cpu().numpy() if schedule.forecaster is None else 1.0
+    forecast = np.where(compute, 0, strengths)
     forecasts = forecast != 0
 
     def draw() -> Figure:
@@ -140,6 +142,7 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike, title: str | None
         if forecasts.any():
             low, high = f"{forecast[forecasts].min():.2g}", f"{forecast[forecasts].max():.2g}"
             weights = f"a = {low}" if low == high else f"a from {low} to {high}"
+            weights = weights if schedule.forecaster is None else "the trunk"
             entries[f"forecast, {weights} ({forecasts.mean():.0%})"] = (Patch(color="#efb97c"), Line2D([], [], **arrow))
         _legend(axis, entries)
         return figure

@@ -155,7 +155,7 @@ class DiT(nn.Module):
         self.num_classes = num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patch, self.grid = patch_size, input_size // patch_size
-        self.tokens = self.grid**2
+        self.tokens, self.width = self.grid**2, hidden_size
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
@@ -171,9 +171,10 @@ class DiT(nn.Module):
         """The K branches in execution order."""
         return tuple(f"blocks.{i}.{part}" for i in range(len(self.blocks)) for part in ("attn", "mlp"))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, row: Sequence[bool] | Tensor | None = None,
-                forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None,
-                threshold: float = 0.1, modulation: hk.Modulation | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, row: Sequence[bool] | Tensor | bool | None = None,
+                forecast_weights: Sequence[float] | Tensor | hk.TrunkWeights | None = None,
+                cache: hk.FeatureCache | hk.TrunkCache | None = None, threshold: float = 0.1,
+                modulation: hk.Modulation | None = None) -> Tensor:
         """The model's output [B, C_out, H, W] for x [B, C, H, W] at timesteps t [B] with labels y [B].
 
         row, forecast_weights, cache, threshold: as in `harmonica_kernels.cached_forward`.
@@ -204,7 +205,7 @@ class DiT(nn.Module):
 
         Args:
             t: [T] timesteps. y: [B] labels, the same at every step.
-            rows: the T hard rows, None where everything is computed.
+            rows: the T hard rows, None where everything is computed, False where the trunk is forecast.
 
         Yields:
             Further arguments of `forward`, step by step.
@@ -227,18 +228,24 @@ class DiT(nn.Module):
         final = self.final_layer.adaLN_modulation[1](condition).chunk(2, 2)
         return hk.Modulation([*parts[::3], final[0]], [*parts[1::3], final[1]], parts[2::3])
 
-    def modulations(self, condition: Tensor, rows: Sequence[Sequence[bool] | Tensor | None]) -> list[hk.Modulation]:
+    def modulations(self, condition: Tensor,
+                    rows: Sequence[Sequence[bool] | Tensor | bool | None]) -> list[hk.Modulation]:
         """The adaLN-Zero modulations of S steps, from their activated conditions [S, B, D] and decision rows.
 
-        Where a hard row reuses a branch, shift and scale are None; only the gate is computed.
+        Where a hard row reuses a branch, shift and scale are None; only the gate is computed. Where the trunk is
+        forecast (False), only the final norm's rows are.
         """
         S, _, D = condition.shape
         found = [hk.Modulation([], [], []) for _ in rows]
         for k in range(len(self.branches)):
             # branch k's part of the layer's output ends at `end`; it is shift, scale and gate, D wide each
             linear, end = self.blocks[k // 2].adaLN_modulation[1], 3 * D * (k % 2 + 1)
+            for s in range(S):
+                if rows[s] is False:
+                    for part in found[s]:
+                        part.append(None)
             for skip in (False, True):
-                steps = [s for s in range(S) if _reuses(rows[s], k) == skip]
+                steps = [s for s in range(S) if rows[s] is not False and _reuses(rows[s], k) == skip]
                 if not steps:
                     continue
                 first = end - D if skip else end - 3 * D

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors
 from harmonica_dit.pipelines.adapters import adapt, model_name
 from harmonica_dit.router import Router
@@ -126,7 +127,7 @@ class Applied:
         try:
             yield
         finally:
-            trajectory.view = None  # view and trajectory refer to each other: the cache would wait to be collected
+            trajectory.view = None  # they refer to each other, which would keep the cache until gc runs
             self._end()
             if outer is not None:
                 self._trajectories[thread] = outer
@@ -158,13 +159,16 @@ class Applied:
         made, T = self.schedule.timesteps, self.schedule.steps
         if len(timesteps) == T and made in (None, timesteps):
             return self.schedule
-        if self.on_mismatch == "resample":
+        if self.on_mismatch == "resample" and self.schedule.forecaster is None:
             return self.schedule.resampled(timesteps)
         if len(timesteps) != T:
             raise ValueError(
                 f"num_inference_steps: this call has {len(timesteps)} steps, the router is for T = {T}"
                 + (f" (timesteps {shorten(made)})" if made else "")
                 + f'; use {T} steps, a router trained for {len(timesteps)}, or on_mismatch="resample"')
+        if self.schedule.forecaster is not None:
+            raise ValueError(f"timesteps: this call's are {shorten(timesteps)}, the forecaster's weights belong to "
+                             f"{shorten(made)}; pass those as timesteps=, or use a forecaster for this scheduler")
         self._warn("timesteps", f"this call's are {shorten(timesteps)}, the router is for {shorten(made)}")
         return self.schedule
 
@@ -187,7 +191,8 @@ class _Trajectory:
         guidance, trained = max(float(arguments["guidance_scale"]), 1.0), self.schedule.guidance
         if trained not in (None, guidance):
             applied._warn("guidance_scale", f"this call's is {guidance:g}, the router was trained with {trained:g}")
-        self.cache = applied.adapter.new_cache(self.schedule.history)
+        self.cache = applied.adapter.new_cache(self.schedule.history) if self.schedule.forecaster is None \
+            else self.schedule.new_cache()
         self.step = 0
         self.view = copy.copy(applied.adapter.transformer)
         vars(self.view)["forward"] = self.forward
@@ -205,7 +210,7 @@ class _Trajectory:
         if s == 0:
             self.hoisted = adapter.hoist(schedule.rows, self.timesteps, *args, **kwargs)
         output = adapter(*args, **kwargs, **next(self.hoisted), row=schedule.rows[s], cache=self.cache,
-                         forecast_weights=schedule.forecast_weights[s])
+                         forecast_weights=schedule.forecast_weights_on(transformer.device)[s])
         return output if hook is None else hook.post_forward(transformer, output)
 
     def _check_step(self, *args, **kwargs) -> None:
@@ -255,7 +260,7 @@ def _make_subclass(base: type) -> type:
 def _schedule(router, threshold: float | None) -> Schedule:
     """The schedule in `apply`'s argument `router`."""
     if isinstance(router, (str, os.PathLike)):
-        path = Router.find(router)
+        path = find(router)
         tensors, metadata = load_tensors(path)
         cls = Schedule if metadata.get("kind") == "schedule" else Router
         router = cls.from_tensors(tensors, metadata, path)

@@ -41,7 +41,7 @@ class PipelineDenoiser(nn.Module):
         self.architecture = self.adapter.architecture
         size = config.sample_size if image_size is None else latent_side(image_size, config.patch_size)
         self.sample_shape = (config.in_channels, size, size)
-        self.tokens = (size // config.patch_size) ** 2
+        self.tokens, self.width = (size // config.patch_size) ** 2, transformer.inner_dim
         self.guidance_channels = config.in_channels  # the learned variance comes after these and is not guided
         self.num_classes = config.num_embeds_ada_norm if prompts is None else len(prompts.texts)
         self._latest: tuple[Tensor, dict] | None = None  # the last call's labels, and their text conditions

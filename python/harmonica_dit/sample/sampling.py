@@ -13,7 +13,7 @@ from .trajectory import Trajectory, check_labels, image_noise
 
 
 @torch.no_grad()
-def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, guidance: float | None = None,
+def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None = None, guidance: float | None = None,
            guidance_channels: int | None = None, seed: int = 0, first: int = 0, scheduler=None, batch: int = 64,
            executor="eager", progress: Callable[[int], None] | None = None) -> Tensor:
     """Samples one image for each label.
@@ -21,7 +21,7 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
     Args:
         net: a denoiser, see `harmonica_dit.load`.
         labels: [n] whole numbers: classes or, of a text model, the numbers of its prompts.
-        steps: T, the scheduler's steps.
+        steps: T, the scheduler's steps; None is the schedule's number, or 20.
         schedule: for this model and T; None computes every branch at every step.
         guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`; None is the
             model's own.
@@ -47,13 +47,16 @@ def sample(net, labels, *, steps: int = 20, schedule: Schedule | None = None, gu
         raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
     for name, value, least in (("batch", batch, 1), ("seed", seed, 0), ("first", first, 0)):
         check_whole(name, value, least)
+    if steps is None:
+        steps = 20 if schedule is None else schedule.steps
     run = _runner(executor)
     device = next(net.parameters()).device
     images = []
     for start in range(0, len(labels), batch):
         part = labels[start : start + batch].to(device)
         trajectory = Trajectory(net, part, steps=steps, scheduler=scheduler, guidance=guidance,
-                                guidance_channels=guidance_channels, seed=seed, first=first + start)
+                                guidance_channels=guidance_channels, seed=seed, first=first + start,
+                                timesteps=own_timesteps(schedule))
         if schedule is not None:
             schedule.check(net, trajectory)
         noise = image_noise(seed, first + start, len(part), net.sample_shape)
@@ -69,13 +72,19 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = N
 
     `harmonica_kernels.compile(denoise)` makes an executor that runs the whole trajectory as one CUDA graph.
     """
-    cache = None if schedule is None else hk.FeatureCache(schedule.history)
+    cache = None if schedule is None else schedule.new_cache()
     rows = [None] * trajectory.steps if schedule is None else schedule.rows
+    weights = None if schedule is None else schedule.forecast_weights_on(noise.device)
     x = trajectory.start(noise)
     for s, precomputed in enumerate(trajectory.hoist(rows)):
-        row = {} if schedule is None else dict(row=rows[s], forecast_weights=schedule.forecast_weights[s], cache=cache)
+        row = {} if schedule is None else dict(row=rows[s], forecast_weights=weights[s], cache=cache)
         x = trajectory.step(x, s, **row, **precomputed)
     return x
+
+
+def own_timesteps(schedule: Schedule | None) -> tuple[float, ...] | None:
+    """The timesteps that a trajectory has to take: a forecaster's weights belong to those of its schedule."""
+    return None if schedule is None or schedule.forecaster is None else schedule.timesteps
 
 
 def _runner(executor) -> Callable[..., Tensor]:

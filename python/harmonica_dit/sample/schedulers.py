@@ -1,7 +1,8 @@
 """Schedulers: the reference's DDIM, and any of diffusers' by its class name."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import diffusers
 import numpy as np
@@ -24,9 +25,14 @@ class ReferenceDDIM(DDIMScheduler):
     def __init__(self):
         super().__init__(**NOISE, clip_sample=False, set_alpha_to_one=True)
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        super().set_timesteps(num_inference_steps, device)  # checks the number
-        spaced = np.round(np.linspace(999, 0, num_inference_steps)).astype(np.int64)
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
+                      timesteps: Sequence[int] | None = None) -> None:
+        if timesteps is None:
+            super().set_timesteps(num_inference_steps, device)  # checks the number
+            spaced = np.round(np.linspace(999, 0, num_inference_steps)).astype(np.int64)
+        else:
+            spaced = np.asarray(timesteps, np.int64)
+            self.num_inference_steps = len(spaced)
         self.timesteps = torch.from_numpy(spaced).to(device)
         abar = self.alphas_cumprod[torch.from_numpy(spaced)].tolist()
         self._alphas = dict(zip(spaced.tolist(), zip(abar, [*abar[1:], 1.0])))
@@ -46,7 +52,8 @@ class ReferenceDDIM(DDIMScheduler):
         return DDIMSchedulerOutput(previous, x0) if return_dict else (previous, x0)
 
 
-def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None) -> SchedulerMixin:
+def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,
+                   timesteps: Sequence[float] | None = None) -> SchedulerMixin:
     """A scheduler set to `steps` steps.
 
     Args:
@@ -55,10 +62,11 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None)
             the configuration of the model's own scheduler or, if that is the reference's, with the reference's betas.
         steps: T, from 1 to 1000.
         net: the denoiser; its `scheduler` is the model's own. Without `net` that is the reference's DDIM.
+        timesteps: the T timesteps, whole and falling within 0..999; None is the scheduler's own choice.
 
     Raises:
-        TypeError, ValueError: there is no such scheduler, it is for models that predict something else, or steps is
-            out of range.
+        TypeError, ValueError: there is no such scheduler, it is for models that predict something else, steps is out
+            of range, or the scheduler takes no timesteps of one's own.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
         raise ValueError(f"steps: got {steps!r}, expected a whole number from 1 to 1000")
@@ -75,7 +83,19 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None)
         made.set_timesteps(steps, mu=_shift(made.config, net.tokens))
     else:
         made.set_timesteps(steps)
+    if timesteps is not None and list(timesteps) != made.timesteps.tolist():
+        _set_own_timesteps(made, steps, list(timesteps))
     return made
+
+
+def _set_own_timesteps(scheduler: SchedulerMixin, steps: int, timesteps: list) -> None:
+    whole = all(float(t).is_integer() and 0 <= t <= 999 for t in timesteps)
+    if not whole or len(timesteps) != steps or any(a <= b for a, b in pairwise(timesteps)):
+        raise ValueError(f"timesteps: got {timesteps}, expected {steps} whole numbers that fall from at most 999 to at "
+                         "least 0")
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"timesteps: {type(scheduler).__name__} chooses its own and takes none")
+    scheduler.set_timesteps(timesteps=[int(t) for t in timesteps])
 
 
 def steps_of(calls: int, scheduler: str | SchedulerMixin | None, net=None) -> int:
@@ -117,7 +137,7 @@ def _make_by_name(name: str, own: SchedulerMixin | None) -> SchedulerMixin:
 def _make_from_config(cls: type[SchedulerMixin], config: Mapping) -> SchedulerMixin:
     """A scheduler of diffusers with another's configuration."""
     if "learned" in (config.get("variance_type") or "") and not issubclass(cls, LEARNED_VARIANCE):
-        config = dict(config) | {"variance_type": None}  # they would keep 3 channels of the output, however many it has
+        config = dict(config) | {"variance_type": None}  # others would keep 3 channels of any output
     return cls.from_config(config)
 
 

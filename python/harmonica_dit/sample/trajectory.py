@@ -1,4 +1,4 @@
-"""A trajectory: all of the way from noise to image but the decision rows. Sampler, trainer and λ refresh use it."""
+"""A trajectory: the way from noise to image, without the decision rows. Sampler, trainer and λ refresh use it."""
 
 import copy
 import inspect
@@ -83,11 +83,12 @@ class Trajectory:
             model's own (facebookresearch/DiT: 3; diffusers' pipelines: all but the variance).
         seed, first: the seed and the number of the first image, for schedulers that draw noise at their steps.
         autocast: "bfloat16" runs the model under autocast in it, None as it is. Everything else stays in x's dtype.
+        timesteps: the T timesteps, from noise to image; None is the scheduler's own choice.
     """
 
     def __init__(self, net, labels: Tensor, *, steps: int, scheduler=None, guidance: float | None = None,
                  guidance_channels: int | None = None, seed: int = 0, first: int = 0,
-                 autocast: str | None = None):
+                 autocast: str | None = None, timesteps: Sequence[float] | None = None):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
         self.executor = run_eagerly  # runs the model in `predict`; may be `harmonica_kernels.compile(run_eagerly)`
         guidance = net.guidance if guidance is None else guidance
@@ -96,7 +97,7 @@ class Trajectory:
         if guidance_channels is not None and guidance_channels < 1:
             raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1")
         self.model = Guided(net, guidance, guidance_channels or net.guidance_channels, autocast)
-        self.scheduler = make_scheduler(scheduler, steps, net)
+        self.scheduler = make_scheduler(scheduler, steps, net, timesteps)
         self.timesteps = [t.item() for t in self.scheduler.timesteps]
         self._t = self.scheduler.timesteps.to(self.labels.device)
         self._linear = isinstance(self.scheduler, ReferenceDDIM)  # its step is a·x + b·ε and keeps no history
@@ -149,15 +150,15 @@ class Trajectory:
         return self.net.hoist(self._t, self._model_labels, rows)
 
     def advance(self, output: Tensor, s: int, x: Tensor) -> Tensor:
-        """x_{s+1} from x_s and the guided output, without grad."""
+        """x_{s+1} from x_s and the guided output; differentiable where grad is enabled."""
         C = x.shape[1]
         learned_variance = "learned" in (self.scheduler.config.get("variance_type") or "")
         if learned_variance and output.shape[1] == C:
             raise ValueError(f"scheduler: {type(self.scheduler).__name__} takes a learned variance, which "
                              f"{self.net.name} does not predict")
-        output = output.detach() if learned_variance else output.detach()[:, :C]
+        output = output if learned_variance else output[:, :C]
         options = {} if self._generators is None else {"generator": self._generators}
-        return self.scheduler.step(output, self.scheduler.timesteps[s], x.detach(), **options).prev_sample
+        return self.scheduler.step(output, self.scheduler.timesteps[s], x, **options).prev_sample
 
     def fork(self) -> "Trajectory":
         """A copy that goes on independently: it has its own multistep history and random state, and shares the model.

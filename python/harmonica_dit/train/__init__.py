@@ -1,5 +1,6 @@
-"""SDT and IEPO: training a router along the whole trajectory."""
+"""Training along the whole trajectory: a router by SDT and IEPO, a forecaster by the gradient of the final image."""
 
+from .forecaster import train_forecaster
 from .train import check_arguments, train_router
 
-__all__ = ["check_arguments", "train_router"]
+__all__ = ["check_arguments", "train_forecaster", "train_router"]

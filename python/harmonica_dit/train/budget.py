@@ -1,4 +1,4 @@
-"""How a training meets its target: β steers the router there, and at the end a threshold freezes it there."""
+"""How a training meets its target: β steers the router there, and at the end a threshold is chosen that meets it."""
 
 import warnings
 
@@ -54,7 +54,7 @@ class Budget:
         above = ranked[ranked > first_out]  # entries of equal value are reused together
         return (first_out + above[-1].item()) / 2 if len(above) else first_out
 
-    def freeze(self, router: Router) -> None:
+    def set_threshold(self, router: Router) -> None:
         """Sets the router's threshold, so that its schedule meets the target as nearly as the scores allow."""
         router.threshold = self.cut(router.scores()[1:])
 

@@ -70,8 +70,8 @@ def normalise(importance: Tensor) -> Tensor:
     """Scales λ [T] to mean 1 over the rows that learn, s ≥ 1. If λ is 0 for all of them, it becomes all ones.
 
     The scale does not change the loss's balance between steps. It gives β a meaning that carries over between models
-    and step counts: β is the mean squared error of the guided output, at a step of average λ, that one branch of
-    average cost is worth. With the raw λ, the same router needs β times the mean of the raw λ.
+    and step counts: at a step of average λ, computing a branch of average cost pays if it lowers the guided output's
+    mean squared error by more than β. With the raw λ, β times the mean of the raw λ gives the same router.
     """
     mean = importance[1:].mean()
     return importance / mean if mean > 0 else torch.ones_like(importance)

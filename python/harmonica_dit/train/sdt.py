@@ -42,6 +42,7 @@ def train_trajectory(router: Router, student: Student, optimizer: torch.optim.Op
         target = student.teacher()
         with torch.enable_grad():
             r = router.score(s)
+            # from scores of its own: `learn` runs a backward through r, and that frees r's graph
             cost = (costs * router.score(s)).sum() * (beta or 0.0)
         output, error, gradient = student.learn(r, target, importance[s], channels)
         values.append(-gradient / costs * (1 - threshold) / (1 - r))

@@ -78,11 +78,13 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
 
     Source: HarmoniCa (Huang et al., ICML 2025, arXiv 2410.01723), section 3; targets and forecasts are ours.
     """
-    settings = Settings(steps, target_speedup, target_cur, beta, trajectories, batch, lr, threshold, importance,
-                        importance_rows, refresh, extrapolation, costs, compare,
-                        net.guidance if guidance is None else guidance,
-                        net.guidance_channels if guidance_channels is None else guidance_channels,
-                        net.scheduler if scheduler is None else scheduler, autocast, seed)
+    settings = Settings(
+        steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta, trajectories=trajectories,
+        batch=batch, lr=lr, threshold=threshold, importance=importance, importance_rows=importance_rows,
+        refresh=refresh, extrapolation=extrapolation, costs=costs, compare=compare,
+        guidance=net.guidance if guidance is None else guidance,
+        guidance_channels=net.guidance_channels if guidance_channels is None else guidance_channels,
+        scheduler=net.scheduler if scheduler is None else scheduler, autocast=autocast, seed=seed)
     check_weights(next(net.parameters()).dtype)
     if executor not in ("captured", "eager"):
         raise ValueError(f'executor: got {executor!r}, expected "captured" or "eager"')
@@ -109,7 +111,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     router = training.router
     router.beta = training.beta
     if budget is not None:
-        budget.freeze(router)
+        budget.set_threshold(router)
         budget.check(router)
     if out is not None:
         from harmonica_dit.evaluate.pictures import plot  # not at the top: matplotlib takes a second to import

@@ -86,3 +86,9 @@ def test_routers_and_schedules_are_read_from_files(net, tmp_path, extrapolation,
     router.save(tmp_path / "run" / "router.safetensors")
     assert from_file(tmp_path / "run" / "router.safetensors", net).name == "run"
     assert frozen.family.startswith("frozen") and mine.speedup(4) == frozen.speedup(4) > 1
+
+
+@pytest.mark.parametrize("speedup, steps", [(1.67, 12), (1.6, 12), (2.5, 8), (1.05, 19), (100.0, 1)])
+def test_fewer_steps_are_those_nearest_to_the_speedup(speedup, steps):
+    method = fewer_steps(20, speedup)
+    assert (method.steps, method.name, method.family) == (steps, f"{steps} steps", "fewer steps")

@@ -87,13 +87,13 @@ def test_hoisted_modulation(monkeypatch, at_once):
         hoisted = list(net.hoist(t, y, rows))
         assert max(sizes) == min(at_once, 5) and sum(sizes) == 5
         caches = [hk.FeatureCache(), hk.FeatureCache()]
-        for s, (row, known) in enumerate(zip(rows, hoisted, strict=True)):
-            mod = known["modulation"]
+        for s, (row, precomputed) in enumerate(zip(rows, hoisted, strict=True)):
+            mod = precomputed["modulation"]
             assert [r is not None for r in mod.shift] == [*(row or (True,) * 6), True]
             assert [r is None for r in mod.scale] == [r is None for r in mod.shift]
             now, again = t[s].expand(4), torch.zeros(4, dtype=torch.long)  # t and y are not read with a modulation
             want = net(x, now, y, row=row, cache=caches[0])
-            got = net(x, again, again, row=row, cache=caches[1], **known)
+            got = net(x, again, again, row=row, cache=caches[1], **precomputed)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -101,7 +101,7 @@ def test_a_reused_step_takes_no_memory_for_shift_and_scale():
     _, net = pair()
     _, _, y = inputs()
     t, rows = torch.arange(8), [None] + [(False,) * 6] * 7
-    found = [known["modulation"] for known in net.hoist(t, y, rows)]
+    found = [precomputed["modulation"] for precomputed in net.hoist(t, y, rows)]
     storages = {row.untyped_storage().data_ptr(): row.untyped_storage().nbytes()
                 for mod in found for part in mod for row in part if row is not None}
     assert sum(storages.values()) == 4 * 24 * (18 + 7 * 6 + 8 * 2) * 4

@@ -16,7 +16,7 @@ class Oracle:
     Args:
         net: a `PlainDiT` in float64. noise: [trajectories, n, C, H, W]. labels: [trajectories, n].
         logits: [T, K], as drawn. flops, fixed: of the K branches, and what no schedule skips.
-        compared, guided: how many leading channels are. The others are called as `train_router` calls them.
+        compared, guided: how many leading channels are. The other arguments are `train_router`'s, by its names.
     """
 
     def __init__(self, net, noise, labels, logits, flops, fixed, *, lr, threshold, importance, importance_rows, refresh,

@@ -1,4 +1,4 @@
-"""Targets: the cut, the threshold it freezes, the β it steers by."""
+"""Targets: the cut, the threshold it sets, the β it steers by."""
 
 import warnings
 
@@ -26,7 +26,7 @@ def test_the_frozen_schedule_is_the_nearest_one_above_the_target(seed, target, l
     scores = torch.rand(5, 3, generator=torch.Generator().manual_seed(seed))
     scores = (scores * levels).round() / levels * 0.9 + 0.05
     router = router_of(scores)
-    Budget(FLOPS, 6, speedup=target).freeze(router)
+    Budget(FLOPS, 6, speedup=target).set_threshold(router)
     found = router.schedule().speedup
     possible = [router.schedule(t).speedup for t in [0.0, *router.scores()[1:].flatten().tolist()]]
     assert found >= target - 1e-9
@@ -37,7 +37,7 @@ def test_the_frozen_schedule_is_the_nearest_one_above_the_target(seed, target, l
 @given(st.integers(0, 10**6), st.floats(0.01, 0.8))
 def test_cur_as_well(seed, target):
     router = router_of(torch.rand(5, 3, generator=torch.Generator().manual_seed(seed)) * 0.98 + 0.01)
-    Budget(FLOPS, 6, cur=target).freeze(router)
+    Budget(FLOPS, 6, cur=target).set_threshold(router)
     assert target - 1e-6 <= router.schedule().cur < target + 1 / 18 + 1e-6
 
 
@@ -64,19 +64,19 @@ def test_impossible_targets_are_refused_with_the_limit():
 
 def test_the_extremes_are_reached():
     router = router_of(torch.rand(5, 3, generator=torch.Generator().manual_seed(0)) * 0.98 + 0.01)
-    Budget(FLOPS, 6, cur=5 / 6).freeze(router)
+    Budget(FLOPS, 6, cur=5 / 6).set_threshold(router)
     assert router.schedule().cur == pytest.approx(5 / 6)
-    Budget(FLOPS, 6, cur=1e-9).freeze(router)
+    Budget(FLOPS, 6, cur=1e-9).set_threshold(router)
     assert router.schedule().cur == pytest.approx(1 / 18)  # from above: one entry at least
 
 
 def test_a_target_between_ties_is_missed_with_a_warning():
     router, budget = router_of(torch.full((5, 3), 0.3)), Budget(FLOPS, 6, cur=0.5)
-    budget.freeze(router)
+    budget.set_threshold(router)
     with pytest.warns(UserWarning, match="target_cur=0.5: .* has 0.8333"):
         budget.check(router)
     router = router_of(torch.linspace(0.1, 0.9, 15).view(5, 3))
-    budget.freeze(router)
+    budget.set_threshold(router)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         budget.check(router)

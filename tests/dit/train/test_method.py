@@ -46,7 +46,7 @@ def learned(model):
     return train(model)
 
 
-def shuffled(schedule, seed, *, within_steps):
+def shuffle(schedule, seed, *, within_steps):
     """Other entries computed, as many of attention and as many of feed-forward: so at the same FLOPs.
 
     Row 0 stays. within_steps: each step computes as many as before, else the steps change too.
@@ -74,11 +74,11 @@ def test_importance_brings_the_images_nearer_to_the_uncached_ones(model, learned
 
 def test_a_learned_schedule_beats_every_random_one(learned, error):
     """The best of twenty was 2.7 to 2.9 times as far off, with two training seeds."""
-    best, ours = min(error(shuffled(learned, seed, within_steps=False)) for seed in range(20)), error(learned)
+    best, ours = min(error(shuffle(learned, seed, within_steps=False)) for seed in range(20)), error(learned)
     assert best > 1.8 * ours
 
 
 def test_which_branches_a_step_computes_is_learned_too(learned, error):
     """Beside how many it computes. With others in their place the error was 1.4 to 2.2 times as large, mean 1.9."""
-    mean, ours = fmean(error(shuffled(learned, seed, within_steps=True)) for seed in range(10)), error(learned)
+    mean, ours = fmean(error(shuffle(learned, seed, within_steps=True)) for seed in range(10)), error(learned)
     assert mean > 1.3 * ours

@@ -113,11 +113,11 @@ def train_three_times(net, router, new_trajectory, noise, run):
     for i in range(3):
         trajectory = new_trajectory()
         trajectory.executor = run
-        walk = Student(router, trajectory, noise + i, cache=cache)
+        student = Student(router, trajectory, noise + i, cache=cache)
         with freeze(net):
-            seen.append(train_trajectory(router, walk, optimizer, torch.arange(float(T), device=noise.device),
+            seen.append(train_trajectory(router, student, optimizer, torch.arange(float(T), device=noise.device),
                                          torch.linspace(0.5, 1.5, K, device=noise.device), 1e-3))
-    return seen, optimizer.found, walk.x
+    return seen, optimizer.found, student.x
 
 
 @pytest.mark.parametrize("coefficients", [False, True])
@@ -266,11 +266,11 @@ class TestOnAGpu:
         for i in range(5):
             trajectory = self.new_trajectory(large)
             trajectory.executor = run
-            walk = Student(router, trajectory, noise, cache=cache)
+            student = Student(router, trajectory, noise, cache=cache)
             torch.cuda.set_sync_debug_mode("error" if i == 4 else "default")
             try:
                 with freeze(large):
-                    train_trajectory(router, walk, optimizer, ones[:6], ones, 1e-4)
+                    train_trajectory(router, student, optimizer, ones[:6], ones, 1e-4)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

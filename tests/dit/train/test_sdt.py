@@ -15,9 +15,9 @@ def optimizer_of(router, lr=0.1):
     return torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], lr, eps=1e-16, weight_decay=0)
 
 
-def run(net, router, walk, optimizer, beta=1e-3, **options):
+def run(net, router, student, optimizer, beta=1e-3, **options):
     with freeze(net):
-        return train_trajectory(router, walk, optimizer, torch.ones(router.steps), COSTS, beta, **options)
+        return train_trajectory(router, student, optimizer, torch.ones(router.steps), COSTS, beta, **options)
 
 
 class Recorder:
@@ -51,8 +51,8 @@ def test_the_student_drives_the_trajectory_with_its_output_from_before_the_updat
                                                                                   noise):
     router = make_router()
     start = router.scores()
-    walk = Student(router, make_trajectory(), noise)
-    run(net, router, walk, optimizer_of(router, lr=1.0))
+    student = Student(router, make_trajectory(), noise)
+    run(net, router, student, optimizer_of(router, lr=1.0))
     assert not torch.equal(router.scores(), start)
     trajectory, cache = make_trajectory(), hk.FeatureCache()
     x = trajectory.start(noise)
@@ -60,8 +60,8 @@ def test_the_student_drives_the_trajectory_with_its_output_from_before_the_updat
         for s in range(5):
             row = dict(row=start[s], threshold=router.threshold) if s else {}
             x = trajectory.advance(trajectory.predict(x, s, cache=cache, **row), s, x)
-    torch.testing.assert_close(walk.x, x, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(walk.x, run_uncached(make_trajectory(), noise), rtol=1e-3)
+    torch.testing.assert_close(student.x, x, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(student.x, run_uncached(make_trajectory(), noise), rtol=1e-3)
 
 
 def run_uncached(trajectory, noise):
@@ -130,13 +130,19 @@ def test_forecasts_are_used(net, make_router, make_trajectory, noise):
     images = []
     for coefficients in (False, True):
         router = make_router(coefficients=coefficients)
-        walk = Student(router, make_trajectory(), noise)
-        run(net, router, walk, optimizer_of(router))
-        images.append(walk.x)
+        student = Student(router, make_trajectory(), noise)
+        run(net, router, student, optimizer_of(router))
+        images.append(student.x)
     assert not torch.allclose(*images, rtol=1e-4)
 
 
-def test_no_gradient_reaches_the_model(net, make_router, make_trajectory, noise):
-    router = make_router()
-    run(net, router, Student(router, make_trajectory(), noise), optimizer_of(router))
-    assert all(p.grad is None for p in net.parameters())
+def test_a_frozen_model_asks_for_no_gradients_and_is_afterwards_what_it_was(net):
+    wanted = [p.requires_grad for p in net.parameters()]
+    assert any(wanted) and not net.training
+    net.train()
+    try:
+        with freeze(net):
+            assert not any(p.requires_grad for p in net.parameters()) and not any(m.training for m in net.modules())
+        assert [p.requires_grad for p in net.parameters()] == wanted and all(m.training for m in net.modules())
+    finally:
+        net.eval()

@@ -233,8 +233,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(net, tmp_
     whole = train_router(net, beta=1e-5, **SMALL)
     real = module.train_trajectory
 
-    def break_one(router, walk, *arguments, **options):
-        seen = real(router, walk, *arguments, **options)
+    def break_one(router, student, *arguments, **options):
+        seen = real(router, student, *arguments, **options)
         return seen._replace(losses=seen.losses * float("nan")) if next(count) == 3 else seen
 
     count = itertools.count()
@@ -249,10 +249,10 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_last_checkpoint(net, 
     whole = train_router(net, beta=1e-5, **SMALL)
     real, count = module.Student.learn, itertools.count()
 
-    def break_one(walk, r, *arguments):
+    def break_one(student, r, *arguments):
         if next(count) == 7:  # the second row of the third trajectory
             r.backward(torch.full_like(r, float("nan")), retain_graph=True)
-        return real(walk, r, *arguments)
+        return real(student, r, *arguments)
 
     monkeypatch.setattr(module.Student, "learn", break_one)
     with pytest.raises(FloatingPointError, match="the router is not finite in trajectory 2"):

@@ -42,6 +42,22 @@ def test_caches(recorder, history):
     assert sum(recording.graph.replays for recording in executor._recordings.values()) > 100
 
 
+@pytest.mark.parametrize("history", [1, 2])
+def test_renewals_that_wait_for_a_backward_come_before_the_call(recorder, history):
+    net, caches, reuse = ThreeBranches(), [hk.FeatureCache(history) for _ in range(2)], (False,) * 3
+    executor = hk.compile(net)
+    first = torch.randn(2, 5, 8)
+    for cache in caches:
+        net(first, cache=cache)
+    for _ in range(8):
+        x = torch.randn(2, 5, 8)
+        for cache in caches:
+            with torch.enable_grad():
+                net(x, row=torch.tensor([0.9, 0.05, 0.9]), cache=cache)
+        assert torch.equal(executor(x, row=reuse, cache=caches[0]), net(x, row=reuse, cache=caches[1]))
+    assert sum(recording.graph.replays for recording in executor._recordings.values()) >= 4
+
+
 def test_a_reset_cache_has_other_memory(recorder):
     """Graphs that know the old memory are not replayed on the new one; the old one stays theirs."""
     net, cache = ThreeBranches(), hk.FeatureCache()

@@ -25,8 +25,9 @@ from .fused import (
 class DiTAdapter(FusedAdapter):
     def __call__(self, hidden_states: Tensor, timestep: Tensor | None = None, class_labels: Tensor | None = None,
                  cross_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True, *,
-                 row: Sequence[bool] | Tensor | None = None,
-                 forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None,
+                 row: Sequence[bool] | Tensor | bool | None = None,
+                 forecast_weights: Sequence[float] | Tensor | hk.TrunkWeights | None = None,
+                 cache: hk.FeatureCache | hk.TrunkCache | None = None,
                  threshold: float = 0.1, modulation: hk.Modulation | None = None):
         """As `DiTTransformer2DModel.forward`; row, forecast_weights, cache, threshold as in `cached_forward`.
 
@@ -36,16 +37,15 @@ class DiTAdapter(FusedAdapter):
         height, width = (side // model.patch_size for side in hidden_states.shape[-2:])
         x = model.pos_embed(hidden_states)
         if modulation is None:
-            hard = row is not None and not isinstance(row, Tensor) and len(row) == len(self.branches)
-            rows = (row if hard else (True,) * len(self.branches),)
-            modulation = self._modulations(timestep, class_labels, x.dtype, rows)[0]
+            soft = isinstance(row, Tensor) or (isinstance(row, Sequence) and len(row) != len(self.branches))
+            modulation = self._modulations(timestep, class_labels, x.dtype, [None if soft else row])[0]
         x = hk.cached_forward(self.branches, x, modulation, row=row, forecast_weights=forecast_weights,
                               cache=cache, threshold=threshold,
                               context=Context(options=attention_options(cross_attention_kwargs)),
                               eps=model.norm_out.eps)
         return finish(unpatchify(model.proj_out_2(x), height, width, model.patch_size), return_dict)
 
-    def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float], hidden_states: Tensor,
+    def hoist(self, rows: Sequence[Sequence[bool] | bool | None], timesteps: Sequence[float], hidden_states: Tensor,
               timestep: Tensor | None = None, class_labels: Tensor | None = None, **_) -> Iterator[dict[str, Any]]:
         """The modulations of the steps with these rows and timesteps. Every block embeds once for all steps.
 
@@ -70,23 +70,29 @@ class DiTAdapter(FusedAdapter):
         return "norm1", "norm1.norm", "norm1.silu", "norm3"
 
     def _modulations(self, timestep: Tensor, labels: Tensor, dtype: torch.dtype,
-                     rows: Sequence[Sequence[bool]]) -> list[hk.Modulation]:
+                     rows: Sequence[Sequence[bool] | bool | None]) -> list[hk.Modulation]:
         """The adaLN-Zero modulations of T steps. Every block embeds timestep and label with its own weights.
 
-        timestep, labels: [T·B], step after step. rows: the T hard rows.
+        timestep, labels: [T·B], step after step. rows: the T hard rows; where the trunk is forecast (False), only the
+        final norm's modulation is computed.
         """
-        blocks = self.transformer.transformer_blocks
-        made = [hk.Modulation([], [], []) for _ in rows]
-        for i, block in enumerate(blocks):
-            condition = F.silu(block.norm1.emb(timestep, labels, hidden_dtype=dtype)).unflatten(0, (len(rows), -1))
-            computed = [[s for s, row in enumerate(rows) if row[k]] for k in (2 * i, 2 * i + 1)]
-            for steps, (shift_scale, gates) in zip(computed, adaln_rows(block.norm1.linear, condition, computed)):
-                shifts_scales = dict(zip(steps, shift_scale))
-                for s, gate in enumerate(gates):
-                    shift, scale = shifts_scales[s].chunk(2, 1) if s in shifts_scales else (None, None)
-                    made[s].shift.append(shift)
-                    made[s].scale.append(scale)
-                    made[s].gate.append(gate)
+        blocks, K = self.transformer.transformer_blocks, len(self.branches)
+        made = [hk.Modulation([None] * K, [None] * K, [None] * K) for _ in rows]
+        run = [s for s, row in enumerate(rows) if row is not False]  # the others run no block
+        batch = len(timestep) // len(rows)
+        of_run = torch.tensor([s * batch + b for s in run for b in range(batch)], device=timestep.device)
+        for i, block in enumerate(blocks if run else ()):
+            some = len(run) < len(rows)
+            times, classes = (timestep[of_run], labels[of_run]) if some else (timestep, labels)
+            condition = F.silu(block.norm1.emb(times, classes, hidden_dtype=dtype)).unflatten(0, (len(run), -1))
+            branches = 2 * i, 2 * i + 1
+            computed = [[j for j, s in enumerate(run) if rows[s] is None or rows[s][k]] for k in branches]
+            for k, steps, (shift_scale, gates) in zip(branches, computed,
+                                                      adaln_rows(block.norm1.linear, condition, computed)):
+                for j, rows_of_step in zip(steps, shift_scale):
+                    made[run[j]].shift[k], made[run[j]].scale[k] = rows_of_step.chunk(2, 1)
+                for s, gate in zip(run, gates):
+                    made[s].gate[k] = gate
         condition = F.silu(blocks[0].norm1.emb(timestep, labels, hidden_dtype=dtype))
         for modulation, final in zip(made, self.transformer.proj_out_1(condition).unflatten(0, (len(rows), -1))):
             shift, scale = final.chunk(2, 1)

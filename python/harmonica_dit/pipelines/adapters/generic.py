@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from harmonica_dit.flops import Flops, flop_counter
-from harmonica_kernels.forward import _check_forecast_weights, _check_row
+from harmonica_kernels.checks import check_forecast_weights, check_row
 
 from .find_branches import feeders, find_branches
 from .generic_cache import GenericCache, Output, is_output, map_tensors, tensors_of
@@ -165,8 +165,8 @@ class GenericAdapter:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold: got {threshold}, expected a number from 0 to 1")
         K = len(self.branch_names)
-        compute = _check_row(K, row, cache)
-        _check_forecast_weights(K, forecast_weights, cache, compute, isinstance(row, Tensor))
+        compute = check_row(K, row, cache)
+        check_forecast_weights(K, forecast_weights, cache, compute, isinstance(row, Tensor))
         self.check()
         again = torch.is_grad_enabled() and getattr(self.transformer, "is_gradient_checkpointing", False)
         if again and row is not None:

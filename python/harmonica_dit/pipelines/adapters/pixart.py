@@ -19,8 +19,9 @@ class PixArtAdapter(FusedAdapter):
                  timestep: Tensor | None = None, added_cond_kwargs: dict[str, Tensor] | None = None,
                  cross_attention_kwargs: dict[str, Any] | None = None, attention_mask: Tensor | None = None,
                  encoder_attention_mask: Tensor | None = None, return_dict: bool = True, *,
-                 row: Sequence[bool] | Tensor | None = None,
-                 forecast_weights: Sequence[float] | Tensor | None = None, cache: hk.FeatureCache | None = None,
+                 row: Sequence[bool] | Tensor | bool | None = None,
+                 forecast_weights: Sequence[float] | Tensor | hk.TrunkWeights | None = None,
+                 cache: hk.FeatureCache | hk.TrunkCache | None = None,
                  threshold: float = 0.1, text: Tensor | None = None,
                  keys_values: dict[nn.Module, tuple[Tensor, Tensor]] | None = None):
         """As `PixArtTransformer2DModel.forward`; row, forecast_weights, cache, threshold as in `cached_forward`.
@@ -49,14 +50,15 @@ class PixArtAdapter(FusedAdapter):
                                               keys_values or {}))
         return finish(unpatchify(model.proj_out(x), height, width, patch), return_dict)
 
-    def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float], hidden_states: Tensor,
+    def hoist(self, rows: Sequence[Sequence[bool] | bool | None], timesteps: Sequence[float], hidden_states: Tensor,
               encoder_hidden_states: Tensor | None = None, *_, **__) -> Iterator[dict[str, Any]]:
         """The projected text, and its keys and values for each cross-attention that a row computes."""
         text = self._text(encoder_hidden_states, len(hidden_states))
         if text is None:
             yield from [{}] * len(rows)
             return
-        bodies = [branch.body for branch, column in zip(self.branches, zip(*rows)) if any(column)]
+        bodies = [branch.body for k, branch in enumerate(self.branches)
+                  if any(row is None or (row is not False and row[k]) for row in rows)]
         keys_values = {body.attn: body.keys_values(text) for body in bodies
                        if isinstance(body, AttentionBody) and body.cross and body.is_plain(text, None, Context())}
         yield from [dict(text=text, keys_values=keys_values)] * len(rows)

@@ -167,6 +167,24 @@ def test_tf32_is_another_graph():
     assert executor.graphs == 2
 
 
+def test_the_least_recently_used_graph_goes_first():
+    executor = hk.compile(Trajectory.run, mode="gated", graphs=2)
+    one, two, three = (Trajectory(2, 2) for _ in range(3))
+    for trajectory in (one, two, one, three):
+        executor(trajectory, torch.randn(trajectory.shape))
+    assert [key[0] for key in executor._loops] == [one, three]
+
+
+def test_the_decisions_of_a_graph_that_is_gone_are_not_read():
+    executor = hk.compile(Trajectory.run, mode="gated", rule="change", graphs=1)
+    trajectory, refused = Trajectory(2, 2), Trajectory(2, 1)
+    executor(trajectory, torch.randn(trajectory.shape))
+    with pytest.raises(ValueError, match="at least 2"):
+        executor(refused, torch.randn(refused.shape))  # after it has made room
+    with pytest.raises(RuntimeError, match="nothing has run yet"):
+        executor.reused  # noqa: B018
+
+
 def test_refusals():
     executor = compile_gated()
     trajectory = Trajectory(3, 4)

@@ -1,0 +1,143 @@
+"""What `cached_forward` refuses, before memory is touched."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .trunk import TrunkCache, TrunkWeights
+
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+# Python reads scores on these devices without waiting. On others the device decides which entries are renewed.
+HOST = ("cpu",)
+
+
+def check_forward(branches, x, mod, row, forecast_weights, cache, threshold) -> Sequence[bool]:
+    """Raises on wrong arguments, before anything is changed. Returns for each branch whether its body is called."""
+    K = len(branches)
+    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+        what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: got {what}, expected a float tensor [B, N, D]")
+    if x.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"x: is on {x.device}; there are kernels for the CPU and for CUDA")
+    if x.dtype not in (*STORAGE, torch.float64):
+        raise TypeError(f"x: got {x.dtype}, expected float32, bfloat16 or float16 (float64 for checking gradients)")
+    check_modulation(branches, x, mod, whole=row is not False)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: got {threshold}, expected a number from 0 to 1")
+    if cache is not None:
+        cache._check(x, K)
+    if isinstance(cache, TrunkCache):
+        check_trunk(row, forecast_weights, cache, x)
+        return (row is not False,) * K
+    if cache is not None:
+        cache.commit()
+    compute = check_row(K, row, cache)
+    check_forecast_weights(K, forecast_weights, cache, compute, isinstance(row, Tensor))
+    return compute
+
+
+def check_modulation(branches, x, mod, whole: bool) -> None:
+    """whole: whether the branches' rows are needed, beside the final norm's."""
+    K, (B, _, D) = len(branches), x.shape
+    dtypes = (torch.float64,) if x.dtype == torch.float64 else STORAGE
+    for name, rows, count in (("shift", mod.shift, K + 1), ("scale", mod.scale, K + 1), ("gate", mod.gate, K)):
+        if len(rows) != count:
+            raise ValueError(f"mod.{name}: got {len(rows)} rows, expected {count} for {K} branches")
+        for k, row in enumerate(rows):
+            if row is not None and (row.dim() != 2 or row.shape[0] not in (1, B) or row.shape[1] != D):
+                raise ValueError(f"mod.{name}[{k}]: got shape {tuple(row.shape)}, expected [{B} or 1, {D}]")
+            if row is not None and (row.device != x.device or row.dtype not in dtypes):
+                raise TypeError(f"mod.{name}[{k}]: got {row.dtype} on {row.device}, expected one of {dtypes} on "
+                                f"{x.device}")
+    for k, branch in enumerate(branches if whole else ()):
+        if branch.gate != (mod.gate[k] is not None):
+            raise ValueError(f"mod.gate[{k}]: got {'no row' if branch.gate else 'a row'}, but branch {k} "
+                             f"says gate={branch.gate}")
+
+
+def check_row(K, row, cache) -> Sequence[bool]:
+    if row is None:
+        return (True,) * K
+    if isinstance(row, Tensor) and not row.is_floating_point():
+        raise TypeError(f"row: got a tensor of {row.dtype}; a hard row is a tuple of Python bools "
+                        "(tensor.tolist()), a soft row a float tensor")
+    if (tuple(row.shape) != (K,)) if isinstance(row, Tensor) else (len(row) != K):
+        got = f"shape {tuple(row.shape)}" if isinstance(row, Tensor) else f"{len(row)} entries"
+        raise ValueError(f"row: got {got}, expected {K}, one for each branch")
+    if isinstance(row, Tensor):
+        if row.device.type in HOST and not torch.compiler.is_compiling() and not row.isfinite().all():
+            raise ValueError(f"row: scores must be finite, got {row.tolist()}")
+        if cache is None:
+            raise ValueError("row: a soft row blends with cached outputs; pass cache=FeatureCache()")
+    else:
+        for k, entry in enumerate(row):
+            if not isinstance(entry, bool):
+                raise TypeError(f"row[{k}]: got {entry!r}, expected a Python bool; for soft scores pass one tensor")
+        if cache is None and not all(row):
+            raise ValueError("row: the row reuses branches; pass cache=FeatureCache()")
+    compute = (True,) * K if isinstance(row, Tensor) else row
+    for k in range(K):
+        if (isinstance(row, Tensor) or not row[k]) and not cache.filled(k):
+            raise ValueError(f"row[{k}]: the cache holds no output of branch {k} yet; the first forward of a "
+                             "trajectory computes everything (row=None)")
+    return compute
+
+
+def check_forecast_weights(K, weights, cache, compute, soft) -> None:
+    if weights is None:
+        return
+    if len(weights) != K:
+        raise ValueError(f"forecast_weights: got {len(weights)}, expected {K}, one for each branch")
+    if isinstance(weights, Tensor):
+        if weights.device.type in HOST and not torch.compiler.is_compiling() and not weights.isfinite().all():
+            raise ValueError(f"forecast_weights: must be finite, got {weights.tolist()}")
+        return
+    for k, e in enumerate(weights):
+        if not -1e6 < e < 1e6:  # NaN fails too
+            raise ValueError(f"forecast_weights[{k}]: got {e}, expected a finite number")
+        if e != 0 and (soft or not compute[k]) and (cache is None or cache.filled(k) < 2):
+            held = 0 if cache is None else cache.filled(k)
+            raise ValueError(f"forecast_weights[{k}]: a forecast needs the branch's last two computed outputs, the "
+                             f"cache holds {held}" + (" (FeatureCache(history=2) keeps two)"
+                                                if cache is None or cache.history == 1 else ""))
+
+
+def check_trunk(row, weights, cache, x) -> None:
+    """Raises if a forward with a TrunkCache is asked for anything but a whole step or a forecast."""
+    if row is not None and row is not False:
+        raise TypeError(f"row: got {row!r:.60}; with a TrunkCache a step is computed whole (None) or forecast (False)")
+    if weights is None:
+        if row is False:
+            raise ValueError("forecast_weights: a forecast of the trunk needs TrunkWeights, got None")
+        return
+    if not isinstance(weights, TrunkWeights):
+        raise TypeError(f"forecast_weights: got {type(weights).__name__}, expected TrunkWeights beside a TrunkCache")
+    width, held = x.shape[2], cache.filled
+    n = len(weights.states) if isinstance(weights.states, Tensor) else -1
+    if row is False and (held == 0 or n == 0):
+        raise ValueError(f"forecast_weights: a forecast needs a cached state, the cache holds {held} and {max(n, 0)} "
+                         "have a weight; the first forward of a trajectory computes everything (row=None)")
+    if n > held:
+        raise ValueError(f"forecast_weights.states: weighs {n} cached states, the cache holds {held}")
+    for name, t, shape in (("states", weights.states, (n, width)), ("tokens", weights.tokens, (n, width)),
+                           ("own", weights.own, (width,))):
+        if t is None and name != "states":
+            continue
+        good = isinstance(t, Tensor) and t.is_floating_point() and t.shape in (shape, (*shape[:-1], 1))
+        if not good:
+            got = f"{t.dtype} of shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"forecast_weights.{name}: got {got}, expected floats of shape {list(shape)} or, for one "
+                             "number for all channels, a last size of 1")
+        if t.device != x.device:
+            raise ValueError(f"forecast_weights.{name}: is on {t.device}, expected {x.device} like x")
+
+
+def check_output(o, h, x, k) -> None:
+    if not isinstance(o, Tensor) or o.shape != x.shape:
+        what = f"shape {tuple(o.shape)}" if isinstance(o, Tensor) else type(o).__name__
+        raise ValueError(f"branches[{k}].body: returned {what}, expected a tensor of shape {tuple(x.shape)}")
+    if o is h or (not torch.compiler.is_compiling()
+                  and o.untyped_storage().data_ptr() == h.untyped_storage().data_ptr()):
+        raise ValueError(f"branches[{k}].body: returned its input or a view of it; x is accumulated in place, so a "
+                         "body must return a tensor of its own")

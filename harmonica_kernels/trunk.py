@@ -1,0 +1,105 @@
+"""The trunk as the unit of reuse: all branches of a forward together, whose result enters the final norm."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .ops import Term
+
+HISTORY = 4  # states kept at most
+
+
+class TrunkWeights(NamedTuple):
+    """How one step makes the state h that the final norm is given, per channel.
+
+        h = base + own∘x + Σ_i states[i]∘c_i + Σ_i tokens[i]∘e_i
+
+    c_i: the trunk's states of the last computed steps, the newest first; e_i: the tokens that entered these steps. At a
+    computed step x is its own state, and base is x. At a forecast step x is the tokens that enter it; base is x if own
+    or tokens is given, else c_0.
+
+    states: [n, D or 1], n ≤ the states that the cache holds. tokens: [n, D or 1] or None. own: [D or 1] or None.
+    """
+
+    states: Tensor
+    tokens: Tensor | None = None
+    own: Tensor | None = None
+
+
+class TrunkCache:
+    """The memory of one trajectory whose steps are computed whole or not at all: its last `history` trunk states.
+
+    Holds at most 2·history·B·N·D values: each state [B, N, D], and the tokens [B, N, D] that entered its forward. They
+    are the forward's own tensors, not copies: so a gradient reaches the forwards that made them, and tokens must not be
+    changed while they are held.
+
+    Args:
+        history: 1 to 4.
+    """
+
+    def __init__(self, history: int = 2):
+        if isinstance(history, bool) or history not in range(1, HISTORY + 1):
+            raise ValueError(f"history: got {history!r}, expected a whole number from 1 to {HISTORY}")
+        self.history = history
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything; the next trajectory may have any shape."""
+        self._kept: list[tuple[Tensor, Tensor]] = []  # states and tokens, newest first
+        self._of: tuple | None = None  # every forward must match: shape, dtype and device of x, number of branches
+        self._open = False  # a forward has begun and not ended
+
+    rewind = reset
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for pair in self._kept for t in pair)
+
+    @property
+    def filled(self) -> int:
+        """How many states the cache holds, 0 to `history`."""
+        return len(self._kept)
+
+    def state(self, i: int) -> Tensor:
+        """The trunk state [B, N, D] of the last computed step (i = 0) or of an earlier one."""
+        return self._kept[i][0]
+
+    def tokens(self, i: int) -> Tensor:
+        """The tokens [B, N, D] that entered the forward of `state(i)`."""
+        return self._kept[i][1]
+
+    # Called by `cached_forward`.
+
+    def _check(self, x: Tensor, branches: int) -> None:
+        """Raises if this cache cannot serve a forward of x [B, N, D] through so many branches."""
+        if self._open:
+            raise RuntimeError("cache: the last forward with this cache did not finish; call cache.reset() and start "
+                               "the trajectory again")
+        now = (x.shape, x.dtype, x.device, branches)
+        if self._of is not None and self._of != now:
+            of = self._of
+            raise ValueError(f"cache: holds states of {of[3]} branches for x of shape {tuple(of[0])}, {of[1]} on "
+                             f"{of[2]}; got {branches} branches and x of shape {tuple(x.shape)}, {x.dtype} on "
+                             f"{x.device}; call cache.reset() before another trajectory")
+
+    def _begin(self, x: Tensor, branches: int) -> None:
+        self._of, self._open = (x.shape, x.dtype, x.device, branches), True
+
+    def _end(self) -> None:
+        self._open = False
+
+    def _keep(self, state: Tensor, tokens: Tensor) -> None:
+        self._kept = [(state, tokens), *self._kept][: self.history]
+
+
+def base_and_terms(weights: TrunkWeights, x: Tensor, kept: Sequence[tuple[Tensor, Tensor]],
+                   computed: bool) -> tuple[Tensor, list[Term]]:
+    """Base, and the run that turns it into h, see `TrunkWeights`. kept: cached states and tokens, newest first."""
+    own, tokens = weights.own, weights.tokens
+    base = x if computed or own is not None or tokens is not None else kept[0][0]
+    weighed = [] if own is None else [(own, x)]
+    weighed += zip(weights.states, (state for state, _ in kept))
+    weighed += zip(() if tokens is None else tokens, (entered for _, entered in kept))
+    return base, [Term(t, None, row.expand(1, x.shape[2])) for row, t in weighed]

@@ -1,0 +1,124 @@
+"""What stands in for the trunk at a step that is not computed, and corrects it at one that is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from harmonica_dit.validate import describe
+from harmonica_kernels import TrunkWeights
+from harmonica_kernels.trunk import HISTORY
+
+
+@dataclass(frozen=True, eq=False)
+class TrunkForecaster:
+    """Weights of the trunk's cached states, for each of T steps; per channel, or one number for all (D = 1).
+
+        forecast step:  h = Σ_i w_i∘c_i + Σ_i v_i∘(e - e_i)
+        computed step:  h = c + a∘c + Σ_i w_i∘(c_i - c)
+
+    h is what the final norm is given; c the step's own state, c_i those of the last computed steps before it, the
+    newest first; e and e_i the tokens that entered these forwards.
+
+    Args:
+        states: w, float32 [T, H, D or 1]; H, the states kept, from 1 to 4.
+        tokens: v, like states, or None for 0.
+        own: a, float32 [T, D or 1], or None for 0.
+        size: values of one image's trunk state, N·D, to count FLOPs by.
+        origin: the method, in words.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or not finite; the message names it.
+    """
+
+    states: Tensor
+    tokens: Tensor | None = None
+    own: Tensor | None = None
+    size: int = 0
+    origin: str = ""
+
+    def __post_init__(self):
+        if not isinstance(self.states, Tensor) or self.states.dim() != 3:
+            raise TypeError(f"forecaster.states: got {describe(self.states)}, expected float32 [T, H, D or 1]")
+        T, H, D = self.states.shape
+        if not 1 <= H <= HISTORY:
+            raise ValueError(f"forecaster.states: weighs {H} states a step, expected 1 to {HISTORY}")
+        for name, shape in (("states", (T, H, D)), ("tokens", (T, H, D)), ("own", (T, D))):
+            table = getattr(self, name)
+            if table is None and name != "states":
+                continue
+            if not isinstance(table, Tensor) or table.dtype != torch.float32 or tuple(table.shape) != shape:
+                raise TypeError(f"forecaster.{name}: got {describe(table)}, expected float32 {list(shape)}")
+            if not table.isfinite().all():
+                raise ValueError(f"forecaster.{name}: has entries that are not finite")
+            object.__setattr__(self, name, table.detach().cpu())
+
+    @property
+    def history(self) -> int:
+        """States that a cache keeps."""
+        return self.states.shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that are not 0."""
+        return sum(int(table.count_nonzero()) for table in (self.states, self.tokens, self.own) if table is not None)
+
+    def flops(self, compute: Sequence[bool]) -> float:
+        """Of a trajectory of batch 1 whose step s is computed iff compute[s]: a multiply and an add for each term."""
+        terms = sum(part.shape[:-1].numel() for step in self.weights(compute) if step for part in step
+                    if part is not None)
+        return 2.0 * self.size * terms
+
+    def weights(self, compute: Sequence[bool]) -> tuple[TrunkWeights | None, ...]:
+        """For each step what `cached_forward` is given; None where a computed step is not corrected.
+
+        compute: [T], whether a step is computed.
+        """
+        made, kept = [], 0
+        for s, computed in enumerate(compute):
+            w = self.states[s, : min(kept, self.history)]
+            if computed:
+                made.append(correction(w, torch.zeros(w.shape[1]) if self.own is None else self.own[s]))
+            else:
+                made.append(forecast(w, None if self.tokens is None else self.tokens[s, : len(w)]))
+            kept += computed
+        return tuple(made)
+
+
+def correction(w: Tensor, a: Tensor) -> TrunkWeights | None:
+    """c + a∘c + Σ_i w_i∘(c_i - c) in the form of `TrunkWeights`. w: [n, D]. a: [D]."""
+    if not w.requires_grad and not a.requires_grad and not w.any() and not a.any():
+        return None
+    return TrunkWeights(w, None, a - w.sum(0))
+
+
+def forecast(w: Tensor, v: Tensor | None) -> TrunkWeights:
+    """Σ_i w_i∘c_i + Σ_i v_i∘(e - e_i) in the form of `TrunkWeights`. w, v: [n, D]."""
+    if v is None or not (v.requires_grad or v.any()):
+        newest = torch.zeros_like(w)
+        newest[0] = 1
+        return TrunkWeights(w - newest)
+    return TrunkWeights(w, -v, v.sum(0) - 1)
+
+
+def taylor(compute: Sequence[bool], order: int, size: int = 0) -> TrunkForecaster:
+    """Lagrange extrapolation of the trunk through its last order + 1 computed steps; order 0 repeats.
+
+    compute: [T], whether a step is computed; the steps may be unevenly spaced.
+
+    Raises:
+        ValueError: order is out of range.
+
+    Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923), whose finite differences these are, here of the trunk.
+    """
+    if isinstance(order, bool) or order not in range(HISTORY):
+        raise ValueError(f"order: got {order!r}, expected a whole number from 0 to {HISTORY - 1}")
+    states = torch.zeros(len(compute), order + 1, 1)
+    for s, computed in enumerate(compute):
+        points = [p for p in range(s) if compute[p]][::-1][: order + 1]
+        if not computed:
+            for i, p in enumerate(points):
+                states[s, i] = prod((s - q) / (p - q) for q in points if q != p)
+    return TrunkForecaster(states, size=size, origin=f"Taylor of order {order}")

@@ -1,0 +1,225 @@
+"""Training a forecaster of the trunk on the final image, through the whole trajectory."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
+from harmonica_dit.forecaster import taylor
+from harmonica_dit.methods import trunk_forecast
+from harmonica_dit.sample.trajectory import Trajectory, image_noise
+from harmonica_dit.schedule import Schedule
+from harmonica_dit.validate import check_whole, is_number
+
+from .frozen_model import freeze
+from .settings import check_weights, fingerprint
+from .start import FIRST_IMAGE
+from .targets import Target, make_targets
+from .unrolled import LearnedForecaster, unroll
+
+EVERY = 25  # iterations between two looks at the held-out images
+SLOWER = 1 / 3  # of the rate of w: v and a, which start at 0
+
+
+def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate", steps: int = 20,
+                     correct: bool = True, history: int = 3, iterations: int = 600, images: int = 1200,
+                     held_out: int = 40, batch: int = 10, lr: float = 4e-3, guidance: float | None = None,
+                     guidance_channels: int | None = None, scheduler: str | None = None, seed: int = 0,
+                     out: str | os.PathLike | None = None, progress: bool = True) -> Schedule:
+    """Learns how to forecast, and to correct, the trunk of `net` so that the final images meet their targets.
+
+    The loss is the mean squared error of the final image [n, C, H, W]. Its gradient runs back through every step and
+    through the cache; each computed step is run again in the backward. The model is frozen. The iterate with the
+    smallest error on the held-out images is kept; their noise is not trained on, and neither is any sampled image's.
+
+    Args:
+        net: a denoiser, see `harmonica_dit.load`.
+        schedule: which steps are computed, whole: a schedule; or a FLOPs speedup, for which they are spread evenly.
+            With timesteps of its own, a schedule is trained on these.
+        target: "uncached": the images of the same trajectory, everything computed. "accurate": a more accurate solution
+            from the same noise: for "ddim" 40 steps of DPM-Solver++, else four times the steps of the scheduler.
+        steps: T, where schedule is a speedup.
+        correct: whether computed steps are corrected, beside the forecasts of the others.
+        history: states kept, 1 to 4.
+        iterations: of Adam (betas 0.9 and 0.99), whose rate falls from lr to 0 along a cosine.
+        images: targets trained on. held_out: targets that decide which iterate is kept. batch: images an iteration.
+        lr: of the weights w; the others learn at a third of it.
+        guidance, guidance_channels, scheduler: of the trajectories; None is the model's own.
+        seed: decides noise, labels and their order.
+        out: folder for targets, checkpoint and the schedule. The same call with the same folder goes on after an
+            interruption and ends with the same bits.
+        progress: whether a progress bar is shown.
+
+    Returns:
+        The schedule with its forecaster; also in `out/forecast.safetensors`.
+
+    Raises:
+        ValueError: an argument is out of range, or what `out` holds is of other settings; the message names it.
+        OSError: `out` cannot be written to.
+        FloatingPointError: the loss is not finite.
+        KeyboardInterrupt: Ctrl-C; the message says how to go on.
+    """
+    for name, value, least in (("steps", steps, 2), ("iterations", iterations, 1), ("images", images, 1),
+                               ("held_out", held_out, 1), ("batch", batch, 1), ("seed", seed, 0)):
+        check_whole(name, value, least)
+    if target not in ("accurate", "uncached"):
+        raise ValueError(f"target: got {target!r}, expected 'accurate' or 'uncached'")
+    if not is_number(lr) or lr <= 0:
+        raise ValueError(f"lr: got {lr!r}, expected a number above 0")
+    check_weights(next(net.parameters()).dtype)
+    guidance = net.guidance if guidance is None else guidance
+    if not isinstance(schedule, Schedule):
+        schedule = trunk_forecast(net, steps, speedup=schedule)
+    compute = [bool(row.all()) for row in schedule.compute]
+    initial = taylor(compute, min(1, history - 1))
+    initial = replace(initial, states=torch.cat([initial.states, torch.zeros(
+        len(compute), history - initial.history, 1)], 1))
+    learned = LearnedForecaster(compute, initial, net.width, correct)
+    if not any(p.requires_grad and p.numel() for p in learned.parameters()):
+        raise ValueError("schedule: computes every step, and correct=False leaves nothing to learn")
+    run = _Run(net, schedule, learned, dict(
+        target=target, history=history, iterations=iterations, images=images, held_out=held_out, batch=batch, lr=lr,
+        guidance=guidance, guidance_channels=guidance_channels, scheduler=scheduler, seed=seed), out, progress)
+    with freeze(net):
+        return run.train()
+
+
+class _Run:
+    """One training: its targets, its parameters and the best of them so far."""
+
+    def __init__(self, net, schedule: Schedule, learned: LearnedForecaster, settings: dict, out, progress: bool):
+        self.net, self.schedule, self.settings, self.show = net, schedule, settings, progress
+        self.out = None if out is None else Path(out)
+        self.device = next(net.parameters()).device
+        self.learned = learned.to(self.device)
+        w = [p for p in learned.states if p.requires_grad]
+        rest = [p for part in (learned.tokens, learned.own) for p in part if p.requires_grad]
+        self.optimizer = torch.optim.Adam([dict(params=w, scale=1.0), dict(params=rest, scale=SLOWER)],
+                                          settings["lr"], betas=(0.9, 0.99))
+        self.done, self.error, self.best = 0, math.inf, {n: t.clone() for n, t in learned.state_dict().items()}
+        total = settings["images"] + settings["held_out"]
+        self.labels = torch.from_numpy(np.random.default_rng((settings["seed"], 4)).permutation(
+            np.arange(total) % net.num_classes))
+        self.about = json.loads(json.dumps(settings | dict(
+            model=net.name, weights=fingerprint(net), compute=list(learned.compute), correct=learned.correct,
+            timesteps=schedule.timesteps)))
+
+    def train(self) -> Schedule:
+        n, batch, lr = self.settings["iterations"], self.settings["batch"], self.settings["lr"]
+        images = self.settings["images"]
+        path = None if self.out is None else self.out / "checkpoint.safetensors"
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn())
+        with Progress(*columns, disable=not self.show) as bar:
+            try:
+                targets = self._targets(bar)
+                if path is not None and path.exists():
+                    self._restore(path)
+                task = bar.add_task("training the forecaster", total=n, completed=self.done)
+                if self.done == 0:
+                    self._look(targets)
+                while self.done < n:
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = lr * group["scale"] * 0.5 * (1 + math.cos(math.pi * self.done / n))
+                    chosen = torch.arange(self.done * batch, (self.done + 1) * batch) % images
+                    loss = (self._images(chosen) - targets[chosen].to(self.device)).square().mean()
+                    if not loss.isfinite():
+                        raise FloatingPointError(f"the loss is not finite in iteration {self.done}; try a smaller lr "
+                                                 f"than {lr:g}")
+                    self.optimizer.zero_grad()
+                    loss.backward()
+                    self.optimizer.step()
+                    self.done += 1
+                    if self.done % EVERY == 0 or self.done == n:
+                        self._look(targets)
+                        if path is not None:
+                            self._save(path)
+                    bar.update(task, advance=1, description=f"error {loss.item() ** 0.5:.4f}, held out "
+                                                            f"{self.error:.4f}")
+            except KeyboardInterrupt:
+                where = "nothing is kept without out=" if path is None else f"the same call goes on from {self.out}"
+                raise KeyboardInterrupt(f"stopped after {self.done} of {n} iterations; {where}") from None
+        self.learned.load_state_dict(self.best)
+        return self._finish()
+
+    def _finish(self) -> Schedule:
+        origin = (f"learned towards the {self.settings['target']} images, held-out error {self.error:.4f}, "
+                  f"{self.settings['iterations']} iterations of {self.settings['batch']} images")
+        forecaster = self.learned.freeze(self.net.tokens * self.net.width, origin)
+        schedule = replace(self.schedule, forecaster=forecaster, guidance=self.settings["guidance"],
+                           timesteps=tuple(self._trajectory(torch.arange(1)).timesteps),
+                           resolution=tuple(self.net.sample_shape[1:]), origin=f"{self._computed()}, {origin}")
+        if self.out is not None:
+            schedule.save(self.out / "forecast.safetensors")
+        return schedule
+
+    def _computed(self) -> str:
+        return f"{sum(self.learned.compute)} of {len(self.learned.compute)} steps computed"
+
+    def _targets(self, bar: Progress) -> Tensor:
+        task = bar.add_task("making targets", total=len(self.labels))
+        settings = self.settings
+        own = settings["scheduler"] or self.net.scheduler
+        if settings["target"] == "uncached":
+            made = Target(self.schedule.steps, None)
+        elif own == "ddim":
+            made = Target(40, "DPMSolverMultistepScheduler")
+        else:
+            made = Target(4 * self.schedule.steps, None)
+        return make_targets(self.net, made, self.labels, seed=settings["seed"], first=FIRST_IMAGE,
+                            guidance=settings["guidance"], guidance_channels=settings["guidance_channels"],
+                            scheduler=settings["scheduler"], batch=max(40, settings["batch"]), folder=self.out,
+                            progress=lambda n: bar.update(task, completed=n))
+
+    def _trajectory(self, numbers: Tensor) -> Trajectory:
+        settings = self.settings
+        return Trajectory(self.net, self.labels[numbers].to(self.device), steps=self.schedule.steps,
+                          scheduler=settings["scheduler"], guidance=settings["guidance"],
+                          guidance_channels=settings["guidance_channels"], timesteps=self.schedule.timesteps)
+
+    def _images(self, numbers: Tensor) -> Tensor:
+        """The images of these numbers, by the weights as they are."""
+        shape, seed = self.net.sample_shape, self.settings["seed"]
+        noise = torch.cat([image_noise(seed, FIRST_IMAGE + i, 1, shape) for i in numbers.tolist()])
+        return unroll(self._trajectory(numbers), noise.to(self.device), self.learned)
+
+    @torch.no_grad()
+    def _look(self, targets: Tensor) -> None:
+        """Keeps the weights if their error on the held-out images, an RMSE, is the smallest so far."""
+        first, held, squares = self.settings["images"], self.settings["held_out"], 0.0
+        for part in torch.arange(first, first + held).split(max(40, self.settings["batch"])):
+            squares += (self._images(part) - targets[part].to(self.device)).square().mean().item() * len(part)
+        error = (squares / held) ** 0.5
+        if error < self.error:
+            self.error = error
+            self.best = {name: t.detach().clone() for name, t in self.learned.state_dict().items()}
+
+    def _save(self, path: Path) -> None:
+        tensors = {f"now.{name}": t for name, t in self.learned.state_dict().items()}
+        tensors |= {f"best.{name}": t for name, t in self.best.items()} | optimizer_tensors(self.optimizer)
+        save_tensors(path, tensors, dict(kind="forecaster training", settings=self.about, done=self.done,
+                                         error=self.error))
+
+    def _restore(self, path: Path) -> None:
+        tensors, metadata = load_tensors(path)
+        theirs = metadata.get("settings")
+        if metadata.get("kind") != "forecaster training" or not isinstance(theirs, dict):
+            raise ValueError(f"{path} is not a checkpoint of a forecaster's training")
+        for name, value in self.about.items():
+            if theirs.get(name) != value:
+                raise ValueError(f"{path} is of a training with {name}={theirs.get(name)!r}, this one has "
+                                 f"{name}={value!r}; give another folder, or remove it to start again")
+        try:
+            now, best = ({name: tensors[f"{which}.{name}"] for name in self.best} for which in ("now", "best"))
+            self.learned.load_state_dict(now)
+            restore_optimizer(self.optimizer, tensors)
+            self.best, self.done, self.error = best, int(metadata["done"]), float(metadata["error"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole checkpoint: {error}") from None

@@ -1,0 +1,120 @@
+"""Forecasts of the trunk on DiT and PixArt, against the plain diffusers model with a hook before its final norm."""
+
+import pytest
+import torch
+
+from harmonica_dit import apply, remove, scheduled
+from harmonica_dit.flops import Flops
+from harmonica_dit.forecaster import TrunkForecaster, taylor
+from harmonica_dit.pipelines.adapters import adapt
+from harmonica_dit.schedule import Schedule
+from support.pipes import make_pipe, names_of, run, small_dit
+from support.tolerance import assert_close
+
+COMPUTED = [True, False, True, False, False, True]
+
+
+def trunk_schedule(transformer, forecaster=None, **made_for):
+    names = names_of(transformer)
+    compute = torch.tensor(COMPUTED)[:, None].repeat(1, len(names))
+    return Schedule(compute, names, Flops((1.0,) * len(names), 1.0), **made_for,
+                    forecaster=forecaster or taylor(COMPUTED, 2))
+
+
+def random_forecaster(width, seed=0):
+    """With tokens' weights and corrections."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: 0.3 * torch.randn(*shape, generator=generator)
+    return TrunkForecaster(draw(6, 2, width) + torch.tensor([1.0, 0.0])[:, None], draw(6, 2, width), draw(6, width))
+
+
+class TrunkHook:
+    """Computes every step on the plain model and replaces what enters the final norm by the forecaster's definition."""
+
+    def __init__(self, transformer, forecaster):
+        self.step, self.kept, self.forecaster = -1, [], forecaster
+        self.handles = [transformer.pos_embed.register_forward_hook(self.embed),
+                        transformer.norm_out.register_forward_pre_hook(self.norm)]
+
+    def embed(self, module, args, output):
+        self.step, self.tokens = self.step + 1, output
+
+    def norm(self, module, args):
+        state, s, f = args[0], self.step, self.forecaster
+        tables = [None if t is None else t[s] for t in (f.states, f.tokens, f.own)]
+        w, v, a = tables
+        if COMPUTED[s]:
+            h = state if a is None else state + a * state
+            for i, (c, _) in enumerate(self.kept):
+                h = h + w[i] * (c - state)
+            self.kept = [(state, self.tokens), *self.kept][: f.history]
+            return (h,)
+        h = sum(w[i] * c for i, (c, _) in enumerate(self.kept))
+        if v is not None:
+            h = h + sum(v[i] * (self.tokens - e) for i, (_, e) in enumerate(self.kept))
+        return (h,)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@torch.no_grad()
+def test_forwards_equal_the_plain_models_under_the_hook(small, learned):
+    model, inputs = small
+    adapter = adapt(model)
+    schedule = trunk_schedule(model, random_forecaster(model.inner_dim) if learned else None)
+    times = [900.0, 700.0, 500.0, 300.0, 200.0, 0.0]
+    steps = [inputs | dict(timestep=torch.full_like(inputs["timestep"], int(t)),
+                           hidden_states=inputs["hidden_states"] * (1 + 0.1 * s)) for s, t in enumerate(times)]
+    with TrunkHook(model, schedule.forecaster):
+        expected = [model(**step).sample for step in steps]
+    for hoisted in ([{}] * 6, adapter.hoist(schedule.rows, times, **inputs)):
+        cache = schedule.new_cache()
+        for s, (step, more) in enumerate(zip(steps, hoisted, strict=True)):
+            found = adapter(**step, **more, row=schedule.rows[s], cache=cache,
+                            forecast_weights=schedule.forecast_weights[s]).sample
+            assert_close(found, expected[s])
+
+
+@pytest.mark.parametrize("kind", ["dit", "sigma"])
+def test_a_forecast_step_runs_no_block(kind):
+    pipe = make_pipe(kind)
+    schedule = trunk_schedule(pipe.transformer)
+    calls, queries = [], [block.attn1.to_q for block in pipe.transformer.transformer_blocks]
+    for linear in queries:
+        linear.register_forward_hook(lambda *_: calls.append(1))
+    apply(pipe, schedule)
+    run(pipe, steps=6)
+    assert len(calls) == sum(COMPUTED) * len(queries)
+
+
+@pytest.mark.parametrize("kind", ["dit", "sigma"])
+def test_a_pipeline_gives_what_the_hook_gives(kind):
+    pipe = make_pipe(kind)
+    schedule = trunk_schedule(pipe.transformer, random_forecaster(pipe.transformer.inner_dim))
+    with TrunkHook(pipe.transformer, schedule.forecaster):
+        expected = run(pipe, steps=6)
+    apply(pipe, schedule)
+    assert_close(run(pipe, steps=6), expected)
+    assert_close(run(pipe, steps=6), expected)  # the second call starts afresh
+    remove(pipe)
+
+
+def test_other_timesteps_are_refused():
+    pipe = make_pipe("dit")
+    apply(pipe, trunk_schedule(pipe.transformer, timesteps=(900, 700, 500, 300, 200, 0)))
+    with pytest.raises(ValueError, match="the forecaster's weights belong to"):
+        run(pipe, steps=6)
+    with pytest.raises(ValueError, match="this call has 5 steps, the router is for T = 6"):
+        run(pipe, steps=5)
+
+
+def test_a_model_that_does_not_run_branch_by_branch_is_refused():
+    model = small_dit()
+    with pytest.raises(ValueError, match="forecasts the trunk"), scheduled(model, trunk_schedule(model)):
+        pass

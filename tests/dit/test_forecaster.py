@@ -1,0 +1,159 @@
+"""Forecasters of the trunk: Taylor's weights by hand, what is refused, files, the bundled ones."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from harmonica_dit import load, sample
+from harmonica_dit.fashion import FORECASTS
+from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.flops import Flops
+from harmonica_dit.forecaster import TrunkForecaster, taylor
+from harmonica_dit.methods import trunk_forecast
+from harmonica_dit.methods.trunk import spread
+from harmonica_dit.schedule import Schedule
+
+WHOLE = [True, False, True, False, False, True]
+
+
+def make(forecaster=None, compute=WHOLE, **options):
+    rows = torch.tensor(compute)[:, None].repeat(1, 2)
+    return Schedule(rows, ("a", "b"), Flops((3.0, 5.0), 2.0), forecaster=forecaster or taylor(compute, 1), **options)
+
+
+def test_taylor_extrapolates_polynomials_exactly():
+    """Order p is exact for polynomials of degree p, also from unevenly spaced steps."""
+    compute = [True, True, False, True, False, False, False, True, False]
+    for order in range(4):
+        forecaster = taylor(compute, order)
+        for s, computed in enumerate(compute):
+            points = [p for p in range(s) if compute[p]][::-1][: order + 1]
+            if computed or len(points) <= order:
+                continue
+            for degree in range(order + 1):
+                found = sum(w * p**degree for w, p in zip(forecaster.states[s, :, 0].tolist(), points))
+                assert found == pytest.approx(s**degree, rel=1e-5)
+
+
+def test_weights_in_the_kernels_form():
+    """Of a corrected and of two forecast steps, with and without tokens; nothing where a step is not corrected."""
+    states, own = torch.zeros(3, 1, 2), torch.zeros(3, 2)
+    states[1], states[2], own[2] = torch.tensor([0.5, 2.0]), torch.tensor([0.25, 0.0]), torch.tensor([1.0, 0.0])
+    first, forecast, corrected = TrunkForecaster(states, None, own).weights([True, False, True])
+    assert first is None
+    assert forecast.own is None and forecast.tokens is None
+    assert torch.equal(forecast.states, torch.tensor([[-0.5, 1.0]]))  # beside the state itself
+    assert torch.equal(corrected.states, torch.tensor([[0.25, 0.0]]))
+    assert torch.equal(corrected.own, torch.tensor([0.75, 0.0]))
+    tokens = torch.full((3, 1, 2), 0.5)
+    _, forecast, _ = TrunkForecaster(states, tokens, own).weights([True, False, True])
+    assert torch.equal(forecast.states, states[1]) and torch.equal(forecast.tokens, -tokens[1])
+    assert torch.equal(forecast.own, torch.tensor([-0.5, -0.5]))  # x is the tokens, which come in with 0.5
+
+
+def test_flops_of_the_forecaster_count():
+    plain, counted = make(), make(replace(taylor(WHOLE, 1), size=7))
+    assert plain.speedup == pytest.approx(6 * 10 / (6 * 2 + 3 * 8))
+    terms = 1 + 2 + 2  # states weighed at the three forecast steps
+    assert counted.speedup == pytest.approx(6 * 10 / (6 * 2 + 3 * 8 + 2 * 7 * terms))
+
+
+@pytest.mark.parametrize("arguments, kind, message", [
+    (dict(states=torch.zeros(6, 2)), TypeError, "states: got torch.float32 of shape"),
+    (dict(states=torch.zeros(6, 5, 1)), ValueError, "weighs 5 states"),
+    (dict(states=torch.zeros(6, 2, 1).double()), TypeError, "states: got torch.float64"),
+    (dict(states=torch.full((6, 2, 1), float("nan"))), ValueError, "states: has entries that are not finite"),
+    (dict(states=torch.zeros(6, 2, 3), tokens=torch.zeros(6, 2, 1)), TypeError, "tokens: got"),
+    (dict(states=torch.zeros(6, 2, 3), own=torch.zeros(5, 3)), TypeError, "own: got"),
+    (dict(states=torch.zeros(6, 2, 3), own=torch.full((6, 3), float("inf"))), ValueError, "own: has entries")])
+def test_what_is_no_forecaster_is_refused(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        TrunkForecaster(**arguments)
+
+
+def test_a_schedule_that_does_not_fit_its_forecaster_is_refused():
+    with pytest.raises(ValueError, match="for 5 steps, the schedule has 6"):
+        make(TrunkForecaster(torch.zeros(5, 1, 1)))
+    with pytest.raises(TypeError, match="got str, expected a TrunkForecaster"):
+        make("taylor")
+    compute = torch.tensor(WHOLE)[:, None].repeat(1, 2)
+    compute[2, 0] = False
+    with pytest.raises(ValueError, match=r"steps \[2\] are computed in part"):
+        replace(make(), compute=compute)
+    with pytest.raises(ValueError, match="give one of both"):
+        make(extrapolation=torch.ones(6, 2))
+    with pytest.raises(ValueError, match="cannot be mapped"):
+        make(timesteps=(9, 8, 7, 6, 5, 4)).resampled((9, 5))
+    with pytest.raises(ValueError, match='mode="gated" does not'):
+        make().decision_tables()
+
+
+@pytest.mark.parametrize("kind", ["taylor", "learned"])
+def test_a_file_gives_the_schedule_back(tmp_path, kind):
+    forecaster = taylor(WHOLE, 2, 5) if kind == "taylor" else TrunkForecaster(
+        torch.randn(6, 3, 4), torch.randn(6, 3, 4), torch.randn(6, 4), 5, "learned")
+    schedule = make(forecaster, timesteps=(9, 8, 7, 6, 5, 4))
+    schedule.save(tmp_path / "s.safetensors")
+    found = Schedule.load(tmp_path / "s.safetensors")
+    assert (found.rows, found.timesteps, found.speedup) == (schedule.rows, schedule.timesteps, schedule.speedup)
+    assert (found.forecaster.size, found.forecaster.origin) == (5, forecaster.origin)
+    for name in ("states", "tokens", "own"):
+        mine, theirs = getattr(found.forecaster, name), getattr(forecaster, name)
+        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(format=1), "expected format version 2, got 1"), (dict(forecaster={}), "its forecaster has no 'size'"),
+    (dict(forecaster=None), "expected format version")])
+def test_a_damaged_file_is_refused(tmp_path, change, message):
+    make().save(tmp_path / "s.safetensors")
+    tensors, metadata = load_tensors(tmp_path / "s.safetensors")
+    metadata |= change
+    if metadata["forecaster"] is None:
+        del metadata["forecaster"]
+    save_tensors(tmp_path / "s.safetensors", tensors, metadata)
+    with pytest.raises(ValueError, match=message):
+        Schedule.load(tmp_path / "s.safetensors")
+
+
+def test_computed_steps_are_spread_evenly():
+    assert spread(10, 3) == [s in (0, 3, 6) for s in range(10)] and all(spread(7, 7)) and spread(5, 1) == [True] + 4 * [
+        False]
+
+
+@pytest.mark.parametrize("speedup", [1.5, 2.0, 2.8, 4.0])
+def test_a_speedup_is_met_by_as_few_steps_as_it_takes(speedup):
+    net = load("fashion-dit")
+    schedule = trunk_forecast(net, 20, speedup=speedup)
+    computed = int(schedule.compute[:, 0].sum())
+    more = Schedule(torch.tensor(spread(20, computed + 1))[:, None].repeat(1, 16), net.branch_names, schedule.flops)
+    assert schedule.speedup >= speedup > more.speedup * 0.99
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(every=0), "every: got 0"), (dict(), "give exactly one of them"), (dict(every=2, speedup=2.0), "exactly one"),
+    (dict(speedup=0.5), "speedup: got 0.5"), (dict(speedup=1000.0), "expected at most"),
+    (dict(every=2, order=4), "order: got 4")])
+def test_what_cannot_be_forecast_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        trunk_forecast(load("fashion-dit"), 20, **arguments)
+
+
+BUNDLED = sorted(file.stem for file in FORECASTS.glob("*"))
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_forecast_does_what_its_name_says(name):
+    """Its speedup, at most 1 % of the model's parameters, and images nearer to its target than Taylor's."""
+    net, schedule = load("fashion-dit"), Schedule.load(name)
+    speedup, uncached = re.fullmatch(r"fashion-dit-forecast-([\d.]+)x(-uncached)?", name).groups()
+    assert schedule.speedup == pytest.approx(float(speedup), 0.02)
+    assert schedule.forecaster.parameters <= 0.01 * sum(p.numel() for p in net.parameters())
+    labels, options = torch.arange(10), dict(seed=3, guidance=1.5)
+    solver = dict(steps=20) if uncached else dict(steps=40, scheduler="DPMSolverMultistepScheduler")
+    target = sample(net, labels, **solver, **options)
+    errors = [(sample(net, labels, schedule=one, **options) - target).square().mean() ** 0.5 for one in (
+        schedule, *(replace(schedule, forecaster=taylor(schedule.compute[:, 0].tolist(), order)) for order in (1, 2)))]
+    assert BUNDLED and errors[0] < 0.8 * min(errors[1:])
