@@ -60,7 +60,7 @@ PARTS = (
         TRAIN + "student.py": (*METHOD, RECORDED),
         TRAIN + "train.py": (*METHOD, RECORDED, PIPELINES),
     }),
-    Part("training a forecaster", 12, {TRAIN + file: (TESTS_OF_TRAIN + "test_forecaster.py",) for file in (
+    Part("training a forecaster", 12, {TRAIN + file: (TESTS_OF_TRAIN + "test_train_forecaster.py",) for file in (
         "forecaster.py", "targets.py", "unrolled.py")}),
     Part("forward and cache", 14, {
         HK + "forward.py": (*FORWARD, TRUNK),
