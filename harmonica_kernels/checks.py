@@ -8,8 +8,12 @@ from torch import Tensor
 from .trunk import TrunkCache, TrunkWeights
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
-# Python reads scores on these devices without waiting. On others the device decides which entries are renewed.
 HOST = ("cpu",)
+
+
+def is_host(device: str) -> bool:
+    """Whether Python reads what lies on such a device without waiting. Elsewhere the device decides what is renewed."""
+    return device in HOST
 
 
 def check_forward(branches, x, mod, row, forecast_weights, cache, threshold) -> Sequence[bool]:
@@ -66,7 +70,7 @@ def check_row(K, row, cache) -> Sequence[bool]:
         got = f"shape {tuple(row.shape)}" if isinstance(row, Tensor) else f"{len(row)} entries"
         raise ValueError(f"row: got {got}, expected {K}, one for each branch")
     if isinstance(row, Tensor):
-        if row.device.type in HOST and not torch.compiler.is_compiling() and not row.isfinite().all():
+        if is_host(row.device.type) and not torch.compiler.is_compiling() and not row.isfinite().all():
             raise ValueError(f"row: scores must be finite, got {row.tolist()}")
         if cache is None:
             raise ValueError("row: a soft row blends with cached outputs; pass cache=FeatureCache()")
@@ -90,7 +94,7 @@ def check_forecast_weights(K, weights, cache, compute, soft) -> None:
     if len(weights) != K:
         raise ValueError(f"forecast_weights: got {len(weights)}, expected {K}, one for each branch")
     if isinstance(weights, Tensor):
-        if weights.device.type in HOST and not torch.compiler.is_compiling() and not weights.isfinite().all():
+        if is_host(weights.device.type) and not torch.compiler.is_compiling() and not weights.isfinite().all():
             raise ValueError(f"forecast_weights: must be finite, got {weights.tolist()}")
         return
     for k, e in enumerate(weights):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache import FeatureCache
-from .checks import HOST, check_forward, check_output
+from .checks import check_forward, check_output, is_host
 from .ops import Term, blend_residual_norm, residual_norm
 from .trunk import TrunkCache, TrunkWeights, base_and_terms
 
@@ -115,7 +115,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         check_output(o, h, x, k)
         if soft:
             stream.blend(o, row[k], cache, k, mod.gate[k], forecast_weights)
-            if device not in HOST:
+            if not is_host(device):
                 stream.renew = partial(cache._renew, k, row[k].detach(), threshold)  # the device decides
             elif row[k].item() > threshold:
                 stream.renew = partial(cache._renew, k, None, threshold)
@@ -213,7 +213,7 @@ class _Stream:
 
     def _weights_on_device(self) -> bool:
         """Whether reading a forecast weight as a number would wait for the device."""
-        return any(isinstance(weight, Tensor) and weight.device.type not in HOST for weight in self.weights)
+        return any(isinstance(weight, Tensor) and not is_host(weight.device.type) for weight in self.weights)
 
     def _wants_grad(self, shift: Tensor | None, scale: Tensor | None) -> bool:
         if not torch.is_grad_enabled():

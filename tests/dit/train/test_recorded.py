@@ -19,7 +19,7 @@ from harmonica_dit.train.frozen_model import checkpoint_bodies, freeze
 from harmonica_dit.train.importance import measure_importance
 from harmonica_dit.train.sdt import train_trajectory
 from harmonica_dit.train.student import Student, new_executor, student_step
-from harmonica_kernels import forward
+from harmonica_kernels import checks
 from support.cpu_recorder import CpuRecorder
 
 SETTINGS = dict(steps=5, batch=2, lr=0.1, refresh=10, progress=False, trajectories=8, beta=1e-4)
@@ -33,7 +33,7 @@ CASES = [dict(), dict(importance="gain"), dict(extrapolation="learned"), dict(ex
 def recorder(monkeypatch):
     """Calls are recorded from now on, and scores read by the device alone."""
     CpuRecorder.install(monkeypatch)
-    monkeypatch.setattr(forward, "HOST", ())
+    monkeypatch.setattr(checks, "HOST", ())
     return CpuRecorder
 
 
@@ -59,7 +59,7 @@ def test_a_recorded_training_ends_with_the_same_bits(net, monkeypatch, executors
     eager = train_router(net, **SETTINGS | options)
     assert executors.pop().graphs == 0
     CpuRecorder.install(monkeypatch)
-    monkeypatch.setattr(forward, "HOST", ())
+    monkeypatch.setattr(checks, "HOST", ())
     assert equals(train_router(net, **SETTINGS | options), eager)
     [executor] = executors
     replays = sum(recording.graph.replays for recording in executor._recordings.values())
@@ -71,7 +71,7 @@ def test_a_training_can_be_told_not_to_record(net, monkeypatch, executors):
     on_host = train_router(net, **options)
     executors.clear()
     CpuRecorder.install(monkeypatch)
-    monkeypatch.setattr(forward, "HOST", ())
+    monkeypatch.setattr(checks, "HOST", ())
     assert equals(train_router(net, executor="eager", **options), on_host)
     assert not executors
 
@@ -126,7 +126,7 @@ def test_gradients_and_losses(net, make_router, make_trajectory, noise, monkeypa
     router = make_router(coefficients=coefficients, learned=coefficients)
     seen, gradients, image = train_three_times(net, router, make_trajectory, noise, run_eagerly)
     CpuRecorder.install(monkeypatch)
-    monkeypatch.setattr(forward, "HOST", ())
+    monkeypatch.setattr(checks, "HOST", ())
     run = new_executor(net, 5)
     again, found, other = train_three_times(net, router, make_trajectory, noise, run)
     assert sum(recording.graph.replays for recording in run._recordings.values()) > 20
@@ -145,7 +145,7 @@ def test_importance_of_changing_routers_from_one_executor(net, make_router, make
     routers = [make_router(coefficients=True, scale=scale) for scale in (1.0, 2.0, 3.0, 4.0)]
     eager = [measure_importance(router, make_trajectory(), noise, kind=kind, rows=rows) for router in routers]
     CpuRecorder.install(monkeypatch)
-    monkeypatch.setattr(forward, "HOST", ())
+    monkeypatch.setattr(checks, "HOST", ())
     run, cache, graphs = new_executor(net, 5), hk.FeatureCache(2), []
     for router, expected in zip(routers, eager, strict=True):
         trajectory = make_trajectory()
@@ -190,7 +190,7 @@ def test_the_student_reads_no_value(net, recorder, monkeypatch):
     with freeze(net), torch.no_grad():
         with mode:
             steps()
-        monkeypatch.setattr(forward, "HOST", ("cpu",))
+        monkeypatch.setattr(checks, "HOST", ("cpu",))
         with pytest.raises(AssertionError), mode:
             cache.rewind()
             steps()
