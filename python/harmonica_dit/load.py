@@ -105,7 +105,7 @@ def read_checkpoint(path: str | os.PathLike):
     """Reads a safetensors or `.pt` file of tensors in plain containers. No code in the file is run.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
         ValueError: it is damaged, or holds anything else.
     """
     path = Path(path)
@@ -116,5 +116,7 @@ def read_checkpoint(path: str | os.PathLike):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # facebookresearch/DiT's checkpoints hold one
             return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):  # the file may well be whole
+        raise
     except Exception as error:  # torch passes on the errors of its readers: pickle, zip and runtime errors
         raise ValueError(f"{path} is not a checkpoint of plain tensors: {error}") from None

@@ -170,6 +170,21 @@ def test_what_the_hardware_lacks_is_said(of_quantized):
         assert "speedup_both" not in of_quantized[kind]
 
 
+def test_an_error_of_ours_is_not_called_the_hardwares(monkeypatch):
+    init = bench_quantized.Pipeline.__init__
+
+    def refuse_quantized(self, transformer, arguments, schedule=None):
+        if schedule is not None and transformer in made:
+            raise ValueError("ours")
+        init(self, transformer, arguments, schedule)
+
+    made, quantize = [], bench_quantized.quantize
+    monkeypatch.setattr(bench_quantized.Pipeline, "__init__", refuse_quantized)
+    monkeypatch.setattr(bench_quantized, "quantize", lambda *args: made.append(quantize(*args)) or made[-1])
+    with pytest.raises(ValueError, match="ours"):
+        bench_quantized.measure(**bench_quantized.TINY)
+
+
 def test_quantization_is_of_the_blocks_linears_alone():
     pytest.importorskip("torchao")
     transformer, _ = MODELS["pixart-alpha-256"].build(1, 1)

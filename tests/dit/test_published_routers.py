@@ -146,6 +146,17 @@ def test_hostile_files_are_refused_by_name(net, tmp_path):
     check_refusal("DiT-XL/2 has 56 branches.*net=", {"routers": good}, net=None)
 
 
+@pytest.mark.parametrize("error", [PermissionError("not yours"), MemoryError()])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, error):
+    def load(*args, **kwargs):
+        raise error
+
+    path = write(tmp_path / "r.pt", logits())
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)):
+        load_published_router(path)
+
+
 def test_arguments_are_checked(net, tmp_path):
     path = write(tmp_path / "r.pt", logits())
     with pytest.raises(ValueError, match="kind: got 'teacache'.*learning-to-cache"):
