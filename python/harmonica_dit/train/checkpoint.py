@@ -50,10 +50,7 @@ class Training:
         kind = metadata.get("kind"), metadata.get("format")
         if kind != ("router training", FORMAT) or not isinstance(theirs, dict):
             raise ValueError(f"{path} is not a whole training checkpoint of format version {FORMAT}")
-        for name, value in record.items():
-            if theirs.get(name) != value:
-                raise ValueError(f"{path} is of a training with {name}={theirs.get(name)!r}, this one has "
-                                 f"{name}={value!r}; give another folder, or remove it to start again")
+        check_same_settings(path, theirs, record)
         try:
             self._take(tensors, metadata)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -76,6 +73,14 @@ class Training:
         if self.beta is not None and not is_number(self.beta):
             raise ValueError(f"beta is {self.beta!r}")
         self.trajectory = check_whole("trajectory", metadata["trajectory"], 0)
+
+
+def check_same_settings(path: Path, theirs: dict, ours: dict) -> None:
+    """Raises ValueError, which names the first difference, if a checkpoint is of a training with other settings."""
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise ValueError(f"{path} is of a training with {name}={theirs.get(name)!r}, this one has "
+                             f"{name}={value!r}; give another folder, or remove it to start again")
 
 
 def check_like(name: str, tensor: Tensor, expected: Tensor) -> Tensor:

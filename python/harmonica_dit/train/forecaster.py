@@ -17,7 +17,9 @@ from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_whole, is_number
+from harmonica_kernels.trunk import HISTORY
 
+from .checkpoint import check_like, check_same_settings
 from .frozen_model import freeze
 from .settings import check_weights, fingerprint
 from .start import FIRST_IMAGE
@@ -69,6 +71,8 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     for name, value, least in (("steps", steps, 2), ("iterations", iterations, 1), ("images", images, 1),
                                ("held_out", held_out, 1), ("batch", batch, 1), ("seed", seed, 0)):
         check_whole(name, value, least)
+    if isinstance(history, bool) or history not in range(1, HISTORY + 1):
+        raise ValueError(f"history: got {history!r}, expected a whole number from 1 to {HISTORY}")
     if target not in ("accurate", "uncached"):
         raise ValueError(f"target: got {target!r}, expected 'accurate' or 'uncached'")
     if not is_number(lr) or lr <= 0:
@@ -119,9 +123,10 @@ class _Run:
                    TimeRemainingColumn())
         with Progress(*columns, disable=not self.show) as bar:
             try:
+                # Before the targets, which take minutes: the folder may be of another training, or read-only.
+                if path is not None:
+                    self._restore(path) if path.exists() else self._save(path)
                 targets = self._targets(bar)
-                if path is not None and path.exists():
-                    self._restore(path)
                 task = bar.add_task("training the forecaster", total=n, completed=self.done)
                 if self.done == 0:
                     self._look(targets)
@@ -212,14 +217,12 @@ class _Run:
         theirs = metadata.get("settings")
         if metadata.get("kind") != "forecaster training" or not isinstance(theirs, dict):
             raise ValueError(f"{path} is not a checkpoint of a forecaster's training")
-        for name, value in self.about.items():
-            if theirs.get(name) != value:
-                raise ValueError(f"{path} is of a training with {name}={theirs.get(name)!r}, this one has "
-                                 f"{name}={value!r}; give another folder, or remove it to start again")
+        check_same_settings(path, theirs, self.about)
         try:
-            now, best = ({name: tensors[f"{which}.{name}"] for name in self.best} for which in ("now", "best"))
+            now, best = ({name: check_like(f"{which}.{name}", tensors[f"{which}.{name}"], t)
+                          for name, t in self.best.items()} for which in ("now", "best"))
             self.learned.load_state_dict(now)
             restore_optimizer(self.optimizer, tensors)
-            self.best, self.done, self.error = best, int(metadata["done"]), float(metadata["error"])
+            self.best, self.done, self.error = best, check_whole("done", metadata["done"], 0), float(metadata["error"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a whole checkpoint: {error}") from None

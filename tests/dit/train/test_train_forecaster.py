@@ -1,8 +1,11 @@
 """Training a forecaster: its gradient, what it learns, resuming, files, what is refused."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.forecaster import TrunkForecaster, taylor
 from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.sample import sample
@@ -101,6 +104,46 @@ def test_an_interrupted_training_ends_with_the_same_bits(net, tmp_path):
         train_forecaster(net, 1.8, out=tmp_path / "run", **settings | dict(lr=0.01))
 
 
+@contextmanager
+def never_called(net):
+    def fail(module, inputs):
+        raise AssertionError("the model ran")
+
+    handle = net.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_runs(net, tmp_path):
+    (tmp_path / "file").write_text("")
+    schedule = trunk_forecast(net, 6, speedup=1.8)
+    with never_called(net), pytest.raises(OSError, match="cannot write into the folder"):
+        train_forecaster(net, schedule, out=tmp_path / "file" / "run", **SMALL)
+
+
+def test_the_folder_of_another_training_is_refused_before_the_model_runs(net, tmp_path):
+    schedule, settings = trunk_forecast(net, 6, speedup=1.8), SMALL | dict(iterations=1, out=tmp_path)
+    train_forecaster(net, schedule, **settings)
+    with never_called(net), pytest.raises(ValueError, match="with target='accurate', this one has target='uncached'"):
+        train_forecaster(net, schedule, target="uncached", **settings)
+
+
+@pytest.mark.parametrize("name", ["now.states.2", "best.states.2", "done"])
+def test_a_damaged_checkpoint_is_refused(net, tmp_path, name):
+    train_forecaster(net, 1.8, out=tmp_path, **SMALL | dict(iterations=1))
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, metadata = load_tensors(path)
+    if name == "done":
+        metadata["done"] = -1
+    else:
+        tensors[name] = torch.full_like(tensors[name], torch.nan)
+    save_tensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=f"is not a whole checkpoint: {name}: "):
+        train_forecaster(net, 1.8, out=tmp_path, **SMALL | dict(iterations=1))
+
+
 def test_a_file_keeps_the_forecaster_and_its_timesteps(net, tmp_path):
     schedule = train_forecaster(net, 1.8, **SMALL | dict(iterations=1))
     schedule.save(tmp_path / "s.safetensors")
@@ -127,7 +170,7 @@ def test_computed_steps_alone_take_timesteps_of_their_own(net):
 @pytest.mark.parametrize("options, message", [
     (dict(iterations=0), "iterations: got 0"), (dict(target="better"), "target: got 'better'"),
     (dict(lr=-1.0), "lr: got -1.0"), (dict(steps=1), "steps: got 1"), (dict(batch=True), "batch: got True"),
-    (dict(history=5), "weighs 5 states")])
+    (dict(history=5), "history: got 5"), (dict(history=True), "history: got True")])
 def test_bad_arguments_are_named(net, options, message):
     with pytest.raises(ValueError, match=message):
         train_forecaster(net, 1.8, **SMALL | options)
