@@ -1,38 +1,85 @@
-"""The feature cache: each branch's latest output, and the one before it where a schedule forecasts."""
+"""The feature cache: each branch's latest output, and those before it where a schedule forecasts."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .ops import cache_commit
 
+HISTORY = 4  # outputs or states kept at most
 
-class FeatureCache:
-    """The memory of one trajectory: per branch the last `history` computed outputs [B, N, D], before the residual gate.
 
-    The first forward that stores an output allocates one arena [history, K, B, N, D], for the shape of its x and in
-    the dtype of that output. With two slots per branch, a new output goes into the older slot and the slots swap roles
-    by index, without a copy. If a score on the device decides whether an output is stored, the host cannot swap the
-    slots; the latest output is then copied into the other slot before it is replaced.
+def check_history(history) -> None:
+    """Raises ValueError unless a cache can keep so many outputs or states."""
+    if isinstance(history, bool) or history not in range(1, HISTORY + 1):
+        raise ValueError(f"history: got {history!r}, expected a whole number from 1 to {HISTORY}")
 
-    Args:
-        history: outputs kept per branch: 1 repeats, 2 can also forecast.
-    """
 
-    def __init__(self, history: int = 1):
-        if isinstance(history, bool) or history not in (1, 2):
-            raise ValueError(f"history: got {history!r}, expected 1 (repeat) or 2 (forecast)")
+class Forward(NamedTuple):
+    """What has to be the same in all forwards of a trajectory."""
+
+    shape: tuple[int, ...]  # of x
+    dtype: torch.dtype
+    device: torch.device
+    branches: int
+
+    def __str__(self) -> str:
+        return f"{self.branches} branches and x of shape {tuple(self.shape)}, {self.dtype} on {self.device}"
+
+
+class Memory:
+    """What the caches share: they serve one trajectory, whose forwards are alike and all end."""
+
+    def __init__(self, history: int):
+        check_history(history)
         self.history = history
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the outputs and frees their memory; the next trajectory may have any shape."""
+        """Forgets everything and frees its memory; the next trajectory may have any shape."""
+        self._of: tuple | None = None  # every forward must match
+        self._open = False  # a forward has begun and not ended
+
+    def _check(self, of: tuple) -> None:
+        """Raises if this cache cannot serve such a forward."""
+        if self._open:
+            raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
+                               "call cache.reset() and start the trajectory again")
+        if self._of is not None and self._of != of:
+            raise ValueError(f"cache: holds a forward of {self._of}, got {of}; another trajectory, such as that of the "
+                             "calls without prompt, needs a cache of its own, or cache.reset() before it")
+
+    def _begin(self, of: tuple) -> None:
+        """Begins a forward that `_check` has accepted; `_end` ends it."""
+        self._of, self._open = of, True
+
+    def _end(self) -> None:
+        self._open = False
+
+
+class FeatureCache(Memory):
+    """The memory of one trajectory: per branch the last `history` computed outputs [B, N, D], before the residual gate.
+
+    The first forward that stores an output allocates one arena [history, K, B, N, D], for the shape of its x and in
+    the dtype of that output. With more than one slot per branch, a new output goes into the oldest slot and the slots
+    change roles by index, without a copy. If a score on the device decides whether an output is stored, the host cannot
+    do that; the latest output is then copied into the other of two slots before it is replaced.
+
+    Args:
+        history: outputs kept per branch, 1 to 4: 1 repeats, p + 1 forecast to order p. Soft rows take 1 or 2.
+    """
+
+    def __init__(self, history: int = 1):
+        super().__init__(history)
+
+    def reset(self) -> None:
+        super().reset()
         self._arena: Tensor | None = None
         self._slots: list[list[Tensor]] = []  # per branch, newest first
         self._filled: list[int] = []  # per branch, how many of its slots hold a computed output
-        self._of: tuple | None = None  # every forward must match: shape, dtype and device of x, number of branches
         # Renewals that wait for a backward: branch, output, score, threshold.
         self._pending: list[tuple[int, Tensor, Tensor | None, float]] = []
-        self._open = False  # a forward has begun and not ended
 
     def rewind(self) -> None:
         """Forgets the outputs but keeps the memory, for another trajectory of the same shapes."""
@@ -65,7 +112,11 @@ class FeatureCache:
 
     def previous(self, k: int) -> Tensor | None:
         """Branch k's output before the latest one, or None if there is none yet."""
-        return self._slots[k][1] if self.filled(k) == 2 else None
+        return self._slots[k][1] if self.filled(k) > 1 else None
+
+    def outputs(self, k: int) -> list[Tensor]:
+        """Branch k's outputs that the cache holds, the newest first."""
+        return self._slots[k][: self.filled(k)]
 
     def copy_(self, other: "FeatureCache") -> "FeatureCache":
         """Becomes equal to `other`, reusing this cache's memory where the shapes agree. Returns itself.
@@ -103,26 +154,6 @@ class FeatureCache:
 
     # Called by `cached_forward`.
 
-    def _check(self, x: Tensor, branches: int) -> None:
-        """Raises if this cache cannot serve a forward of x [B, N, D] through this number of branches."""
-        if self._open:
-            raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
-                               "call cache.reset() and start the trajectory again")
-        now = (x.shape, x.dtype, x.device, branches)
-        if self._of is not None and self._of != now:
-            of = self._of
-            raise ValueError(f"cache: holds {of[3]} branches for x of shape {tuple(of[0])}, {of[1]} on {of[2]}; got "
-                             f"{branches} branches and x of shape {tuple(x.shape)}, {x.dtype} on {x.device}; "
-                             "call cache.reset() before another trajectory")
-
-    def _begin(self, x: Tensor, branches: int) -> None:
-        """Begins a forward that `_check` has accepted; `_end` ends it."""
-        self._of = (x.shape, x.dtype, x.device, branches)
-        self._open = True
-
-    def _end(self) -> None:
-        self._open = False
-
     def _allocate(self, dtype: torch.dtype) -> None:
         shape, _, device, branches = self._of
         self._arena = torch.empty(self.history, branches, *shape, dtype=dtype, device=device)
@@ -135,8 +166,7 @@ class FeatureCache:
         if self._arena is None:
             self._allocate(dtype)
         slots = self._slots[k]
-        if self.history == 2:
-            slots[0], slots[1] = slots[1], slots[0]
+        slots.insert(0, slots.pop())
         self._filled[k] = min(self._filled[k] + 1, self.history)
         return slots[0]
 
@@ -163,5 +193,5 @@ class FeatureCache:
         self._of, self._open, filled, newest = state
         self._filled = list(filled)
         for slots, address in zip(self._slots, newest, strict=True):
-            if slots[0].data_ptr() != address:
-                slots.reverse()
+            newest = [slot.data_ptr() for slot in slots].index(address)
+            slots[:] = slots[newest:] + slots[:newest]  # roles only ever go round

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .cache import Forward
 from .trunk import TrunkCache, TrunkWeights
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,7 +31,7 @@ def check_forward(branches, x, mod, row, forecast_weights, cache, threshold) -> 
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: got {threshold}, expected a number from 0 to 1")
     if cache is not None:
-        cache._check(x, K)
+        cache._check(Forward(x.shape, x.dtype, x.device, K))
     if isinstance(cache, TrunkCache):
         check_trunk(row, forecast_weights, cache, x)
         return (row is not False,) * K
@@ -74,6 +75,8 @@ def check_row(K, row, cache) -> Sequence[bool]:
             raise ValueError(f"row: scores must be finite, got {row.tolist()}")
         if cache is None:
             raise ValueError("row: a soft row blends with cached outputs; pass cache=FeatureCache()")
+        if cache.history > 2:
+            raise ValueError(f"cache: keeps {cache.history} outputs of a branch, with a soft row at most 2")
     else:
         for k, entry in enumerate(row):
             if not isinstance(entry, bool):
@@ -98,6 +101,12 @@ def check_forecast_weights(K, weights, cache, compute, soft) -> None:
             raise ValueError(f"forecast_weights: must be finite, got {weights.tolist()}")
         return
     for k, e in enumerate(weights):
+        if isinstance(e, Sequence):
+            if not soft and not compute[k]:
+                check_output_weights(k, e, cache.filled(k))
+            elif soft:
+                raise TypeError(f"forecast_weights[{k}]: got {e!r:.60}; a soft row takes one number for each branch")
+            continue
         if not -1e6 < e < 1e6:  # NaN fails too
             raise ValueError(f"forecast_weights[{k}]: got {e}, expected a finite number")
         if e != 0 and (soft or not compute[k]) and (cache is None or cache.filled(k) < 2):
@@ -105,6 +114,16 @@ def check_forecast_weights(K, weights, cache, compute, soft) -> None:
             raise ValueError(f"forecast_weights[{k}]: a forecast needs the branch's last two computed outputs, the "
                              f"cache holds {held}" + (" (FeatureCache(history=2) keeps two)"
                                                 if cache is None or cache.history == 1 else ""))
+
+
+def check_output_weights(k, weights, filled) -> None:
+    """Raises unless a reused branch's last outputs can be weighed so."""
+    if not 1 <= len(weights) <= filled:
+        raise ValueError(f"forecast_weights[{k}]: weighs {len(weights)} outputs of the branch, the cache holds "
+                         f"{filled}")
+    for w in weights:
+        if isinstance(w, (bool, str)) or not -1e6 < w < 1e6:  # NaN fails too
+            raise ValueError(f"forecast_weights[{k}]: got {w!r}, expected finite numbers")
 
 
 def check_trunk(row, weights, cache, x) -> None:

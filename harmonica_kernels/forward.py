@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import FeatureCache
+from .cache import FeatureCache, Forward
 from .checks import check_forward, check_output, is_host
 from .ops import Term, blend_residual_norm, residual_norm
 from .trunk import TrunkCache, TrunkWeights, base_and_terms
@@ -52,7 +52,7 @@ class Modulation(NamedTuple):
 
 def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
                    row: Sequence[bool] | Tensor | bool | None = None,
-                   forecast_weights: Sequence[float] | Tensor | TrunkWeights | None = None,
+                   forecast_weights: Sequence[float | Sequence[float]] | Tensor | TrunkWeights | None = None,
                    cache: FeatureCache | TrunkCache | None = None,
                    threshold: float = 0.1, context: Any = None, eps: float = 1e-6) -> Tensor:
     """Runs K residual branches and the final modulated norm: y = LN(x_K)·(1 + scale_K) + shift_K.
@@ -66,7 +66,9 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
             scores r, differentiable: o = r·body(h) + (1 - r)·reuse. After the backward, o renews the entries with
             r > threshold (`FeatureCache.commit`, which the next forward calls).
         forecast_weights: K weights e for reuse = (1 + e)·latest - e·previous; None or 0 repeats the latest. A float
-            tensor [K] is differentiable; an entry has no effect while the cache holds fewer than two outputs.
+            tensor [K] is differentiable; an entry has no effect while the cache holds fewer than two outputs. With a
+            hard row an entry may also be the weights (w_0, w_1, …) of the branch's last outputs, the newest first:
+            reuse = Σ w_i·output_i.
         cache: one per trajectory; its first forward, with row=None, fills it. With a `TrunkCache` the step is computed
             whole (row=None) or forecast (row=False, then mod needs the final norm's rows alone), and forecast_weights
             are `TrunkWeights`: a forecast's, or a computed step's correction.
@@ -91,7 +93,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     compute = check_forward(branches, x, mod, row, forecast_weights, cache, threshold)
     soft = isinstance(row, Tensor)
     if cache is not None:
-        cache._begin(x, K)
+        cache._begin(Forward(x.shape, x.dtype, x.device, K))
 
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -152,7 +154,12 @@ class _Stream:
         self.store = store
 
     def reuse(self, cache: FeatureCache, k: int, gate: Tensor | None,
-              weights: Sequence[float] | Tensor | None) -> None:
+              weights: Sequence[float | Sequence[float]] | Tensor | None) -> None:
+        if weights is not None and isinstance(weights[k], Sequence):
+            one = self.x.new_ones(1, self.x.shape[2]) if gate is None else gate
+            self.run += [Term(o, None, one * w) for o, w in zip(cache.outputs(k), weights[k])]
+            self.weights += [0.0] * len(weights[k])
+            return
         forecast = weights is not None and (cache.filled(k) == 2 if isinstance(weights, Tensor) else weights[k] != 0)
         self.run.append(Term(cache.latest(k), cache.previous(k) if forecast else None, gate))
         self.weights.append(weights[k] if forecast else 0.0)

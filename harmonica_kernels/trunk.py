@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .cache import Memory
 from .ops import Term
-
-HISTORY = 4  # states kept at most
 
 
 class TrunkWeights(NamedTuple):
@@ -27,7 +26,7 @@ class TrunkWeights(NamedTuple):
     own: Tensor | None = None
 
 
-class TrunkCache:
+class TrunkCache(Memory):
     """The memory of one trajectory whose steps are computed whole or not at all: its last `history` trunk states.
 
     Holds at most 2·history·B·N·D values: each state [B, N, D], and the tokens [B, N, D] that entered its forward. They
@@ -39,16 +38,11 @@ class TrunkCache:
     """
 
     def __init__(self, history: int = 2):
-        if isinstance(history, bool) or history not in range(1, HISTORY + 1):
-            raise ValueError(f"history: got {history!r}, expected a whole number from 1 to {HISTORY}")
-        self.history = history
-        self.reset()
+        super().__init__(history)
 
     def reset(self) -> None:
-        """Forgets everything; the next trajectory may have any shape."""
+        super().reset()
         self._kept: list[tuple[Tensor, Tensor]] = []  # states and tokens, newest first
-        self._of: tuple | None = None  # every forward must match: shape, dtype and device of x, number of branches
-        self._open = False  # a forward has begun and not ended
 
     rewind = reset
 
@@ -71,24 +65,6 @@ class TrunkCache:
         return self._kept[i][1]
 
     # Called by `cached_forward`.
-
-    def _check(self, x: Tensor, branches: int) -> None:
-        """Raises if this cache cannot serve a forward of x [B, N, D] through so many branches."""
-        if self._open:
-            raise RuntimeError("cache: the last forward with this cache did not finish; call cache.reset() and start "
-                               "the trajectory again")
-        now = (x.shape, x.dtype, x.device, branches)
-        if self._of is not None and self._of != now:
-            of = self._of
-            raise ValueError(f"cache: holds states of {of[3]} branches for x of shape {tuple(of[0])}, {of[1]} on "
-                             f"{of[2]}; got {branches} branches and x of shape {tuple(x.shape)}, {x.dtype} on "
-                             f"{x.device}; call cache.reset() before another trajectory")
-
-    def _begin(self, x: Tensor, branches: int) -> None:
-        self._of, self._open = (x.shape, x.dtype, x.device, branches), True
-
-    def _end(self) -> None:
-        self._open = False
 
     def _keep(self, state: Tensor, tokens: Tensor) -> None:
         self._kept = [(state, tokens), *self._kept][: self.history]

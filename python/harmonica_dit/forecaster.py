@@ -1,4 +1,4 @@
-"""What stands in for the trunk at a step that is not computed, and corrects it at one that is."""
+"""What stands in for a unit that is not computed: forecasters of the branches one by one, and of the trunk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,53 @@ from torch import Tensor
 
 from harmonica_dit.validate import describe
 from harmonica_kernels import TrunkWeights
-from harmonica_kernels.trunk import HISTORY
+from harmonica_kernels.cache import HISTORY
+
+
+@dataclass(frozen=True)
+class BranchForecaster:
+    """Forecasts every reused branch by Lagrange extrapolation through its own last order + 1 computed outputs.
+
+    They may be unevenly spaced; where fewer have been computed, the order is lower.
+
+    Args:
+        order: 1 to 3.
+
+    Raises:
+        ValueError: order is out of range.
+
+    Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923), whose finite differences these are.
+    """
+
+    order: int
+    unit = "branch"
+
+    def __post_init__(self):
+        if self.order == 0:
+            raise ValueError("order: got 0, expected 1 to 3; without a forecaster reused outputs are repeated")
+        check_order(self.order)
+
+    @property
+    def origin(self) -> str:
+        return f"Taylor of order {self.order}, branch by branch"
+
+    @property
+    def history(self) -> int:
+        """Outputs of each branch that a cache keeps."""
+        return self.order + 1
+
+    def weights(self, compute: Tensor) -> tuple[tuple[tuple[float, ...] | float, ...] | None, ...]:
+        """For each step the forecast weights of `cached_forward`; None where nothing is forecast.
+
+        compute: bool [T, K]. An entry that is computed, or whose branch has been computed once, has 0.
+        """
+        columns = compute.T.tolist()  # branch by branch
+        rows = []
+        for s in range(len(compute)):
+            found = [lagrange(computed, s, self.order) for computed in columns]
+            row = tuple(0.0 if computed[s] or len(w) < 2 else tuple(w) for computed, w in zip(columns, found))
+            rows.append(row if any(row) else None)
+        return tuple(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +84,7 @@ class TrunkForecaster:
     own: Tensor | None = None
     size: int = 0
     origin: str = ""
+    unit = "trunk"
 
     def __post_init__(self):
         if not isinstance(self.states, Tensor) or self.states.dim() != 3:
@@ -103,6 +150,17 @@ def forecast(w: Tensor, v: Tensor | None) -> TrunkWeights:
     return TrunkWeights(w, -v, v.sum(0) - 1)
 
 
+def check_order(order) -> None:
+    if isinstance(order, bool) or order not in range(HISTORY):
+        raise ValueError(f"order: got {order!r}, expected a whole number from 0 to {HISTORY - 1}")
+
+
+def lagrange(compute: Sequence[bool], s: int, order: int) -> list[float]:
+    """Weights of the last computed steps before s, at most order + 1, the newest first: Lagrange's at step s."""
+    points = [p for p in range(s) if compute[p]][::-1][: order + 1]
+    return [prod((s - q) / (p - q) for q in points if q != p) for p in points]
+
+
 def taylor(compute: Sequence[bool], order: int, size: int = 0) -> TrunkForecaster:
     """Lagrange extrapolation of the trunk through its last order + 1 computed steps; order 0 repeats.
 
@@ -113,12 +171,10 @@ def taylor(compute: Sequence[bool], order: int, size: int = 0) -> TrunkForecaste
 
     Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923), whose finite differences these are, here of the trunk.
     """
-    if isinstance(order, bool) or order not in range(HISTORY):
-        raise ValueError(f"order: got {order!r}, expected a whole number from 0 to {HISTORY - 1}")
+    check_order(order)
     states = torch.zeros(len(compute), order + 1, 1)
     for s, computed in enumerate(compute):
-        points = [p for p in range(s) if compute[p]][::-1][: order + 1]
         if not computed:
-            for i, p in enumerate(points):
-                states[s, i] = prod((s - q) / (p - q) for q in points if q != p)
+            w = lagrange(compute, s, order)
+            states[s, : len(w), 0] = torch.tensor(w)
     return TrunkForecaster(states, size=size, origin=f"Taylor of order {order}")

@@ -13,7 +13,7 @@ import harmonica_kernels as hk
 from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
-from harmonica_dit.forecaster import TrunkForecaster
+from harmonica_dit.forecaster import BranchForecaster, TrunkForecaster
 from harmonica_dit.validate import (
     FORMAT,
     WITH_FORECASTER,
@@ -64,8 +64,8 @@ class Schedule:
         branches: the K branches' names in execution order.
         flops: of a forward of batch 1, branch by branch.
         extrapolation: float32 [T, K] extrapolation coefficients a; None is zeros, which repeat the latest output.
-        forecaster: of the trunk, for a schedule whose steps are computed whole or not at all; then nothing is
-            extrapolated branch by branch, and sampling takes the schedule's timesteps. None: branches are reused.
+        forecaster: in place of extrapolation coefficients: of the branches; or of the trunk, for a schedule whose steps
+            are computed whole or not at all. Sampling with a forecaster of the trunk takes the schedule's timesteps.
         origin: the method and its settings, in words.
         model: name of the model that the schedule was made for; "" is any model.
         timesteps, guidance, resolution: the T timesteps, the guidance scale, and height and width of the latents that
@@ -86,7 +86,7 @@ class Schedule:
     guidance: float | None = None
     resolution: tuple[int, int] | None = None
     architecture: dict[str, str | int] | None = None
-    forecaster: TrunkForecaster | None = None
+    forecaster: BranchForecaster | TrunkForecaster | None = None
 
     def __post_init__(self):
         compute = self.compute
@@ -118,21 +118,29 @@ class Schedule:
 
     def _check_forecaster(self) -> None:
         forecaster, compute = self.forecaster, self.compute
-        if not isinstance(forecaster, TrunkForecaster):
-            raise TypeError(f"forecaster: got {type(forecaster).__name__}, expected a TrunkForecaster")
+        if not isinstance(forecaster, (BranchForecaster, TrunkForecaster)):
+            raise TypeError(f"forecaster: got {type(forecaster).__name__}, expected a TrunkForecaster or a "
+                            "BranchForecaster")
+        if self.extrapolation.any():
+            raise ValueError("extrapolation: got coefficients beside a forecaster; give one of both")
+        if self.unit == "branch":
+            return
         if len(forecaster.states) != self.steps:
             raise ValueError(f"forecaster: for {len(forecaster.states)} steps, the schedule has {self.steps}")
         partly = (compute.any(1) & ~compute.all(1)).nonzero().flatten().tolist()
         if partly:
             raise ValueError(f"compute: steps {partly} are computed in part; a forecaster of the trunk needs each step "
                              "computed whole or not at all")
-        if self.extrapolation.any():
-            raise ValueError("extrapolation: got coefficients beside a forecaster of the trunk; give one of both")
 
     @property
     def steps(self) -> int:
         """T."""
         return len(self.compute)
+
+    @property
+    def unit(self) -> str:
+        """What is reused: "branch" or "trunk"."""
+        return "branch" if self.forecaster is None else self.forecaster.unit
 
     @property
     def cur(self) -> float:
@@ -143,25 +151,25 @@ class Schedule:
     def speedup(self) -> float:
         """FLOPs of the uncached trajectory / FLOPs of this one. Both include the FLOPs that no schedule skips."""
         computed = (self.compute.double() @ torch.tensor(self.flops.branches, dtype=torch.float64)).sum().item()
-        if self.forecaster is not None:
+        if self.unit == "trunk":
             computed += self.forecaster.flops(self.compute[:, 0].tolist())
         return self.steps * self.flops.total / (self.steps * self.flops.fixed + computed)
 
     @property
     def history(self) -> int:
-        """How many outputs of each branch a feature cache has to keep: 2 if any is forecast, else 1."""
+        """How many outputs of each branch, or states of the trunk, a cache has to keep: 1 if nothing is forecast."""
         if self.forecaster is not None:
             return self.forecaster.history
         return 1 if all(row is None for row in self.forecast_weights) else 2
 
     def new_cache(self) -> hk.FeatureCache | hk.TrunkCache:
         """A cache for one trajectory."""
-        return hk.FeatureCache(self.history) if self.forecaster is None else hk.TrunkCache(self.history)
+        return hk.FeatureCache(self.history) if self.unit == "branch" else hk.TrunkCache(self.history)
 
     @cached_property
     def rows(self) -> tuple[tuple[bool, ...] | bool | None, ...]:
         """The T hard rows; with a forecaster of the trunk None for a computed step and False for a forecast one."""
-        if self.forecaster is not None:
+        if self.unit == "trunk":
             return tuple(None if row[0] else False for row in self.compute.tolist())
         return tuple(map(tuple, self.compute.tolist()))
 
@@ -169,10 +177,12 @@ class Schedule:
     def forecast_weights(self) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
         """For each step, K forecast weights e = a·ratio, 0 where a branch is computed, or None if all are 0.
 
-        With a forecaster of the trunk its weights, on the CPU.
+        With a forecaster its weights, on the CPU.
         """
-        if self.forecaster is not None:
+        if self.unit == "trunk":
             return self.forecaster.weights(self.compute[:, 0].tolist())
+        if self.forecaster is not None:
+            return self.forecaster.weights(self.compute)
         rows = []
         for s in range(self.steps):
             e = self.extrapolation[s] * forecast_ratios(self.compute[:s]) * ~self.compute[s]
@@ -187,7 +197,7 @@ class Schedule:
         Raises:
             ValueError: this schedule does not say what timesteps it was made for.
         """
-        if self.forecaster is not None:
+        if self.unit == "trunk":
             raise ValueError("schedule: its forecaster's weights belong to its own timesteps and cannot be mapped to "
                              "others")
         if self.timesteps is None:
@@ -203,7 +213,7 @@ class Schedule:
 
     def forecast_weights_on(self, device: torch.device) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
         """`forecast_weights` with tensors on a device, where they stay."""
-        if self.forecaster is None:
+        if self.unit == "branch":
             return self.forecast_weights
         if device not in self._moved:
             self._moved[device] = tuple(step and hk.TrunkWeights(*(part if part is None else part.to(device)
@@ -220,7 +230,8 @@ class Schedule:
         The scores are ±∞, so every threshold decides alike. The coefficients are None if nothing is forecast.
         """
         if self.forecaster is not None:
-            raise ValueError('schedule: forecasts the trunk, which mode="gated" does not; use mode="captured"')
+            raise ValueError(f'schedule: its forecaster ({self.forecaster.origin}) is none that mode="gated" knows; '
+                             'use mode="captured"')
         scores = torch.where(self.compute, math.inf, -math.inf)
         return scores, None if self.history == 1 else self.extrapolation
 
@@ -230,10 +241,11 @@ class Schedule:
             kind="schedule", format=FORMAT, flops=[self.flops.branches, self.flops.fixed])
         tensors = {"compute": self.compute, "extrapolation": self.extrapolation}
         if self.forecaster is not None:
-            metadata |= dict(format=WITH_FORECASTER, forecaster=dict(size=self.forecaster.size,
-                                                                     origin=self.forecaster.origin))
+            fields = ("order",) if self.unit == "branch" else ("size", "origin")
+            metadata |= dict(format=WITH_FORECASTER, forecaster={name: getattr(self.forecaster, name)
+                                                                 for name in fields})
             tensors |= {f"forecaster.{name}": table for name in TABLES
-                        if (table := getattr(self.forecaster, name)) is not None}
+                        if (table := getattr(self.forecaster, name, None)) is not None}
         save_tensors(path, tensors, metadata)
 
     @classmethod
@@ -255,7 +267,9 @@ class Schedule:
         try:
             tables = {name: tensors.pop(f"forecaster.{name}", None) for name in TABLES}
             about = metadata.pop("forecaster", None)
-            if about is not None:
+            if about is not None and "order" in about:
+                metadata["forecaster"] = BranchForecaster(about["order"])
+            elif about is not None:
                 metadata["forecaster"] = TrunkForecaster(**tables, size=about["size"], origin=about["origin"])
             return cls(**tensors, **metadata)
         except KeyError as error:

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from harmonica_dit.files import load_tensors, save_tensors
-from harmonica_dit.flops import Flops
+from harmonica_dit.flops import Flops, count_flops
+from harmonica_dit.forecaster import BranchForecaster
 from harmonica_dit.methods import fora, uncached
 from harmonica_dit.models.dit import DiT
+from harmonica_dit.sample import sample
 from harmonica_dit.sample.trajectory import Trajectory
 from harmonica_dit.schedule import Schedule, forecast_ratios
 
@@ -113,15 +115,57 @@ def test_fora_recomputes_every_nth_step(net):
 
 
 def test_taylorseer_forecasts_linearly(net):
-    schedule = fora(net, 7, 3, extrapolation=1.0)
+    schedule = fora(net, 7, 3, order=1)
     K = len(net.branch_names)
     assert schedule.forecast_weights[:4] == (None,) * 4  # one output is no line yet
     assert schedule.forecast_weights[4:6] == (pytest.approx((1 / 3,) * K), pytest.approx((2 / 3,) * K))
     assert schedule.history == 2
 
 
+def test_higher_orders_forecast_polynomials_exactly(net):
+    """As many computed steps as there are; then order + 1 of them."""
+    schedule = fora(net, 12, 3, order=2)
+    assert schedule.history == 3 and schedule.forecast_weights[:4] == (None,) * 4
+    for s, degree in ((4, 1), (5, 1), (7, 2), (8, 2), (10, 2)):
+        steps = [p for p in range(s) if p % 3 == 0][::-1]
+        for w in schedule.forecast_weights[s]:
+            for power in range(degree + 1):
+                assert sum(a * p**power for a, p in zip(w, steps)) == pytest.approx(s**power)
+    assert schedule.forecast_weights[6] is None
+
+
+def test_a_branch_forecaster_of_the_first_order_is_the_extrapolation(net):
+    one = fora(net, 7, 3, order=1)
+    other = dataclasses.replace(one, extrapolation=None, forecaster=BranchForecaster(1))
+    labels = [0, 1]
+    torch.testing.assert_close(sample(net, labels, steps=7, schedule=other), sample(net, labels, steps=7, schedule=one))
+    with pytest.raises(ValueError, match="knows"):
+        other.decision_tables()
+
+
+def test_a_branch_forecaster_goes_with_any_rows(net, tmp_path):
+    """Branch by branch, from the steps that computed it; and through a file."""
+    compute = torch.rand(8, len(net.branch_names)) < 0.5
+    compute[0] = True
+    made = Schedule(compute, net.branch_names, count_flops(net), forecaster=BranchForecaster(3))
+    made.save(tmp_path / "s.safetensors")
+    found = Schedule.load(tmp_path / "s.safetensors")
+    assert found.forecaster == made.forecaster and found.forecast_weights == made.forecast_weights
+    for s, row in enumerate(made.forecast_weights):
+        for k in range(len(net.branch_names)):
+            points = [p for p in range(s) if compute[p, k]][::-1][:4]
+            w = 0.0 if row is None else row[k]
+            if compute[s, k] or len(points) < 2:
+                assert w == 0.0
+            else:
+                assert sum(a * p for a, p in zip(w, points)) == pytest.approx(s) and len(w) == len(points)
+    assert len(sample(net, [0], steps=8, schedule=found)) == 1
+    with pytest.raises(ValueError, match="order: got 4"):
+        BranchForecaster(4)
+
+
 @pytest.mark.parametrize("arguments, name", [((0, 2), "steps"), ((5, 0), "every"), ((5, 2.0), "every"),
-                                             ((True, 2), "steps"), ((5, 2, float("nan")), "extrapolation")])
+                                             ((True, 2), "steps"), ((5, 2, 4), "order")])
 def test_fora_refuses(net, arguments, name):
     with pytest.raises(ValueError, match=name):
         fora(net, *arguments)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
+from harmonica_kernels.cache import Forward
 from support.naive_forward import GATE, NORM, K, Toy
 from support.three_branches import ThreeBranches
 
@@ -25,7 +26,7 @@ def test_renewal_decided_by_a_score_on_the_device():
     """The cache's part of a soft row on CUDA: entries are copied where the score says so, and none is waited for."""
     for history in (1, 2):
         cache, scores, outputs = hk.FeatureCache(history), torch.rand(6, K), torch.randn(7, K, 2, 3, 8)
-        cache._begin(outputs[0, 0], K)
+        cache._begin(Forward(outputs[0, 0].shape, torch.float32, outputs.device, K))
         stored = [[outputs[0, k]] for k in range(K)]
         for k in range(K):
             cache._push(k, torch.float32).copy_(outputs[0, k])
@@ -119,7 +120,7 @@ def test_a_cache_of_another_dtype():
     toy, cache = Toy(dtype=torch.float32), hk.FeatureCache()
     with torch.no_grad():
         toy(toy.x, cache=cache)
-        with pytest.raises(ValueError, match="cache: holds 4 branches for x of shape .* torch.float32"):
+        with pytest.raises(ValueError, match="cache: holds a forward of 4 branches and x of shape .* torch.float32"):
             toy(toy.x.bfloat16(), row=(False,) * K, cache=cache)
 
 
@@ -129,11 +130,11 @@ def test_a_cache_of_another_model():
         hk.cached_forward(small.branches[:2], small.x, hk.Modulation(small.mod.shift[:3], small.mod.scale[:3],
                                                                      small.mod.gate[:2]), cache=cache, context=0)
         for row in (None, (True, False, True, False), torch.rand(K)):
-            with pytest.raises(ValueError, match="cache: holds 2 branches"):
+            with pytest.raises(ValueError, match="cache: holds a forward of 2 branches"):
                 small(small.x, row=row, cache=cache)
 
 
-@pytest.mark.parametrize("history", [0, 3, True, "2"])
+@pytest.mark.parametrize("history", [0, 5, True, "2"])
 def test_bad_history(history):
     with pytest.raises(ValueError, match="history"):
         hk.FeatureCache(history)

@@ -34,6 +34,39 @@ def test_forecast_trajectory_equals_naive(grad):
                                    toy.naive(x, store, [False] * K, e))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("history", [2, 3, 4])
+def test_weights_of_all_the_outputs_kept(history, grad):
+    """An entry with weights of its own makes Σ w_i·output_i of the branch's outputs, the newest first; no copies."""
+    toy, cache = Toy(), hk.FeatureCache(history)
+    outputs = [[] for _ in range(K)]  # newest first
+    with torch.set_grad_enabled(grad):
+        for s, row in enumerate([None] * history + random_rows(12)):
+            x = torch.randn_like(toy.x, requires_grad=grad)
+            weights, reused = [], []
+            for k in range(K):
+                n = 1 + (s + k) % history
+                w = torch.randn(n).tolist()
+                weights.append(w if n > 1 else w[0])
+                held = [o for o in outputs[k]]
+                e = [1 + w[0], -w[0]] if n == 1 else w
+                reused.append(None if row is None or row[k] else sum(w * o for w, o in zip(e, held)))
+            y = toy(x, row=row, cache=cache, forecast_weights=None if row is None else weights)
+            # the same forward with what is reused put in as fresh outputs
+            store = [[o] for o in reused]
+            expected = toy.naive(x, store, None if row is None else [o is None for o in reused])
+            for k in range(K):
+                if row is None or row[k]:
+                    outputs[k] = [store[k][-1], *outputs[k]][:history]
+                assert all(torch.equal(a, b.to(a)) or torch.allclose(a, b) for a, b in
+                           zip(cache.outputs(k), outputs[k], strict=True))
+            torch.testing.assert_close(y, expected)
+            if grad:
+                weigh = torch.randn_like(y)
+                torch.testing.assert_close(*(torch.autograd.grad((out * weigh).sum(), x) for out in (y, expected)))
+    assert cache.nbytes == history * K * toy.x.nbytes
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("history", [1, 2])
 def test_soft_trajectory_equals_naive(history, backward):

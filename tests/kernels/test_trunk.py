@@ -158,7 +158,7 @@ def test_a_history_out_of_range_is_refused(history):
 def test_another_shape_is_refused_until_the_cache_is_reset():
     toy, cache = Toy(), TrunkCache()
     toy(torch.randn(B, N, D, dtype=torch.float64), cache=cache)
-    with pytest.raises(ValueError, match="holds states of 3 branches"):
+    with pytest.raises(ValueError, match="holds a forward of 3 branches"):
         toy(torch.randn(B, N + 1, D, dtype=torch.float64), cache=cache)
     cache.rewind()
     toy(torch.randn(B, N + 1, D, dtype=torch.float64), cache=cache)

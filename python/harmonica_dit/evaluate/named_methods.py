@@ -41,7 +41,7 @@ def fewer_steps(steps: int, speedup: float) -> Method:
 def fora_methods(net, steps: int, every: int) -> list[Method]:
     """FORA at every n-th step: once repeating, once with first-order forecasts as in TaylorSeer."""
     return [Method(f"FORA n={every}", "FORA", steps, fora(net, steps, every)),
-            Method(f"FORA n={every} + forecast", "FORA + forecast", steps, fora(net, steps, every, 1.0))]
+            Method(f"FORA n={every} + forecast", "FORA + forecast", steps, fora(net, steps, every, 1))]
 
 
 def read(path: str | os.PathLike, net=None) -> Router | Schedule:
@@ -84,7 +84,7 @@ def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
     path = find(path)
     name = path.absolute().parent.name if path.stem in ("router", "forecast") else path.stem
     family, schedule = "router" if isinstance(found, Router) else name, schedule_of(found)
-    if schedule.forecaster is not None:
+    if schedule.unit == "trunk":
         family = "learned forecast"
     elif schedule.history > 1:
         family += " + forecast"

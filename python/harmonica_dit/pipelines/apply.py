@@ -159,14 +159,14 @@ class Applied:
         made, T = self.schedule.timesteps, self.schedule.steps
         if len(timesteps) == T and made in (None, timesteps):
             return self.schedule
-        if self.on_mismatch == "resample" and self.schedule.forecaster is None:
+        if self.on_mismatch == "resample" and self.schedule.unit == "branch":
             return self.schedule.resampled(timesteps)
         if len(timesteps) != T:
             raise ValueError(
                 f"num_inference_steps: this call has {len(timesteps)} steps, the router is for T = {T}"
                 + (f" (timesteps {shorten(made)})" if made else "")
                 + f'; use {T} steps, a router trained for {len(timesteps)}, or on_mismatch="resample"')
-        if self.schedule.forecaster is not None:
+        if self.schedule.unit == "trunk":
             raise ValueError(f"timesteps: this call's are {shorten(timesteps)}, the forecaster's weights belong to "
                              f"{shorten(made)}; pass those as timesteps=, or use a forecaster for this scheduler")
         self._warn("timesteps", f"this call's are {shorten(timesteps)}, the router is for {shorten(made)}")
@@ -191,7 +191,7 @@ class _Trajectory:
         guidance, trained = max(float(arguments["guidance_scale"]), 1.0), self.schedule.guidance
         if trained not in (None, guidance):
             applied._warn("guidance_scale", f"this call's is {guidance:g}, the router was trained with {trained:g}")
-        self.cache = applied.adapter.new_cache(self.schedule.history) if self.schedule.forecaster is None \
+        self.cache = applied.adapter.new_cache(self.schedule.history) if self.schedule.unit == "branch" \
             else self.schedule.new_cache()
         self.step = 0
         self.view = copy.copy(applied.adapter.transformer)

@@ -44,7 +44,7 @@ def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> 
     check_whole("calls", calls, 1)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
-    if schedule.forecaster is not None:
+    if schedule.unit == "trunk":
         raise ValueError("schedule: forecasts the trunk, which needs a model that runs branch by branch: DiT, PixArt α "
                          "or Σ (harmonica_dit.apply), or a denoiser")
     adapter = GenericAdapter(transformer, schedule.branches)

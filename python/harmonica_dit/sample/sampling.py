@@ -84,7 +84,7 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = N
 
 def own_timesteps(schedule: Schedule | None) -> tuple[float, ...] | None:
     """The timesteps that a trajectory has to take: a forecaster's weights belong to those of its schedule."""
-    return None if schedule is None or schedule.forecaster is None else schedule.timesteps
+    return None if schedule is None or schedule.unit == "branch" else schedule.timesteps
 
 
 def _runner(executor) -> Callable[..., Tensor]:

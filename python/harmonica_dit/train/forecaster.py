@@ -17,7 +17,7 @@ from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_whole, is_number
-from harmonica_kernels.trunk import HISTORY
+from harmonica_kernels.cache import HISTORY
 
 from .checkpoint import check_like, check_same_settings
 from .frozen_model import freeze

@@ -136,10 +136,10 @@ class GenericAdapter:
         of = _signature(args, kwargs)
         cache._check(of)
         run = _Run(self, compute, row, forecast_weights, cache, threshold)
-        cache._of, cache._open = of, True
+        cache._begin(of)
         output = self._forward(forward, args, kwargs, run)
         run.finish()
-        cache._open = False
+        cache._end()
         return output
 
     def _forward(self, forward: Callable, args: tuple, kwargs: dict, run: "_Run"):
@@ -189,7 +189,7 @@ class _Run:
         self.calls = [0] * len(self.names)
         reused = range(len(self.names)) if isinstance(row, Tensor) else [k for k, c in enumerate(compute) if not c]
         # kept from the start, because a soft row replaces outputs in the cache that later calls still blend with
-        self.held = {k: (cache.latest(k), cache.previous(k)) for k in reused}
+        self.held = {k: list(cache.outputs(k)) for k in reused}
         self.versions: list[tuple[int, Tensor, int]] = []
 
     def replacements(self) -> Mapping[nn.Module, Callable]:
@@ -241,15 +241,17 @@ class _Run:
 
     def _reuse(self, k: int, call: int) -> Output:
         """The output of branch k's call number `call`, repeated or forecast from the cache."""
-        latest, previous = self.held[k]
+        latest, *earlier = self.held[k]
         if call >= len(latest):
             raise RuntimeError(f"{self.names[k]}: is called more often than in the forward that stored its "
                                f"outputs{ADVICE}")
         self._watch(k, latest[call])
-        if self.weights is None or previous is None or not (isinstance(self.weights, Tensor) or self.weights[k]):
+        e = 0.0 if self.weights is None or not earlier else self.weights[k]
+        if not isinstance(e, (Tensor, Sequence)) and e == 0:
             return latest[call]
-        e = self.weights[k]
-        return map_tensors(lambda now, before: (1 + e) * now - e * before, latest[call], previous[call])
+        weights = e if isinstance(e, Sequence) else (1 + e, -e)
+        outputs = [forward[call] for forward in self.held[k][: len(weights)]]
+        return map_tensors(lambda *last: _weigh(weights, last), *outputs)
 
     def _watch(self, k: int, o: Output) -> None:
         """Notes the versions of the output's tensors; those of inference mode have none."""
@@ -283,6 +285,14 @@ class _Trace(_Run):
         unfit = {name: "is not called" for name, count in zip(self.names, self.calls) if not count}
         unfit |= dict.fromkeys(self.find_changed(), "its output is changed in place")
         return unfit | dict.fromkeys(self.odd, "its output is not float tensors")
+
+
+def _weigh(weights: Sequence[float | Tensor], outputs: Sequence[Tensor]) -> Tensor:
+    """Σ w_i·o_i."""
+    result = weights[0] * outputs[0]
+    for w, o in zip(weights[1:], outputs[1:]):
+        result = result + w * o
+    return result
 
 
 def _signature(args: tuple, kwargs: dict) -> tuple:

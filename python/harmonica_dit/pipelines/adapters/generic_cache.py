@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from harmonica_kernels.cache import Memory
+
 Output = Tensor | tuple | None  # of a branch: a tensor, or tensors and None in a tuple
 
 
-class GenericCache:
+class GenericCache(Memory):
     """The memory of one trajectory: each branch's outputs in the last `history` forwards that computed it.
 
     Outputs may have any shape, or be tuples. A branch has one for each of its calls in a forward. They are kept as they
@@ -16,17 +18,12 @@ class GenericCache:
     """
 
     def __init__(self, history: int = 1):
-        if isinstance(history, bool) or history not in (1, 2):
-            raise ValueError(f"history: got {history!r}, expected 1 (repeat) or 2 (forecast)")
-        self.history = history
-        self.reset()
+        super().__init__(history)
 
     def reset(self) -> None:
-        """Forgets everything; the next trajectory may have any shape."""
+        super().reset()
         self._outputs: dict[int, list[list[Output]]] = {}  # per branch and forward, newest first: its calls' outputs
         self._meta: dict[nn.Module, Output] = {}  # meta tensors in place of the outputs of feeders that do not run
-        self._of: tuple | None = None  # shapes, dtypes and devices of the forward's arguments
-        self._open = False
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +40,11 @@ class GenericCache:
 
     def previous(self, k: int) -> list[Output] | None:
         """Branch k's outputs before the newest, or None if there are none yet."""
-        return self._outputs[k][1] if self.filled(k) == 2 else None
+        return self._outputs[k][1] if self.filled(k) > 1 else None
+
+    def outputs(self, k: int) -> list[list[Output]]:
+        """Branch k's outputs that the cache holds, of its last forwards, the newest first."""
+        return self._outputs.get(k, [])
 
     def copy_(self, other: "GenericCache") -> "GenericCache":
         """Becomes equal to `other`. Returns itself."""
@@ -59,15 +60,6 @@ class GenericCache:
         if first:
             self._outputs[k] = [[], *self._outputs.get(k, ())][: self.history]
         self._outputs[k][0].append(map_tensors(Tensor.detach, o))
-
-    def _check(self, of: tuple) -> None:
-        if self._open:
-            raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
-                               "call cache.reset() and start the trajectory again")
-        if self._of is not None and self._of != of:
-            raise ValueError(f"cache: holds a forward of {self._of}, got {of}; every call of a step (such as the one "
-                             "with and the one without prompt) needs a cache of its own, and another trajectory "
-                             "cache.reset()")
 
 
 def map_tensors(f: Callable, *outputs: Output) -> Output:

@@ -1,5 +1,6 @@
 """The generic adapter on diffusers' classes, against the plain model and an oracle made of forward hooks."""
 
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 
 import pytest
@@ -61,6 +62,30 @@ def test_hard_rows_equal_the_oracle_and_reused_modules_do_not_run(model):
         computed = sum(number for number, compute in zip(flops.branches, last) if compute)
         assert counter.get_total_flops() == flops.fixed + computed
     assert state(transformer) == before
+
+
+@torch.no_grad()
+def test_a_forecast_of_higher_order_equals_the_oracle(model):
+    transformer, arguments = model
+    adapter = GenericAdapter(transformer)
+    adapter.trace(**arguments)
+    K = len(adapter.branch_names)
+    cache, oracle, weights = adapter.new_cache(3), Oracle(transformer, adapter.branch_names), (3.0, -3.0, 1.0)
+    kept = defaultdict(list)  # of each branch and each of its calls in a forward, the newest last
+    for s in range(4):
+        step, calls = arguments_at(arguments, s), Counter()
+
+        def decide(k, fresh, held, s=s, calls=calls):
+            calls[k] += 1
+            mine = kept[k, calls[k]]
+            if s < 3:
+                mine.append(fresh)
+                return fresh, True
+            return over(lambda a, b, c: weights[0] * c + weights[1] * b + weights[2] * a, *mine), False
+
+        expected = oracle(step, decide)
+        row, e = ((True,) * K, None) if s < 3 else ((False,) * K, (weights,) * K)
+        torch.testing.assert_close(values(adapter(**step, row=row, forecast_weights=e, cache=cache)), expected)
 
 
 @contextmanager

@@ -114,8 +114,8 @@ def test_arguments_are_checked_before_anything_runs():
     cache.reset()
     adapter(**doubled, cache=cache)
     assert cache.nbytes == 2 * held
-    with pytest.raises(ValueError, match="history: got 3"):
-        adapter.new_cache(3)
+    with pytest.raises(ValueError, match="history: got 5"):
+        adapter.new_cache(5)
     with pytest.raises(TypeError, match="Sequential has no list of blocks"):
         GenericAdapter(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="has no submodule 'blocks.0.attn'"):
