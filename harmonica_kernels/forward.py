@@ -132,6 +132,17 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     return y
 
 
+def trunk_state(branches: Sequence[Branch], x: Tensor, mod: Modulation, context: Any = None) -> Tensor:
+    """What enters the final norm of a forward that computes every branch, [B, N, D]; for inference, nothing is checked.
+    """
+    stream = _Stream(x, x.dtype)
+    for k, branch in enumerate(branches):
+        h = stream.norm(mod.shift[k], mod.scale[k], branch.norm, branch.eps)
+        stream.compute(branch.body(h, context), None, mod.gate[k])
+    stream.norm(None, None, False, 0.0)
+    return stream.x
+
+
 class _Stream:
     """The residual stream x and the run of branch outputs that has not been added to it yet."""
 

@@ -23,6 +23,7 @@ from harmonica_dit.validate import (
     describe,
     is_number,
 )
+from harmonica_kernels.graphs.gated import DecisionTables
 
 LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
 FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
@@ -114,9 +115,9 @@ class Router(nn.Module):
                         model=self.model, origin=f"router, threshold {threshold:g}", guidance=self.guidance,
                         resolution=self.resolution, architecture=self.architecture)
 
-    def decision_tables(self) -> tuple[Tensor, Tensor | None]:
-        """Scores and extrapolation coefficients [T, K], for `executor.load`."""
-        return self.scores(), self._extrapolation()
+    def decision_tables(self) -> DecisionTables:
+        """What an executor decides by, for `executor.load`."""
+        return DecisionTables(self.scores(), self._extrapolation())
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, whole or not at all; row 0 of the logits is stored as the largest logit."""

@@ -29,6 +29,7 @@ from harmonica_dit.validate import (
     is_number,
     shorten,
 )
+from harmonica_kernels.graphs.gated import DecisionTables
 
 FIELDS = ("branches", "flops", "origin", "model", "timesteps")
 OPTIONAL = ("guidance", "resolution", "architecture")  # older files lack these
@@ -224,16 +225,19 @@ class Schedule:
     def _moved(self) -> dict:
         return {}
 
-    def decision_tables(self) -> tuple[Tensor, Tensor | None]:
-        """Scores and extrapolation coefficients [T, K], for `executor.load`.
+    def decision_tables(self) -> DecisionTables:
+        """What an executor decides by, for `executor.load`. The scores are ±∞, so every threshold decides alike.
 
-        The scores are ±∞, so every threshold decides alike. The coefficients are None if nothing is forecast.
+        Raises:
+            ValueError: branches are forecast to a higher order than the first.
         """
+        scores = torch.where(self.compute, math.inf, -math.inf)
+        if self.unit == "trunk":
+            return DecisionTables(scores[:, :1], None, self.forecast_weights, self.history)
         if self.forecaster is not None:
             raise ValueError(f'schedule: its forecaster ({self.forecaster.origin}) is none that mode="gated" knows; '
                              'use mode="captured"')
-        scores = torch.where(self.compute, math.inf, -math.inf)
-        return scores, None if self.history == 1 else self.extrapolation
+        return DecisionTables(scores, None if self.history == 1 else self.extrapolation)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, whole or not at all."""

@@ -86,8 +86,6 @@ def test_a_schedule_that_does_not_fit_its_forecaster_is_refused():
         make(extrapolation=torch.ones(6, 2))
     with pytest.raises(ValueError, match="cannot be mapped"):
         make(timesteps=(9, 8, 7, 6, 5, 4)).resampled((9, 5))
-    with pytest.raises(ValueError, match='none that mode="gated" knows'):
-        make().decision_tables()
 
 
 @pytest.mark.parametrize("kind", ["taylor", "learned"])

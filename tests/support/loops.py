@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
-from harmonica_kernels.graphs.gated import Loop
+from harmonica_kernels.graphs.gated import DecisionTables, Loop
 from harmonica_kernels.ops import guided_step
 
 
@@ -112,7 +112,7 @@ class Table:
         self.scores, self.extrapolation = scores, extrapolation
 
     def decision_tables(self):
-        return self.scores, self.extrapolation
+        return DecisionTables(self.scores, self.extrapolation)
 
     def rows(self, threshold: float) -> tuple[Tensor, list]:
         """Compute table and forecast weights at a threshold, from the definitions in docs/design.md, entry by entry."""

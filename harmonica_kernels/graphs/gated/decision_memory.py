@@ -1,9 +1,38 @@
 """The memory in which the device decides: `DecisionMemory` of csrc/kernels.h, as tensors."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from ...trunk import TrunkWeights
+
 PARTS = 264  # partial sums of the change rule: two for each of an H100's 132 multiprocessors
+
+
+class DecisionTables(NamedTuple):
+    """What a router or a schedule decides by.
+
+    scores: float32 [T, K]; or [T, 1], ∞ for a computed step and -∞ for another, of a schedule that forecasts the trunk.
+    extrapolation: float32 [T, K] coefficients; None where all reuse repeats. trunk: for each of T steps the weights of
+    the trunk's cached states, as `cached_forward` takes them. states: how many of them are kept at most.
+    """
+
+    scores: Tensor
+    extrapolation: Tensor | None = None
+    trunk: Sequence[TrunkWeights | None] | None = None
+    states: int = 0
+
+    @property
+    def unit(self) -> str:
+        return "branch" if self.trunk is None else "trunk"
+
+    @property
+    def history(self) -> int:
+        if self.trunk is not None:
+            return self.states
+        return 1 if self.extrapolation is None else 2
 
 
 class DecisionMemory:

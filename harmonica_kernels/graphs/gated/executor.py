@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from ..keys import tf32, weights
-from .decision_memory import DecisionMemory
+from .decision_memory import DecisionMemory, DecisionTables
+from .ends import Ends
 from .norm import norm_on_cpu, norm_on_cuda
 from .on_cpu import walk
 from .on_cuda import GraphLoop, Recorder
 from .parts import Parts
 from .plan import plan
+from .trunk_parts import TrunkParts
 
 
 class Gated:
@@ -27,7 +29,7 @@ class Gated:
         graph_parts() -> (key, tensors, rebuild), see `harmonica_kernels.compile`;
         loop() -> Loop; start(noise) -> x_0; steps, T.
     A router or schedule has
-        decision_tables() -> (scores, extrapolation): float32 [T, K] each; extrapolation is None if all reuse repeats.
+        decision_tables() -> DecisionTables.
 
     Args:
         function: what the executor stands for. rule: "scores" or "change", see `plan`. graphs: how many graphs are kept
@@ -40,7 +42,7 @@ class Gated:
         self._limit = graphs
         self._threshold = 0.1
         self._router: Any = None
-        self._tables: tuple[Tensor, Tensor | None] | None = None
+        self._tables: DecisionTables | None = None
         self._loops: OrderedDict[Hashable, _Loop] = OrderedDict()  # least recently used first
         self._last: _Loop | None = None
 
@@ -63,20 +65,26 @@ class Gated:
             loop.memory.threshold.fill_(self._threshold)
 
     def load(self, router: Any) -> None:
-        """Copies the [T, K] tables of `router` (or a schedule) to the device; later trajectories follow them."""
-        scores, extrapolation = router.decision_tables()
-        for name, table in (("scores", scores), ("extrapolation", extrapolation)):
-            if table is not None and (table.shape != scores.shape or table.dim() != 2 or table.dtype != torch.float32):
+        """Copies the tables of `router` (or a schedule) to the device; later trajectories follow them."""
+        tables = router.decision_tables()
+        for name, table in (("scores", tables.scores), ("extrapolation", tables.extrapolation)):
+            if table is not None and (table.shape != tables.scores.shape or table.dim() != 2
+                                      or table.dtype != torch.float32):
                 raise ValueError(f"router.decision_tables(): {name} are {table.dtype} of shape {tuple(table.shape)}, "
                                  "expected float32 [T, K]")
-        self._router, self._tables = router, (scores, extrapolation)
+        plan(2, self.rule, tables.unit)  # raises if the rule does not decide on such units
+        self._router, self._tables = router, tables
         for loop in self._loops.values():
-            if loop.memory.scores.shape == scores.shape:
-                self._write(loop.memory)
+            same = loop.unit == tables.unit and loop.memory.scores.shape == tables.scores.shape
+            if same and loop.history >= tables.history:
+                self._write(loop)
 
     @property
     def reused(self) -> Tensor:
-        """Which entries the last trajectory reused, bool [T, K] on the CPU; the mean is the cache utilization ratio."""
+        """Which entries the last trajectory reused, bool [T, K] on the CPU; the mean is the cache utilization ratio.
+
+        [T, 1] where the trunk is forecast.
+        """
         if self._last is None:
             raise RuntimeError("reused: nothing has run yet")
         return self._last.memory.reused.bool().cpu()
@@ -97,17 +105,17 @@ class Gated:
         if schedule is not None and schedule is not self._router:
             self.load(schedule)
         key, tensors, rebuild = trajectory.graph_parts()
-        history = 1 if self._tables is None or self._tables[1] is None else 2
+        unit, history = ("branch", 1) if self._tables is None else (self._tables.unit, self._tables.history)
         key = (key, weights(key), noise.shape, noise.dtype, noise.device, tuple((t.shape, t.dtype) for t in tensors),
-               tf32())
+               tf32(), unit)
         loop = self._loops.get(key)
-        if loop is not None and loop.memory.history < history:
+        if loop is not None and loop.history < history:
             self._drop(key)
             loop = None
         if loop is None:
             while len(self._loops) >= self._limit:
                 self._drop(next(iter(self._loops)))
-            loop = self._loops[key] = self._build(trajectory, noise, tensors, rebuild, history)
+            loop = self._loops[key] = self._build(trajectory, noise, tensors, rebuild, unit, history)
         self._loops.move_to_end(key)
         for buffer, tensor in zip(loop.inputs, tensors, strict=True):
             buffer.copy_(tensor)
@@ -122,33 +130,40 @@ class Gated:
             self._drop(next(iter(self._loops)))
         self._last = None
 
-    def _build(self, trajectory: Any, noise: Tensor, tensors: tuple[Tensor, ...], rebuild: Callable,
+    def _build(self, trajectory: Any, noise: Tensor, tensors: tuple[Tensor, ...], rebuild: Callable, unit: str,
                history: int) -> "_Loop":
         with torch.inference_mode(False):  # inference tensors cannot be written to outside inference mode
             inputs = [t.clone() for t in tensors]
             loop = rebuild(*inputs).loop()
-            nodes = plan(len(loop.branches), self.rule)
-            memory = DecisionMemory(trajectory.steps, len(loop.branches), history, noise.device)
-            self._write(memory)
+            nodes, start = plan(len(loop.branches), self.rule, unit), trajectory.start(noise)
+            if unit == "trunk":
+                memory = DecisionMemory(trajectory.steps, 1, 1, noise.device)
+                parts: Ends = TrunkParts(loop, memory, start, history)
+            else:
+                memory = DecisionMemory(trajectory.steps, len(loop.branches), history, noise.device)
+                parts = Parts(loop, memory, start, norm_on_cuda if noise.is_cuda else norm_on_cpu)
             memory.threshold.fill_(self._threshold)
-            norm = norm_on_cuda if noise.is_cuda else norm_on_cpu
-            parts = Parts(loop, memory, trajectory.start(noise), norm)
+            self._write(made := _Loop(inputs, parts, memory, unit, history, lambda: walk(nodes, parts, memory),
+                                      lambda: None))
             if builds_graphs(noise.device):
                 graph = GraphLoop(nodes, parts, memory, Recorder(noise.device))
-                return _Loop(inputs, parts, memory, graph.run, graph.close)
-            return _Loop(inputs, parts, memory, lambda: walk(nodes, parts, memory), lambda: None)
+                return made._replace(run=graph.run, close=graph.close)
+            return made
 
-    def _write(self, memory: DecisionMemory) -> None:
+    def _write(self, loop: "_Loop") -> None:
         """Writes the loaded tables into a loop's memory; without tables everything is computed."""
+        memory = loop.memory
         if self._tables is None:
             memory.scores.fill_(float("inf"))
             return
-        scores, extrapolation = self._tables
+        scores, extrapolation, trunk, _ = self._tables
         if scores.shape != memory.scores.shape:
             raise ValueError(f"router: is for {list(scores.shape)} steps and branches, the trajectory has "
                              f"{list(memory.scores.shape)}")
         memory.scores.copy_(scores)
-        if extrapolation is None:
+        if isinstance(loop.parts, TrunkParts):
+            loop.parts.load(trunk, (scores[:, 0] > 0).tolist())
+        elif extrapolation is None:
             memory.extrapolation.zero_()
         elif memory.history == 2:
             memory.extrapolation.copy_(extrapolation)
@@ -169,7 +184,9 @@ class _Loop(NamedTuple):
     """One captured trajectory: the buffers of its inputs, its parts and memory, and functions to run and free it."""
 
     inputs: list[Tensor]
-    parts: Parts
+    parts: Ends
     memory: DecisionMemory
+    unit: str
+    history: int
     run: Callable[[], None]
     close: Callable[[], None]

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from ...ops._library import kernels
 from .decision_memory import DecisionMemory
-from .parts import Parts
+from .ends import Ends
 from .plan import Capture, Change, Decide, If, Node, Rewind, While
 
 
-def walk(nodes: Sequence[Node], parts: Parts, memory: DecisionMemory) -> None:
+def walk(nodes: Sequence[Node], parts: Ends, memory: DecisionMemory) -> None:
     """Runs the nodes on `parts` and `memory`, both on the CPU."""
     for node in nodes:
         match node:

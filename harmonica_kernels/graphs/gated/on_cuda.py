@@ -14,6 +14,7 @@ from ...ops._arguments import dtype_number
 from ...ops._library import kernels
 from ..recording import record_into, stream_of
 from .decision_memory import DecisionMemory
+from .ends import Ends
 from .norm import point
 from .parts import Parts
 from .plan import Capture, Change, Decide, If, Node, Rewind, While
@@ -95,7 +96,7 @@ class GraphLoop:
             names part and node.
     """
 
-    def __init__(self, nodes: Sequence[Node], parts: Parts, memory: DecisionMemory, recorder: Recorder):
+    def __init__(self, nodes: Sequence[Node], parts: Ends, memory: DecisionMemory, recorder: Recorder):
         self.parts, self.memory, self._recorder = parts, memory, recorder
         self._fresh = [0] * memory.branches  # addresses of the outputs that the captured bodies leave
         self._handles = [0] * (memory.branches + 1)
@@ -104,7 +105,8 @@ class GraphLoop:
         try:
             self._add(0, nodes)
             memory.conditions.copy_(torch.tensor(self._handles, dtype=torch.uint64).view(torch.int64))
-            point(parts, self._fresh)
+            if isinstance(parts, Parts):
+                point(parts, self._fresh)
             recorder.wait()
             self._graph.instantiate(recorder.stream())
         except BaseException:

@@ -12,7 +12,7 @@ RULES = ("scores", "change")
 class Op:
     """One computation. branch: the branch that it belongs to, K for the final norm, None if it belongs to none."""
 
-    kind: str  # "modulation", "embed", "norm", "body", "head", "update"
+    kind: str  # "modulation", "embed", "norm", "body", "trunk", "weigh", "head", "update"
     branch: int | None = None
 
 
@@ -75,7 +75,7 @@ class While:
 Node = Capture | Rewind | Decide | Change | If | While
 
 
-def plan(branches: int, rule: str = "scores") -> tuple[Node, ...]:
+def plan(branches: int, rule: str = "scores", unit: str = "branch") -> tuple[Node, ...]:
     """The nodes of a trajectory of any number of steps. Each node runs after the one before it.
 
     The norm before branch k adds the run that begins at the branch computed last in this step, so any number of reused
@@ -86,6 +86,8 @@ def plan(branches: int, rule: str = "scores") -> tuple[Node, ...]:
         branches: K.
         rule: "scores", or "change": branch 0 is computed at every step. The others are computed if its output has
             changed, since the last step that computed them, by more than the threshold relative to its size.
+        unit: what is decided: "branch", or "trunk": all branches together. Then every step weighs the trunk's cached
+            states before the head.
 
     Raises:
         ValueError: an argument is out of range.
@@ -93,14 +95,23 @@ def plan(branches: int, rule: str = "scores") -> tuple[Node, ...]:
     K = branches
     if rule not in RULES:
         raise ValueError(f"rule: got {rule!r}, expected one of {', '.join(map(repr, RULES))}")
+    embed = Capture("embedding", (Op("embed"),))
+    if unit == "trunk":
+        if rule != "scores":
+            raise ValueError(f"rule: got {rule!r}; a forecast of the trunk follows its schedule, rule=\"scores\"")
+        whole = If(0, (Capture("trunk", (Op("trunk"),)),))
+        weighed = Capture("head", (Op("weigh"), Op("head"), Op("update")))
+        return _trajectory((Decide(0, 1, "scores"), embed, whole, weighed))
     least = 2 if rule == "change" else 1
     if K < least:
         raise ValueError(f"branches: got {K}, the rule {rule!r} needs at least {least}")
     ifs = [If(k, (Capture(f"branch {k}", (Op("norm", k), Op("body", k))),)) for k in range(K)]
-    embed = Capture("embedding", (Op("embed"),))
     if rule == "scores":
         decided = [Decide(0, K, "scores"), embed, *ifs]
     else:
         decided = [Decide(0, 1, "always"), embed, ifs[0], Change(), Decide(1, K, "change"), *ifs[1:]]
-    step = (*decided, Capture("head", (Op("norm", K), Op("head"), Op("update"))))
+    return _trajectory((*decided, Capture("head", (Op("norm", K), Op("head"), Op("update")))))
+
+
+def _trajectory(step: tuple[Node, ...]) -> tuple[Node, ...]:
     return Capture("modulation", (Op("modulation"),)), Rewind(), While(step)
