@@ -13,7 +13,7 @@ from harmonica_dit.evaluate import Judge, Method, fewer_steps, fora_methods
 from harmonica_dit.evaluate.pictures import image_grid, plot, plot_tradeoff
 from harmonica_dit.evaluate.table import compare_with_bar, table
 from harmonica_dit.fashion import CURVE
-from harmonica_dit.fashion.classifier import REFERENCE, load_classifier
+from harmonica_dit.fashion.classifier import load_classifier, reference_of
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import replacement
 from harmonica_dit.train import train_router
@@ -71,9 +71,9 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
     return rows
 
 
-def fashion_judge() -> Judge:
-    """The judge of the bundled model's samples."""
-    return Judge(load_classifier(), REFERENCE)
+def fashion_judge(name: str = "plain") -> Judge:
+    """A judge of the bundled model's samples, see `harmonica_dit.fashion.classifier.JUDGES`."""
+    return Judge(load_classifier(name), reference_of(name))
 
 
 def _heading(row: dict) -> str:

@@ -69,10 +69,11 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     methods = [Method("uncached", "uncached", steps), *methods]
     check_names(methods)
     for method in methods:
-        trajectory = Trajectory(net, labels[:1], steps=method.steps, scheduler=scheduler, guidance=guidance,
+        used = method.scheduler or scheduler
+        trajectory = Trajectory(net, labels[:1], steps=method.steps, scheduler=used, guidance=guidance,
                                 timesteps=own_timesteps(method.schedule))
         if trajectory.steps != method.steps:
-            raise ValueError(f"scheduler: {scheduler!r} calls the model {trajectory.steps} times in {method.steps} "
+            raise ValueError(f"scheduler: {used!r} calls the model {trajectory.steps} times in {method.steps} "
                              "steps; a comparison needs a scheduler of one call a step")
         if method.schedule is not None:
             method.schedule.check(net, trajectory)
@@ -100,5 +101,6 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
 def time_sample(net, labels: Tensor, method: Method, **options) -> tuple[Tensor, float]:
     """The images of `method` on the CPU, and the seconds that it took to get them there."""
     start = time.perf_counter()
+    options["scheduler"] = method.scheduler or options.get("scheduler")
     images = sample(net, labels, steps=method.steps, schedule=method.schedule, **options).cpu()
     return images, time.perf_counter() - start

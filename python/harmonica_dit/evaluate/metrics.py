@@ -49,10 +49,18 @@ class Judge:
         self.frechet.real_features_num_samples = torch.tensor(count)
         self.right = 0
 
-    @torch.inference_mode()
     def update(self, images: Tensor, labels: Tensor) -> None:
         """Adds samples [n, C, H, W] in [-1, 1]. labels: [n], those asked for."""
-        features = self.classifier.features(images.clamp(-1, 1))
+        self.add(self.features(images), labels)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """The classifier's features [n, F] of samples [n, C, H, W], clipped to [-1, 1]."""
+        return self.classifier.features(images.clamp(-1, 1))
+
+    @torch.inference_mode()
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Adds samples by their features [n, F]."""
         self.right += (self.classifier.head(features).argmax(1) == labels).sum().item()
         self.frechet.update(features, real=False)
 

@@ -71,16 +71,22 @@ class Settings:
 
     def record(self, net) -> dict:
         """These settings and the model's properties, as JSON gives them back. A checkpoint must have the same."""
-        scheduler = self.scheduler
-        if not isinstance(scheduler, str):
-            config = {name: str(value) for name, value in scheduler.config.items()
-                      if not name.startswith("_")}  # those are diffusers' notes; each process orders them differently
-            scheduler = {"class": self.scheduler_name, "config": config}
-        prompts = getattr(net, "prompts", None)
-        return json.loads(json.dumps(asdict(self) | {
-            "scheduler": scheduler, "model": net.name, "branches": net.branch_names,
-            "dtype": str(next(net.parameters()).dtype), "sample_shape": net.sample_shape,
-            "weights": fingerprint(net), "prompts": prompts and prompts.checksum}))
+        return record_of(net, asdict(self))
+
+
+def record_of(net, settings: dict) -> dict:
+    """The settings of a training and the model's properties, as JSON gives them back."""
+    scheduler = settings["scheduler"]
+    if isinstance(scheduler, SchedulerMixin):
+        config = {name: str(value) for name, value in scheduler.config.items()
+                  if not name.startswith("_")}  # those are diffusers' notes; each process orders them differently
+        name = "ddim" if isinstance(scheduler, ReferenceDDIM) else type(scheduler).__name__
+        scheduler = {"class": name, "config": config}
+    prompts = getattr(net, "prompts", None)
+    return json.loads(json.dumps(settings | {
+        "scheduler": scheduler, "model": net.name, "branches": net.branch_names,
+        "dtype": str(next(net.parameters()).dtype), "sample_shape": net.sample_shape,
+        "weights": fingerprint(net), "prompts": prompts and prompts.checksum}))
 
 
 def fingerprint(net) -> str:

@@ -1,4 +1,4 @@
-"""Targets: the images that a forecaster is trained towards, made once from their noise and kept in a file."""
+"""Targets: the images that a forecaster is trained towards, made once from their noise and kept on disk."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,9 @@ from torch import Tensor
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.sample import sample
 
-from .settings import fingerprint
+from .checkpoint import check_like
+
+PART = 40  # images a file
 
 
 class Target(NamedTuple):
@@ -25,33 +27,41 @@ class Target(NamedTuple):
 
 
 def make_targets(net, target: Target, labels: Tensor, *, seed: int, first: int, guidance: float,
-                 guidance_channels: int | None, scheduler, batch: int, folder: Path | None,
+                 guidance_channels: int | None, scheduler, about: dict, folder: Path | None,
                  progress: Callable[[int], None]) -> Tensor:
-    """The target images [n, C, H, W] of the images number first, first + 1, … of a seed, with labels [n].
+    """The target images [n, C, H, W] of the images number first, first + 1, … of a seed, with labels [n], on the CPU.
 
-    folder: where they are kept, and found the next time; None keeps nothing. A file that is there must have been made
-    with the same model, solver, seed, labels and guidance. progress: called with the number of images that are done.
+    folder: where they are kept, part by part, and found the next time; None keeps nothing. about: what else decides
+    them; a part that is there must have been made with the same. progress: called with the number of images done.
 
     Raises:
-        ValueError: the file is of another model or other labels.
+        ValueError: a part that is there is of other targets, or damaged; the message names it.
     """
-    about = dict(target=target.name, weights=fingerprint(net), seed=seed, first=first, guidance=guidance,
-                 labels=labels.tolist())
-    path = None if folder is None else folder / f"targets-{target.name}-seed{seed}-{len(labels)}.safetensors"
-    if path is not None and path.exists():
-        tensors, metadata = load_tensors(path)
-        if metadata != about or "images" not in tensors:
-            raise ValueError(f"{path}: holds targets of another model, seed, guidance or labels; give another folder, "
-                             "or remove it")
-        progress(len(labels))
-        return tensors["images"]
-    images = []
-    for start in range(0, len(labels), batch):
-        images.append(sample(net, labels[start : start + batch], steps=target.steps, guidance=guidance,
-                             guidance_channels=guidance_channels, scheduler=target.scheduler or scheduler, seed=seed,
-                             first=first + start, batch=batch).cpu())
-        progress(start + len(images[-1]))
-    made = torch.cat(images)
-    if path is not None:
-        save_tensors(path, {"images": made}, about)
-    return made
+    parts, shape = [], net.sample_shape
+    for start in range(0, len(labels), PART):
+        mine = labels[start : start + PART]
+        made_of = about | dict(target=target.name, seed=seed, first=first + start, guidance=guidance,
+                               guidance_channels=guidance_channels, labels=mine.tolist())
+        path = None if folder is None else folder / f"targets-{target.name}-seed{seed}" / f"{start}.safetensors"
+        if path is not None and path.exists():
+            parts.append(_read(path, made_of, torch.empty(len(mine), *shape)))
+        else:
+            parts.append(sample(net, mine, steps=target.steps, guidance=guidance, guidance_channels=guidance_channels,
+                                scheduler=target.scheduler or scheduler, seed=seed, first=first + start,
+                                batch=PART).cpu())
+            if path is not None:
+                save_tensors(path, {"images": parts[-1]}, made_of)
+        progress(start + len(mine))
+    return torch.cat(parts)
+
+
+def _read(path: Path, made_of: dict, like: Tensor) -> Tensor:
+    tensors, metadata = load_tensors(path)
+    for name, value in made_of.items():
+        if metadata.get(name) != value:
+            raise ValueError(f"{path}: holds targets made with {name}={metadata.get(name)!r}, expected {value!r}; give "
+                             "another folder, or remove it")
+    try:
+        return check_like("images", tensors["images"], like)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: is damaged ({error}); remove it, and it is made again") from None

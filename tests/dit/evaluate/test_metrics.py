@@ -8,7 +8,7 @@ import torch
 
 from harmonica_dit.evaluate import Judge, psnr, rmse
 from harmonica_dit.evaluate.metrics import MIN_FRECHET
-from harmonica_dit.fashion.classifier import REFERENCE, WEIGHTS, load_classifier
+from harmonica_dit.fashion.classifier import JUDGES, load_classifier, reference_of, weights_of
 from harmonica_dit.files import load_tensors, save_tensors
 
 
@@ -100,19 +100,20 @@ def test_error_is_measured_on_clipped_pixels():
         rmse(black, white[:1])
 
 
-def test_the_bundled_classifier_and_its_statistics_fit_each_other():
-    classifier = load_classifier()
-    tensors, metadata = load_tensors(REFERENCE)
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_bundled_classifier_and_its_statistics_fit_each_other(name):
+    classifier = load_classifier(name)
+    tensors, metadata = load_tensors(reference_of(name))
     F = classifier.num_features
     assert classifier.features(torch.zeros(3, 1, 28, 28)).shape == (3, F)
     assert classifier(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
     assert sum(p.numel() for p in classifier.parameters()) <= 300_000
     assert tensors["mean"].shape == (F,) and tensors["covariance"].shape == (F, F) and metadata["count"] == 60_000
     assert torch.linalg.eigvalsh(tensors["covariance"]).min() >= 0
-    assert json.loads(WEIGHTS.with_suffix(".json").read_text())["test_accuracy"] >= 0.91
+    assert json.loads(weights_of(name).with_suffix(".json").read_text())["test_accuracy"] >= 0.91
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     save_tensors(tmp_path / "other.safetensors", {"weight": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="holds no"):
-        load_classifier(tmp_path / "other.safetensors")
+        load_classifier(path=tmp_path / "other.safetensors")
