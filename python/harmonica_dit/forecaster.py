@@ -66,12 +66,14 @@ class TrunkForecaster:
         computed step:  h = c + a∘c + Σ_i w_i∘(c_i - c)
 
     h is what the final norm is given; c the step's own state, c_i those of the last computed steps before it, the
-    newest first; e and e_i the tokens that entered these forwards.
+    newest first; e and e_i the tokens that entered these forwards. A computed step's forward can be given a condition
+    of its own: the embedded timestep and label with a learned vector added, which costs nothing where it is hoisted.
 
     Args:
         states: w, float32 [T, H, D or 1]; H, the states kept, from 1 to 4.
         tokens: v, like states, or None for 0.
         own: a, float32 [T, D or 1], or None for 0.
+        condition: what is added to the embedded timesteps and labels, float32 [T, D], or None.
         size: values of one image's trunk state, N·D, to count FLOPs by.
         origin: the method, in words.
 
@@ -82,6 +84,7 @@ class TrunkForecaster:
     states: Tensor
     tokens: Tensor | None = None
     own: Tensor | None = None
+    condition: Tensor | None = None
     size: int = 0
     origin: str = ""
     unit = "trunk"
@@ -92,7 +95,8 @@ class TrunkForecaster:
         T, H, D = self.states.shape
         if not 1 <= H <= HISTORY:
             raise ValueError(f"forecaster.states: weighs {H} states a step, expected 1 to {HISTORY}")
-        for name, shape in (("states", (T, H, D)), ("tokens", (T, H, D)), ("own", (T, D))):
+        width = self.condition.shape[-1] if isinstance(self.condition, Tensor) and self.condition.dim() else D
+        for name, shape in (("states", (T, H, D)), ("tokens", (T, H, D)), ("own", (T, D)), ("condition", (T, width))):
             table = getattr(self, name)
             if table is None and name != "states":
                 continue
@@ -110,13 +114,17 @@ class TrunkForecaster:
     @property
     def parameters(self) -> int:
         """Numbers that are not 0."""
-        return sum(int(table.count_nonzero()) for table in (self.states, self.tokens, self.own) if table is not None)
+        tables = (self.states, self.tokens, self.own, self.condition)
+        return sum(int(table.count_nonzero()) for table in tables if table is not None)
 
     def flops(self, compute: Sequence[bool]) -> float:
-        """Of a trajectory of batch 1 whose step s is computed iff compute[s]: a multiply and an add for each term."""
+        """Of a trajectory of batch 1 whose step s is computed iff compute[s]: a multiply and an add for each term.
+
+        And the additions to the conditions.
+        """
         terms = sum(part.shape[:-1].numel() for step in self.weights(compute) if step for part in step
                     if part is not None)
-        return 2.0 * self.size * terms
+        return 2.0 * self.size * terms + (0 if self.condition is None else self.condition.numel())
 
     def weights(self, compute: Sequence[bool]) -> tuple[TrunkWeights | None, ...]:
         """For each step what `cached_forward` is given; None where a computed step is not corrected.

@@ -32,8 +32,8 @@ from harmonica_dit.validate import (
 from harmonica_kernels.graphs.gated import DecisionTables
 
 FIELDS = ("branches", "flops", "origin", "model", "timesteps")
-OPTIONAL = ("guidance", "resolution", "architecture")  # older files lack these
-TABLES = ("states", "tokens", "own")  # of a forecaster
+OPTIONAL = ("guidance", "resolution", "architecture", "scheduler", "labels")  # older files lack these
+TABLES = ("states", "tokens", "own", "condition")  # of a forecaster
 
 
 def forecast_ratios(compute: Tensor) -> Tensor:
@@ -72,6 +72,8 @@ class Schedule:
         timesteps, guidance, resolution: the T timesteps, the guidance scale, and height and width of the latents that
             the schedule was made for; None is any.
         architecture: the fingerprint of the model's class (see `adapt`), None if unknown.
+        scheduler: its name, see `make_scheduler`, and labels: the classes or prompts' numbers that the schedule was
+            made for; None is any.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -87,6 +89,8 @@ class Schedule:
     guidance: float | None = None
     resolution: tuple[int, int] | None = None
     architecture: dict[str, str | int] | None = None
+    scheduler: str | None = None
+    labels: tuple[int, ...] | None = None
     forecaster: BranchForecaster | TrunkForecaster | None = None
 
     def __post_init__(self):
@@ -107,9 +111,14 @@ class Schedule:
         check_flops(self.flops, K)
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", check_timesteps(self.timesteps, T))
-        for name in ("origin", "model"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name}: got {getattr(self, name)!r}, expected text")
+        for name in ("origin", "model", "scheduler"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "scheduler" and value is None):
+                raise TypeError(f"{name}: got {value!r}, expected text")
+        if self.labels is not None:
+            if not isinstance(self.labels, (tuple, list)) or not all(type(label) is int for label in self.labels):
+                raise TypeError(f"labels: got {shorten(self.labels)}, expected whole numbers")
+            object.__setattr__(self, "labels", tuple(self.labels))
         if self.guidance is not None and not is_number(self.guidance):
             raise ValueError(f"guidance: got {self.guidance!r}, expected a finite number")
         object.__setattr__(self, "resolution", check_resolution(self.resolution))
@@ -221,6 +230,14 @@ class Schedule:
                                                                    for part in step)) for step in self.forecast_weights)
         return self._moved[device]
 
+    def condition_on(self, device: torch.device) -> Tensor | None:
+        """What a forecaster adds to the steps' conditions, [T, D], on a device, where it stays; None is nothing."""
+        if self.unit == "branch" or self.forecaster.condition is None:
+            return None
+        if ("condition", device) not in self._moved:
+            self._moved["condition", device] = self.forecaster.condition.to(device)
+        return self._moved["condition", device]
+
     @cached_property
     def _moved(self) -> dict:
         return {}
@@ -233,7 +250,7 @@ class Schedule:
         """
         scores = torch.where(self.compute, math.inf, -math.inf)
         if self.unit == "trunk":
-            return DecisionTables(scores[:, :1], None, self.forecast_weights, self.history)
+            return DecisionTables(scores[:, :1], None, self.forecast_weights, self.history, self.forecaster.condition)
         if self.forecaster is not None:
             raise ValueError(f'schedule: its forecaster ({self.forecaster.origin}) is none that mode="gated" knows; '
                              'use mode="captured"')
@@ -282,14 +299,30 @@ class Schedule:
             raise ValueError(f"{path}: {error}") from None
 
     def check(self, net, trajectory) -> None:
-        """Refuses another architecture, other branches and another number of steps; warns of other timesteps.
+        """Refuses another architecture, other branches and another number of steps; with a forecaster of the trunk also
+        another width and another scheduler. Warns of other timesteps, guidance and labels.
 
         Raises:
             ValueError: the schedule does not fit; the message says what differs.
         """
         check_fits("schedule: ", self, net)
+        if self.unit == "trunk":
+            width = self.forecaster.states.shape[2]
+            if width not in (1, net.width):
+                raise ValueError(f"schedule: its forecaster is for states of width {width}, those of {net.name!r} have "
+                                 f"{net.width}")
+            if self.scheduler not in (None, trajectory.scheduler_name):
+                raise ValueError(f"schedule: its forecaster is for the scheduler {self.scheduler!r}, the trajectory's "
+                                 f"is {trajectory.scheduler_name!r}")
         if trajectory.steps != self.steps:
             raise ValueError(f"schedule: for {self.steps} steps, the trajectory has {trajectory.steps}")
         if self.timesteps is not None and self.timesteps != tuple(trajectory.timesteps):
             warnings.warn(f"schedule: made for other timesteps ({shorten(self.timesteps)}) than the trajectory's "
                           f"({shorten(trajectory.timesteps)})", stacklevel=3)
+        scale = trajectory.model.scale
+        if self.guidance not in (None, scale):
+            warnings.warn(f"schedule: made for guidance {self.guidance:g}, the trajectory's is {scale:g}", stacklevel=3)
+        others = set() if self.labels is None else set(trajectory.labels.tolist()) - set(self.labels)
+        if others:
+            warnings.warn(f"schedule: made for the labels {shorten(self.labels)}, used with {shorten(sorted(others))}",
+                          stacklevel=3)

@@ -91,13 +91,13 @@ def test_a_schedule_that_does_not_fit_its_forecaster_is_refused():
 @pytest.mark.parametrize("kind", ["taylor", "learned"])
 def test_a_file_gives_the_schedule_back(tmp_path, kind):
     forecaster = taylor(WHOLE, 2, 5) if kind == "taylor" else TrunkForecaster(
-        torch.randn(6, 3, 4), torch.randn(6, 3, 4), torch.randn(6, 4), 5, "learned")
+        torch.randn(6, 3, 4), torch.randn(6, 3, 4), torch.randn(6, 4), torch.randn(6, 7), 5, "learned")
     schedule = make(forecaster, timesteps=(9, 8, 7, 6, 5, 4))
     schedule.save(tmp_path / "s.safetensors")
     found = Schedule.load(tmp_path / "s.safetensors")
     assert (found.rows, found.timesteps, found.speedup) == (schedule.rows, schedule.timesteps, schedule.speedup)
     assert (found.forecaster.size, found.forecaster.origin) == (5, forecaster.origin)
-    for name in ("states", "tokens", "own"):
+    for name in ("states", "tokens", "own", "condition"):
         mine, theirs = getattr(found.forecaster, name), getattr(forecaster, name)
         assert (mine is None and theirs is None) or torch.equal(mine, theirs)
 

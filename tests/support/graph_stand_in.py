@@ -1,4 +1,4 @@
-"""A stand-in for CUDA that executes the gated graph which is built: graphs are lists, kernels and memory are the CPU's."""
+"""A stand-in for CUDA that executes the gated graph: graphs are lists, kernels and memory are the CPU's."""
 
 import ctypes
 import random

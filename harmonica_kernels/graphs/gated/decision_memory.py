@@ -16,13 +16,15 @@ class DecisionTables(NamedTuple):
 
     scores: float32 [T, K]; or [T, 1], ∞ for a computed step and -∞ for another, of a schedule that forecasts the trunk.
     extrapolation: float32 [T, K] coefficients; None where all reuse repeats. trunk: for each of T steps the weights of
-    the trunk's cached states, as `cached_forward` takes them. states: how many of them are kept at most.
+    the trunk's cached states, as `cached_forward` takes them. states: how many of them are kept at most. condition:
+    [T, D'] that is added to the steps' conditions, or None.
     """
 
     scores: Tensor
     extrapolation: Tensor | None = None
     trunk: Sequence[TrunkWeights | None] | None = None
     states: int = 0
+    condition: Tensor | None = None
 
     @property
     def unit(self) -> str:

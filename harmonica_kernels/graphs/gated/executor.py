@@ -156,13 +156,13 @@ class Gated:
         if self._tables is None:
             memory.scores.fill_(float("inf"))
             return
-        scores, extrapolation, trunk, _ = self._tables
+        scores, extrapolation = self._tables.scores, self._tables.extrapolation
         if scores.shape != memory.scores.shape:
             raise ValueError(f"router: is for {list(scores.shape)} steps and branches, the trajectory has "
                              f"{list(memory.scores.shape)}")
         memory.scores.copy_(scores)
         if isinstance(loop.parts, TrunkParts):
-            loop.parts.load(trunk, (scores[:, 0] > 0).tolist())
+            loop.parts.load(self._tables)
         elif extrapolation is None:
             memory.extrapolation.zero_()
         elif memory.history == 2:

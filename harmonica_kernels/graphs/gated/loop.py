@@ -26,6 +26,8 @@ class Loop:
         channels: how many leading channels are guided; None for all.
         context: what the bodies get beside h, see `Branch`.
         eps: of the final norm.
+        condition: [T, D'] that `modulation` reads: what a schedule adds to the steps' conditions. It is written before
+            a trajectory. None takes no such schedules.
     """
 
     branches: Sequence[Branch]
@@ -37,3 +39,4 @@ class Loop:
     channels: int | None = None
     context: Any = None
     eps: float = 1e-6
+    condition: Tensor | None = None

@@ -4,15 +4,13 @@ A step stores its trunk state and tokens in rings; which place is whose, a step 
 one graph serves every schedule and every forecaster of as many states.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ...forward import Modulation, trunk_state
 from ...ops import Term, residual_norm
 from ...trunk import TrunkWeights
-from .decision_memory import DecisionMemory
+from .decision_memory import DecisionMemory, DecisionTables
 from .ends import Ends
 from .loop import Loop
 
@@ -36,13 +34,23 @@ class TrunkParts(Ends):
         self.places = torch.zeros(memory.steps, 2, dtype=torch.int64, device=device)  # where a step stores both
         self._stack()
 
-    def load(self, weights: Sequence[TrunkWeights | None], compute: Sequence[bool]) -> None:
-        """Writes the tables: how each of T steps weighs the rings, and where it stores."""
-        D = self.tokens.shape[2]
-        tables = [in_rings(w, computed, sum(compute[:s]), self.history, D)
-                  for s, (w, computed) in enumerate(zip(weights, compute, strict=True))]
-        self.weights.copy_(torch.stack([rows for rows, _ in tables]))
-        self.places.copy_(torch.tensor([places for _, places in tables]))
+    def load(self, tables: DecisionTables) -> None:
+        """Writes how each of T steps weighs the rings, where it stores, and what is added to its condition.
+
+        Raises:
+            ValueError: something is added to conditions, and the loop takes nothing.
+        """
+        compute, D = (tables.scores[:, 0] > 0).tolist(), self.tokens.shape[2]
+        made = [in_rings(w, computed, sum(compute[:s]), self.history, D)
+                for s, (w, computed) in enumerate(zip(tables.trunk, compute, strict=True))]
+        self.weights.copy_(torch.stack([rows for rows, _ in made]))
+        self.places.copy_(torch.tensor([places for _, places in made]))
+        if self.loop.condition is not None:
+            self.loop.condition.zero_()
+            if tables.condition is not None:
+                self.loop.condition.copy_(tables.condition)
+        elif tables.condition is not None:
+            raise ValueError("schedule: adds to the steps' conditions, which this trajectory's loop does not take")
 
     def _modulation(self) -> None:
         super()._modulation()

@@ -92,7 +92,7 @@ def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
         family = "learned forecast"
     elif schedule.history > 1:
         family += " + forecast"
-    return Method(name, family, schedule.steps, schedule)
+    return Method(name, family, schedule.steps, schedule, schedule.scheduler if schedule.unit == "trunk" else None)
 
 
 def check_names(methods: Iterable[Method]) -> None:

@@ -174,14 +174,17 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, *, row: Sequence[bool] | Tensor | bool | None = None,
                 forecast_weights: Sequence[float] | Tensor | hk.TrunkWeights | None = None,
                 cache: hk.FeatureCache | hk.TrunkCache | None = None, threshold: float = 0.1,
-                modulation: hk.Modulation | None = None) -> Tensor:
+                modulation: hk.Modulation | None = None, condition: Tensor | None = None) -> Tensor:
         """The model's output [B, C_out, H, W] for x [B, C, H, W] at timesteps t [B] with labels y [B].
 
         row, forecast_weights, cache, threshold: as in `harmonica_kernels.cached_forward`.
         modulation: the one that `hoist` computed for t, y and row; None computes it here.
+        condition: [D], added to the embedded timestep and label; see `harmonica_dit.forecaster.TrunkForecaster`.
         """
         if modulation is None:
-            [modulation] = self.modulations(F.silu(self.t_embedder(t) + self.y_embedder(y))[None], [row])
+            embedded = self.t_embedder(t) + self.y_embedder(y)
+            [modulation] = self.modulations(F.silu(embedded if condition is None else embedded + condition)[None],
+                                            [row])
         tokens = hk.cached_forward(self.branches, self.embed(x), modulation, row=row,
                                    forecast_weights=forecast_weights, cache=cache, threshold=threshold)
         return self.head(tokens)
@@ -196,7 +199,8 @@ class DiT(nn.Module):
         out = self.final_layer.linear(tokens).view(-1, g, g, p, p, self.out_channels)
         return out.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, g * p, g * p)
 
-    def hoist(self, t: Tensor, y: Tensor, rows: Sequence[Sequence[bool] | None]) -> Iterator[dict]:
+    def hoist(self, t: Tensor, y: Tensor, rows: Sequence[Sequence[bool] | None],
+              condition: Tensor | None = None) -> Iterator[dict]:
         """Computes the `modulation` arguments of `forward` for all T steps of a trajectory together.
 
         Each adaLN layer takes all steps as one matrix, so its weights are read once instead of T times. (The weights
@@ -206,6 +210,7 @@ class DiT(nn.Module):
         Args:
             t: [T] timesteps. y: [B] labels, the same at every step.
             rows: the T hard rows, None where everything is computed, False where the trunk is forecast.
+            condition: [T, D], added to the embedded timesteps and labels, or None.
 
         Yields:
             Further arguments of `forward`, step by step.
@@ -214,18 +219,19 @@ class DiT(nn.Module):
         step_bytes = (3 * len(self.branches) + 2) * embedded.nbytes
         at_once = max(1, HOISTED // step_bytes)
         for first in range(0, len(rows), at_once):
-            condition = F.silu(self.t_embedder(t[first : first + at_once])[:, None] + embedded)
-            for modulation in self.modulations(condition, rows[first : first + at_once]):
+            part = slice(first, first + at_once)
+            times = self.t_embedder(t[part]) if condition is None else self.t_embedder(t[part]) + condition[part]
+            for modulation in self.modulations(F.silu(times[:, None] + embedded), rows[part]):
                 yield {"modulation": modulation}
 
-    def modulation_table(self, t: Tensor, y: Tensor) -> hk.Modulation:
+    def modulation_table(self, t: Tensor, y: Tensor, condition: Tensor) -> hk.Modulation:
         """The modulation rows of all T steps stacked, [T, B, D], for t [T] and y [B].
 
-        A device-gated trajectory takes each step's rows from them.
+        A device-gated trajectory takes each step's rows from them. condition: [T, D], as in `hoist`.
         """
-        condition = F.silu(self.t_embedder(t)[:, None] + self.y_embedder(y))
-        parts = [part for block in self.blocks for part in block.adaLN_modulation[1](condition).chunk(6, 2)]
-        final = self.final_layer.adaLN_modulation[1](condition).chunk(2, 2)
+        activated = F.silu((self.t_embedder(t) + condition)[:, None] + self.y_embedder(y))
+        parts = [part for block in self.blocks for part in block.adaLN_modulation[1](activated).chunk(6, 2)]
+        final = self.final_layer.adaLN_modulation[1](activated).chunk(2, 2)
         return hk.Modulation([*parts[::3], final[0]], [*parts[1::3], final[1]], parts[2::3])
 
     def modulations(self, condition: Tensor,

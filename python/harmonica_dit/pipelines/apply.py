@@ -208,7 +208,8 @@ class _Trajectory:
         s, self.step = self.step, self.step + 1
         adapter, schedule = self.applied.adapter, self.schedule
         if s == 0:
-            self.hoisted = adapter.hoist(schedule.rows, self.timesteps, *args, **kwargs)
+            self.hoisted = adapter.hoist(schedule.rows, self.timesteps, *args, **kwargs,
+                                         condition=schedule.condition_on(transformer.device))
         output = adapter(*args, **kwargs, **next(self.hoisted), row=schedule.rows[s], cache=self.cache,
                          forecast_weights=schedule.forecast_weights_on(transformer.device)[s])
         return output if hook is None else hook.post_forward(transformer, output)

@@ -26,8 +26,8 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None =
         guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`; None is the
             model's own.
         seed, first: image i starts from noise number `first` + i of the seed, whatever the batch size.
-        scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one; None is the
-            model's own.
+        scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one; None is that of
+            the schedule's forecaster, or the model's own.
         batch: images at a time.
         executor: "eager" runs every call as it is. "captured" records the second batch as a CUDA graph and replays it
             for the batches after. An executor `harmonica_kernels.compile(harmonica_dit.denoise)` also keeps its graphs
@@ -49,6 +49,8 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None =
         check_whole(name, value, least)
     if steps is None:
         steps = 20 if schedule is None else schedule.steps
+    if scheduler is None and schedule is not None and schedule.unit == "trunk":
+        scheduler = schedule.scheduler
     run = _runner(executor)
     device = next(net.parameters()).device
     images = []
@@ -75,8 +77,9 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = N
     cache = None if schedule is None else schedule.new_cache()
     rows = [None] * trajectory.steps if schedule is None else schedule.rows
     weights = None if schedule is None else schedule.forecast_weights_on(noise.device)
+    condition = None if schedule is None else schedule.condition_on(noise.device)
     x = trajectory.start(noise)
-    for s, precomputed in enumerate(trajectory.hoist(rows)):
+    for s, precomputed in enumerate(trajectory.hoist(rows, condition)):
         row = {} if schedule is None else dict(row=rows[s], forecast_weights=weights[s], cache=cache)
         x = trajectory.step(x, s, **row, **precomputed)
     return x

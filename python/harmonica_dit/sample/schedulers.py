@@ -52,6 +52,13 @@ class ReferenceDDIM(DDIMScheduler):
         return DDIMSchedulerOutput(previous, x0) if return_dict else (previous, x0)
 
 
+def scheduler_name(scheduler: str | SchedulerMixin) -> str:
+    """The name by which `make_scheduler` knows a scheduler, or one of its class."""
+    if isinstance(scheduler, ReferenceDDIM):
+        return "ddim"
+    return scheduler if isinstance(scheduler, str) else type(scheduler).__name__
+
+
 def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,
                    timesteps: Sequence[float] | None = None) -> SchedulerMixin:
     """A scheduler set to `steps` steps.

@@ -14,7 +14,7 @@ from torch import Tensor
 from harmonica_kernels import ops
 from harmonica_kernels.graphs.gated import Loop
 
-from .schedulers import ReferenceDDIM, make_scheduler
+from .schedulers import ReferenceDDIM, make_scheduler, scheduler_name
 
 
 def image_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
@@ -115,6 +115,11 @@ class Trajectory:
         """T: how often the model is called (some schedulers call it more than once a step)."""
         return len(self.timesteps)
 
+    @property
+    def scheduler_name(self) -> str:
+        """See `make_scheduler`."""
+        return scheduler_name(self.scheduler)
+
     def start(self, noise: Tensor) -> Tensor:
         """x_0 from standard normal noise [n, C, H, W]."""
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # schedulers of flow matching have none
@@ -140,14 +145,15 @@ class Trajectory:
         return ops.guided_step(x, conditional, unconditional, guidance=self.model.scale,
                                channels=self.model.channels, a=a, b=b)
 
-    def hoist(self, rows: Sequence[Sequence[bool] | None]) -> Iterable[dict]:
+    def hoist(self, rows: Sequence[Sequence[bool] | None], condition: Tensor | None = None) -> Iterable[dict]:
         """Further arguments of `predict`, step by step: what the model can compute for all steps together.
 
-        rows: the T hard rows, None where everything is computed.
+        rows: the T hard rows, None where everything is computed. condition: [T, D], what a forecaster adds to the
+        embedded timesteps and labels, or None.
         """
-        if not hasattr(self.net, "hoist"):
-            return [{}] * self.steps
-        return self.net.hoist(self._t, self._model_labels, rows)
+        if hasattr(self.net, "hoist"):
+            return self.net.hoist(self._t, self._model_labels, rows, condition)
+        return [{} if condition is None else {"condition": condition[s]} for s in range(self.steps)]
 
     def advance(self, output: Tensor, s: int, x: Tensor) -> Tensor:
         """x_{s+1} from x_s and the guided output; differentiable where grad is enabled."""
@@ -183,9 +189,11 @@ class Trajectory:
             raise TypeError(f"net: {type(self.net).__name__} has no modulation_table, which a device-gated trajectory "
                             'indexes; use mode="captured"')
         net, guided = self.net, self.model.scale != 1
-        return Loop(net.branches, lambda: net.modulation_table(self._t, self._model_labels),
+        weight = next(net.parameters())
+        condition = torch.zeros(self.steps, net.width, dtype=weight.dtype, device=weight.device)
+        return Loop(net.branches, lambda: net.modulation_table(self._t, self._model_labels, condition),
                     lambda x: net.embed(torch.cat([x, x]) if guided else x), net.head, self.scheduler.updates(),
-                    self.model.scale, self.model.channels)
+                    self.model.scale, self.model.channels, condition=condition)
 
     def graph_parts(self) -> tuple[tuple, tuple[Tensor, ...], Callable[[Tensor], "Trajectory"]]:
         """Key, tensors and a copying function for an executor, see `harmonica_kernels.compile`.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from diffusers import SchedulerMixin
 
-from harmonica_dit.sample.schedulers import ReferenceDDIM
+from harmonica_dit.sample.schedulers import scheduler_name
 from harmonica_dit.validate import check_threshold, check_whole, is_number
 
 
@@ -63,12 +63,6 @@ class Settings:
         if not (self.extrapolation is None or self.extrapolation == "learned" or is_number(self.extrapolation)):
             raise ValueError(f"extrapolation: got {self.extrapolation!r}, expected None, a number or 'learned'")
 
-    @property
-    def scheduler_name(self) -> str:
-        if isinstance(self.scheduler, ReferenceDDIM):
-            return "ddim"
-        return self.scheduler if isinstance(self.scheduler, str) else type(self.scheduler).__name__
-
     def record(self, net) -> dict:
         """These settings and the model's properties, as JSON gives them back. A checkpoint must have the same."""
         return record_of(net, asdict(self))
@@ -80,8 +74,7 @@ def record_of(net, settings: dict) -> dict:
     if isinstance(scheduler, SchedulerMixin):
         config = {name: str(value) for name, value in scheduler.config.items()
                   if not name.startswith("_")}  # those are diffusers' notes; each process orders them differently
-        name = "ddim" if isinstance(scheduler, ReferenceDDIM) else type(scheduler).__name__
-        scheduler = {"class": name, "config": config}
+        scheduler = {"class": scheduler_name(scheduler), "config": config}
     prompts = getattr(net, "prompts", None)
     return json.loads(json.dumps(settings | {
         "scheduler": scheduler, "model": net.name, "branches": net.branch_names,

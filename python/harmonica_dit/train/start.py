@@ -7,6 +7,7 @@ import torch
 
 from harmonica_dit.flops import count_flops
 from harmonica_dit.router import LIMIT, Router
+from harmonica_dit.sample.schedulers import scheduler_name
 from harmonica_dit.sample.trajectory import Trajectory, image_noise, run_eagerly
 
 from .budget import Budget, Steering
@@ -34,7 +35,7 @@ def start_training(net, settings: Settings) -> tuple[Training, Budget | None]:
         extrapolation = torch.full((T, K), 0.0 if learned else float(settings.extrapolation))
     router = Router(logits, net.branch_names, flops, tuple(first.timesteps), extrapolation=extrapolation,
                     learn_extrapolation=learned, threshold=settings.threshold, model=net.name,
-                    scheduler=settings.scheduler_name, guidance=settings.guidance, seed=settings.seed,
+                    scheduler=scheduler_name(settings.scheduler), guidance=settings.guidance, seed=settings.seed,
                     resolution=net.sample_shape[1:], architecture=getattr(net, "architecture", None)).to(device)
     # the gradients are as small as β·c, so AdamW's default eps of 1e-8 would slow the rows down
     optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-16,

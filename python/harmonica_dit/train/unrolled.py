@@ -22,7 +22,7 @@ class LearnedForecaster(nn.Module):
     def __init__(self, compute: Sequence[bool], initial: TrunkForecaster, width: int, correct: bool):
         super().__init__()
         self.compute, self.history, self.correct = tuple(compute), initial.history, correct
-        self.states, self.tokens, self.own = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
+        self.states, self.tokens, self.own, self.condition = (nn.ParameterList() for _ in range(4))
         kept = 0
         for s, computed in enumerate(compute):
             n = min(kept, self.history)
@@ -30,6 +30,7 @@ class LearnedForecaster(nn.Module):
             self.states.append(nn.Parameter(initial.states[s, :n].expand(n, width).clone(), learned))
             self.tokens.append(nn.Parameter(torch.zeros(0 if computed else n, width), learned))
             self.own.append(nn.Parameter(torch.zeros(width), learned and computed))
+            self.condition.append(nn.Parameter(torch.zeros(width if computed else 0), learned))
             kept += computed
 
     def weights(self, s: int) -> hk.TrunkWeights | None:
@@ -41,25 +42,29 @@ class LearnedForecaster(nn.Module):
     def freeze(self, size: int, origin: str) -> TrunkForecaster:
         """The weights as they are."""
         T, H, D = len(self.compute), self.history, self.own[0].shape[0]
-        states, tokens, own = torch.zeros(T, H, D), torch.zeros(T, H, D), torch.zeros(T, D)
+        states, tokens, own, condition = (torch.zeros(T, *shape) for shape in ((H, D), (H, D), (D,), (D,)))
         for s in range(T):
             states[s, : len(self.states[s])] = self.states[s].detach().cpu()
             tokens[s, : len(self.tokens[s])] = self.tokens[s].detach().cpu()
             own[s] = self.own[s].detach().cpu()
-        return TrunkForecaster(states, tokens if tokens.any() else None, own if own.any() else None, size, origin)
+            if self.compute[s]:
+                condition[s] = self.condition[s].detach().cpu()
+        return TrunkForecaster(states, *(table if table.any() else None for table in (tokens, own, condition)), size,
+                               origin)
 
 
-def unroll(trajectory: Trajectory, noise: Tensor, learned: LearnedForecaster) -> Tensor:
+def unroll(trajectory: Trajectory, noise: Tensor, learned: LearnedForecaster, checkpointing: bool = True) -> Tensor:
     """The final image of a trajectory [n, C, H, W], from noise [n, C, H, W].
 
-    With grad enabled each computed step is run again in the backward. So one step's activations are held at a time,
+    With checkpointing each computed step is run again in the backward. So one step's activations are held at a time,
     and between them what the cache holds: at most 2·B·N·D values a computed step, and the latents of every step.
     """
     x, kept = trajectory.start(noise), []
-    with torch.no_grad():  # nothing of it depends on x
-        precomputed = list(trajectory.hoist([None if computed else False for computed in learned.compute]))
+    with torch.no_grad():  # at forecast steps nothing of it depends on what is learned
+        precomputed = list(trajectory.hoist([False] * trajectory.steps))
     for s, computed in enumerate(learned.compute):
-        options = dict(row=None if computed else False, forecast_weights=learned.weights(s), **precomputed[s])
+        options = dict(row=None if computed else False, forecast_weights=learned.weights(s))
+        options |= dict(condition=learned.condition[s]) if computed else precomputed[s]
 
         def step(x: Tensor, *flat: Tensor, s=s, computed=computed, options=options) -> tuple[Tensor, ...]:
             cache = hk.TrunkCache(learned.history)
@@ -69,7 +74,7 @@ def unroll(trajectory: Trajectory, noise: Tensor, learned: LearnedForecaster) ->
             return (output, cache.state(0), cache.tokens(0)) if computed else (output,)
 
         flat = [t for pair in kept for t in pair]
-        if computed and torch.is_grad_enabled():
+        if checkpointing and computed and torch.is_grad_enabled():
             output, *new = checkpoint(step, x, *flat, use_reentrant=False, preserve_rng_state=False)
         else:
             output, *new = step(x, *flat)

@@ -1,17 +1,19 @@
 """Training a forecaster: its gradient, what it learns, resuming, files, what is refused."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
+import harmonica_kernels as hk
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.forecaster import TrunkForecaster, taylor
 from harmonica_dit.methods import trunk_forecast
-from harmonica_dit.sample import sample
+from harmonica_dit.sample import denoise, sample
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.train import train_forecaster
+from harmonica_dit.train import targets, train_forecaster
 from harmonica_dit.train.unrolled import LearnedForecaster, unroll
 
 SMALL = dict(steps=6, iterations=30, images=8, held_out=4, batch=4, progress=False, seed=1)
@@ -62,7 +64,18 @@ def test_what_is_frozen_samples_what_was_unrolled(net):
     labels = torch.tensor([1, 2, 3])
     with torch.no_grad():
         unrolled = unroll(Trajectory(net, labels, steps=6), noise, learned)
-    torch.testing.assert_close(sample(net, labels, schedule=schedule, seed=5), unrolled)
+    sampled = sample(net, labels, schedule=schedule, seed=5)
+    torch.testing.assert_close(sampled, unrolled, rtol=1e-3, atol=1e-3)  # modulations come in other batches
+    for name in ("states", "tokens", "own", "condition"):
+        without = replace(schedule.forecaster, **{name: torch.zeros_like(getattr(schedule.forecaster, name))})
+        other = sample(net, labels, schedule=replace(schedule, forecaster=without), seed=5)
+        assert (other - sampled).abs().max() > 0.01
+    gated = hk.compile(denoise, mode="gated")
+    assert_close = torch.testing.assert_close
+    assert_close(sample(net, labels, schedule=schedule, seed=5, executor=gated), sampled, rtol=1e-3, atol=1e-3)
+    assert_close(sample(net, labels, schedule=trunk_forecast(net, 6, every=2), seed=5, executor=gated),
+                 sample(net, labels, schedule=trunk_forecast(net, 6, every=2), seed=5), rtol=1e-3, atol=1e-3)
+    assert gated.graphs == 1
 
 
 @pytest.mark.parametrize("target, scheduler", [("uncached", None), ("accurate", None),
@@ -78,6 +91,96 @@ def test_it_learns_on_noise_that_it_has_not_seen(net, target, scheduler):
     before, after = ((sample(net, labels, schedule=one, scheduler=scheduler, **options) - wanted).square().mean()
                      for one in (start, schedule))
     assert after < 0.8 * before
+
+
+def test_in_bfloat16_it_learns_too(net):
+    start, labels, options = trunk_forecast(net, 6, speedup=1.8), torch.arange(12) % 4, dict(seed=9, guidance=1.5)
+    schedule = train_forecaster(net, start, target="uncached", autocast="bfloat16", **SMALL | dict(lr=0.02))
+    wanted = sample(net, labels, steps=6, **options)
+    before, after = ((sample(net, labels, schedule=one, **options) - wanted).square().mean()
+                     for one in (start, schedule))
+    assert after < 0.8 * before
+    weights = schedule.forecaster.states
+    assert not torch.equal(weights, train_forecaster(net, start, target="uncached", **SMALL | dict(
+        lr=0.02)).forecaster.states), "autocast changes nothing"
+
+
+def test_checkpointing_changes_memory_and_no_bit(net):
+    """What autograd saves between steps, beside the parameters: a step's activations, or a few tensors."""
+    made, saved = [], []
+    for checkpointing in (True, False):
+        made.append(train_forecaster(net, 1.8, checkpointing=checkpointing, **SMALL | dict(iterations=4)))
+        learned = learned_weights([True, False, False, True, False, True], net.width)
+        noise = image_noise(0, 0, 2, net.sample_shape)
+        saved.append({})
+
+        def pack(t, sizes=saved[-1]):
+            sizes[t.data_ptr()] = t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            unroll(Trajectory(net, torch.tensor([0, 3]), steps=6), noise, learned, checkpointing)
+    for name in ("states", "tokens", "own", "condition"):
+        assert torch.equal(*(getattr(one.forecaster, name) for one in made))
+    assert sum(saved[0].values()) < 0.5 * sum(saved[1].values())
+
+
+def test_trained_on_some_labels_it_says_so(net, tmp_path):
+    schedule = train_forecaster(net, 1.8, labels=[2, 0, 2], out=tmp_path, **SMALL | dict(iterations=1))
+    assert schedule.labels == (0, 2) and schedule.scheduler == "ddim"
+    found = Schedule.load(tmp_path / "forecast.safetensors")
+    assert (found.labels, found.scheduler, found.guidance) == (schedule.labels, "ddim", net.guidance)
+    for part in sorted(tmp_path.glob("targets-*/*.safetensors")):
+        assert set(load_tensors(part)[1]["labels"]) == {0, 2}
+    sample(net, [0, 2], schedule=found)
+    with pytest.warns(UserWarning, match=r"made for the labels \(0, 2\), used with \[1, 3\]"):
+        sample(net, [0, 1, 3], schedule=found)
+    with pytest.warns(UserWarning, match="made for guidance 1.5, the trajectory's is 3"):
+        sample(net, [0, 2], schedule=found, guidance=3)
+
+
+def test_another_scheduler_or_width_is_refused(net):
+    other = "DPMSolverMultistepScheduler"
+    schedule = train_forecaster(net, 1.8, scheduler=other, target="uncached", **SMALL | dict(iterations=1))
+    assert schedule.scheduler == other
+    named = sample(net, [1], schedule=schedule, scheduler=other)
+    assert torch.equal(sample(net, [1], schedule=schedule), named)
+    with pytest.raises(ValueError, match=f"is for the scheduler '{other}', the trajectory's is 'ddim'"):
+        sample(net, [1], schedule=schedule, scheduler="ddim")
+    wide = trunk_forecast(net, 6, speedup=1.8)
+    wide = replace(wide, forecaster=TrunkForecaster(torch.zeros(6, 1, net.width + 1)))
+    with pytest.raises(ValueError, match="states of width 17, those of '.*' have 16"):
+        sample(net, [1], schedule=wide)
+
+
+def test_targets_are_kept_part_by_part(net, tmp_path, monkeypatch):
+    """An interruption while they are made loses one part at most; a damaged part is named."""
+    monkeypatch.setattr("harmonica_dit.train.targets.PART", 4)
+    settings, made = SMALL | dict(iterations=1, out=tmp_path), []
+    plain = targets.sample
+
+    def interrupted(*args, **options):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(options["first"])
+        return plain(*args, **options)
+
+    monkeypatch.setattr(targets, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped after 0 of 1 iterations; the same call goes on"):
+        train_forecaster(net, 1.8, **settings)
+    kept = sorted(tmp_path.glob("targets-*/*.safetensors"))
+    assert [path.stem for path in kept] == ["0", "4"]
+    made.clear()
+    train_forecaster(net, 1.8, **settings)
+    assert len(made) == 1, "12 images, of which 8 were there"
+    tensors, metadata = load_tensors(kept[1])
+    for images, message in ((tensors["images"] * torch.nan, "is damaged"), (tensors["images"][:3], "is damaged")):
+        save_tensors(kept[1], {"images": images}, metadata)
+        with pytest.raises(ValueError, match=rf"4.safetensors: {message}"):
+            train_forecaster(net, 1.8, **settings)
+    save_tensors(kept[1], tensors, metadata | dict(guidance=4.0))
+    with pytest.raises(ValueError, match="holds targets made with guidance=4.0, expected 1.5"):
+        train_forecaster(net, 1.8, **settings)
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(net, tmp_path):
@@ -98,7 +201,7 @@ def test_an_interrupted_training_ends_with_the_same_bits(net, tmp_path):
     again = train_forecaster(net, 1.8, out=tmp_path / "run", **settings)
     kept = Schedule.load(tmp_path / "run" / "forecast.safetensors")
     for other in (again, kept):
-        for name in ("states", "tokens", "own"):
+        for name in ("states", "tokens", "own", "condition"):
             assert torch.equal(getattr(other.forecaster, name), getattr(whole.forecaster, name))
     with pytest.raises(ValueError, match="of a training with lr=0.004, this one has lr=0.01"):
         train_forecaster(net, 1.8, out=tmp_path / "run", **settings | dict(lr=0.01))
@@ -170,12 +273,53 @@ def test_computed_steps_alone_take_timesteps_of_their_own(net):
 @pytest.mark.parametrize("options, message", [
     (dict(iterations=0), "iterations: got 0"), (dict(target="better"), "target: got 'better'"),
     (dict(lr=-1.0), "lr: got -1.0"), (dict(steps=1), "steps: got 1"), (dict(batch=True), "batch: got True"),
-    (dict(history=5), "history: got 5"), (dict(history=True), "history: got True")])
+    (dict(history=5), "history: got 5"), (dict(autocast="float16"), "autocast: got 'float16'"),
+    (dict(labels=[9]), "labels: got 9 to 9"), (dict(history=True), "history: got True")])
 def test_bad_arguments_are_named(net, options, message):
     with pytest.raises(ValueError, match=message):
         train_forecaster(net, 1.8, **SMALL | options)
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_the_trajectory_of_a_multistep_solver_is_seen_through(net, seen):
+    """Its own memory of outputs too, which makes much of the gradient. The solver computes in float32."""
+    compute = [True, False, True, False, True, True]
+    learned = learned_weights(compute, net.width, noise=0.02)
+    noise = image_noise(0, 0, 1, net.sample_shape)
+
+    def loss():
+        trajectory = Trajectory(net, torch.tensor([2]), steps=6, scheduler="DPMSolverMultistepScheduler")
+        if not seen:
+            step = trajectory.scheduler.step
+
+            def forget(*args, **options):
+                scheduler = trajectory.scheduler
+                scheduler.model_outputs = [o if o is None else o.detach() for o in scheduler.model_outputs]
+                return step(*args, **options)
+
+            trajectory.scheduler.step = forget
+        return unroll(trajectory, noise, learned).double().square().mean()
+
+    p = learned.states[1]
+    found = torch.autograd.grad(loss(), p)[0]
+    with torch.no_grad():
+        direction = found / found.norm()
+        p += 1e-2 * direction
+        after = loss()
+        p -= 2e-2 * direction
+        difference = (after - loss()) / 2e-2
+    assert (abs((found * direction).sum() / difference - 1) < 0.01) == seen
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_any_number_of_steps(net, steps):
+    schedule = train_forecaster(net, 2.5, **SMALL | dict(steps=steps, iterations=1, target="uncached"))
+    assert schedule.steps == steps == len(schedule.timesteps) and schedule.speedup >= 2.5
+    assert sample(net, [0], schedule=schedule).isfinite().all()
+
+
 def test_nothing_to_learn_is_said(net):
+    with pytest.raises(ValueError, match="what it makes are the uncached images already"):
+        train_forecaster(net, trunk_forecast(net, 4, every=1), target="uncached", **SMALL | dict(steps=4))
     with pytest.raises(ValueError, match="leaves nothing to learn"):
         train_forecaster(net, trunk_forecast(net, 4, every=1), correct=False, **SMALL | dict(steps=4))

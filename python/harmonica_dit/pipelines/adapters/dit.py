@@ -28,17 +28,19 @@ class DiTAdapter(FusedAdapter):
                  row: Sequence[bool] | Tensor | bool | None = None,
                  forecast_weights: Sequence[float] | Tensor | hk.TrunkWeights | None = None,
                  cache: hk.FeatureCache | hk.TrunkCache | None = None,
-                 threshold: float = 0.1, modulation: hk.Modulation | None = None):
+                 threshold: float = 0.1, modulation: hk.Modulation | None = None, condition: Tensor | None = None):
         """As `DiTTransformer2DModel.forward`; row, forecast_weights, cache, threshold as in `cached_forward`.
 
         modulation: this step's from `hoist`. With it, timestep and label are not needed.
+        condition: [D], added to every embedded timestep and label, or None.
         """
         model = self.transformer
         height, width = (side // model.patch_size for side in hidden_states.shape[-2:])
         x = model.pos_embed(hidden_states)
         if modulation is None:
             soft = isinstance(row, Tensor) or (isinstance(row, Sequence) and len(row) != len(self.branches))
-            modulation = self._modulations(timestep, class_labels, x.dtype, [None if soft else row])[0]
+            modulation = self._modulations(timestep, class_labels, x.dtype, [None if soft else row],
+                                           None if condition is None else condition[None])[0]
         x = hk.cached_forward(self.branches, x, modulation, row=row, forecast_weights=forecast_weights,
                               cache=cache, threshold=threshold,
                               context=Context(options=attention_options(cross_attention_kwargs)),
@@ -46,8 +48,11 @@ class DiTAdapter(FusedAdapter):
         return finish(unpatchify(model.proj_out_2(x), height, width, model.patch_size), return_dict)
 
     def hoist(self, rows: Sequence[Sequence[bool] | bool | None], timesteps: Sequence[float], hidden_states: Tensor,
-              timestep: Tensor | None = None, class_labels: Tensor | None = None, **_) -> Iterator[dict[str, Any]]:
+              timestep: Tensor | None = None, class_labels: Tensor | None = None, *,
+              condition: Tensor | None = None, **_) -> Iterator[dict[str, Any]]:
         """The modulations of the steps with these rows and timesteps. Every block embeds once for all steps.
+
+        condition: [T, D], added to the embedded timesteps and labels, or None.
 
         If they would take more than HOISTED bytes, the steps are cut into slices, as in `harmonica_dit.models.DiT`.
         """
@@ -59,7 +64,8 @@ class DiTAdapter(FusedAdapter):
             labels = class_labels.repeat(len(rows[part]))
             # no local variable holds a modulation: it would keep its slice alive while the next one is computed
             yield from (dict(modulation=modulation) for modulation in
-                        self._modulations(times[part].repeat_interleave(B), labels, dtype, rows[part]))
+                        self._modulations(times[part].repeat_interleave(B), labels, dtype, rows[part],
+                                          None if condition is None else condition[part]))
 
     def _branches(self, block: nn.Module):
         attention, feed_forward = AttentionBody(block.attn1), FeedForwardBody(block.ff)
@@ -70,11 +76,12 @@ class DiTAdapter(FusedAdapter):
         return "norm1", "norm1.norm", "norm1.silu", "norm3"
 
     def _modulations(self, timestep: Tensor, labels: Tensor, dtype: torch.dtype,
-                     rows: Sequence[Sequence[bool] | bool | None]) -> list[hk.Modulation]:
+                     rows: Sequence[Sequence[bool] | bool | None],
+                     added: Tensor | None = None) -> list[hk.Modulation]:
         """The adaLN-Zero modulations of T steps. Every block embeds timestep and label with its own weights.
 
         timestep, labels: [T·B], step after step. rows: the T hard rows; where the trunk is forecast (False), only the
-        final norm's modulation is computed.
+        final norm's modulation is computed. added: [T, D] to what each block embeds, or None.
         """
         blocks, K = self.transformer.transformer_blocks, len(self.branches)
         made = [hk.Modulation([None] * K, [None] * K, [None] * K) for _ in rows]
@@ -84,7 +91,8 @@ class DiTAdapter(FusedAdapter):
         for i, block in enumerate(blocks if run else ()):
             some = len(run) < len(rows)
             times, classes = (timestep[of_run], labels[of_run]) if some else (timestep, labels)
-            condition = F.silu(block.norm1.emb(times, classes, hidden_dtype=dtype)).unflatten(0, (len(run), -1))
+            embedded = block.norm1.emb(times, classes, hidden_dtype=dtype).unflatten(0, (len(run), -1))
+            condition = F.silu(embedded if added is None else embedded + added[run, None].to(dtype))
             branches = 2 * i, 2 * i + 1
             computed = [[j for j, s in enumerate(run) if rows[s] is None or rows[s][k]] for k in branches]
             for k, steps, (shift_scale, gates) in zip(branches, computed,
@@ -93,7 +101,8 @@ class DiTAdapter(FusedAdapter):
                     made[run[j]].shift[k], made[run[j]].scale[k] = rows_of_step.chunk(2, 1)
                 for s, gate in zip(run, gates):
                     made[s].gate[k] = gate
-        condition = F.silu(blocks[0].norm1.emb(timestep, labels, hidden_dtype=dtype))
+        embedded = blocks[0].norm1.emb(timestep, labels, hidden_dtype=dtype)
+        condition = F.silu(embedded if added is None else embedded + added.to(dtype).repeat_interleave(batch, 0))
         for modulation, final in zip(made, self.transformer.proj_out_1(condition).unflatten(0, (len(rows), -1))):
             shift, scale = final.chunk(2, 1)
             modulation.shift.append(shift)

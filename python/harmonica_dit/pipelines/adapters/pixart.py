@@ -22,10 +22,11 @@ class PixArtAdapter(FusedAdapter):
                  row: Sequence[bool] | Tensor | bool | None = None,
                  forecast_weights: Sequence[float] | Tensor | hk.TrunkWeights | None = None,
                  cache: hk.FeatureCache | hk.TrunkCache | None = None,
-                 threshold: float = 0.1, text: Tensor | None = None,
+                 threshold: float = 0.1, condition: Tensor | None = None, text: Tensor | None = None,
                  keys_values: dict[nn.Module, tuple[Tensor, Tensor]] | None = None):
         """As `PixArtTransformer2DModel.forward`; row, forecast_weights, cache, threshold as in `cached_forward`.
 
+        condition: [D], added to the embedded timestep, or None.
         text, keys_values: from `hoist`: the projected text states, and each cross-attention's keys and values of them.
 
         Raises:
@@ -41,6 +42,9 @@ class PixArtAdapter(FusedAdapter):
         mask, text_mask = (bias(m, hidden_states.dtype) for m in (attention_mask, encoder_attention_mask))
         x = model.pos_embed(hidden_states)
         shared, embedded = model.adaln_single(timestep, added_cond_kwargs, batch_size=batch, hidden_dtype=x.dtype)
+        if condition is not None:
+            embedded = embedded + condition.to(embedded.dtype)
+            shared = model.adaln_single.linear(model.adaln_single.silu(embedded))
         if text is None:
             text = self._text(encoder_hidden_states, batch)
         x = hk.cached_forward(self.branches, x, self._modulation(shared, embedded), row=row,
@@ -51,17 +55,20 @@ class PixArtAdapter(FusedAdapter):
         return finish(unpatchify(model.proj_out(x), height, width, patch), return_dict)
 
     def hoist(self, rows: Sequence[Sequence[bool] | bool | None], timesteps: Sequence[float], hidden_states: Tensor,
-              encoder_hidden_states: Tensor | None = None, *_, **__) -> Iterator[dict[str, Any]]:
-        """The projected text, and its keys and values for each cross-attention that a row computes."""
-        text = self._text(encoder_hidden_states, len(hidden_states))
+              encoder_hidden_states: Tensor | None = None, *_, condition: Tensor | None = None,
+              **__) -> Iterator[dict[str, Any]]:
+        """The projected text, its keys and values for each cross-attention that a row computes, and the conditions."""
+        text, added = self._text(encoder_hidden_states, len(hidden_states)), [{}] * len(rows)
+        if condition is not None:
+            added = [dict(condition=row) for row in condition]
         if text is None:
-            yield from [{}] * len(rows)
+            yield from added
             return
         bodies = [branch.body for k, branch in enumerate(self.branches)
                   if any(row is None or (row is not False and row[k]) for row in rows)]
         keys_values = {body.attn: body.keys_values(text) for body in bodies
                        if isinstance(body, AttentionBody) and body.cross and body.is_plain(text, None, Context())}
-        yield from [dict(text=text, keys_values=keys_values)] * len(rows)
+        yield from (dict(text=text, keys_values=keys_values) | one for one in added)
 
     def _text(self, states: Tensor | None, batch: int) -> Tensor | None:
         """The text states [B, tokens, D] that cross-attention takes."""

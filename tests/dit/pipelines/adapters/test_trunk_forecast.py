@@ -22,10 +22,11 @@ def trunk_schedule(transformer, forecaster=None, **made_for):
 
 
 def random_forecaster(width, seed=0):
-    """With tokens' weights and corrections."""
+    """With tokens' weights, corrections and conditions."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: 0.3 * torch.randn(*shape, generator=generator)
-    return TrunkForecaster(draw(6, 2, width) + torch.tensor([1.0, 0.0])[:, None], draw(6, 2, width), draw(6, width))
+    return TrunkForecaster(draw(6, 2, width) + torch.tensor([1.0, 0.0])[:, None], draw(6, 2, width), draw(6, width),
+                           draw(6, width))
 
 
 class TrunkHook:
@@ -35,6 +36,13 @@ class TrunkHook:
         self.step, self.kept, self.forecaster = -1, [], forecaster
         self.handles = [transformer.pos_embed.register_forward_hook(self.embed),
                         transformer.norm_out.register_forward_pre_hook(self.norm)]
+        embedders = [transformer.adaln_single.emb] if hasattr(transformer, "adaln_single") else [
+            block.norm1.emb for block in transformer.transformer_blocks]
+        if forecaster.condition is not None:
+            self.handles += [embedder.register_forward_hook(self.condition) for embedder in embedders]
+
+    def condition(self, module, args, output):
+        return output + self.forecaster.condition[self.step]
 
     def embed(self, module, args, output):
         self.step, self.tokens = self.step + 1, output
@@ -73,7 +81,10 @@ def test_forwards_equal_the_plain_models_under_the_hook(small, learned):
                            hidden_states=inputs["hidden_states"] * (1 + 0.1 * s)) for s, t in enumerate(times)]
     with TrunkHook(model, schedule.forecaster):
         expected = [model(**step).sample for step in steps]
-    for hoisted in ([{}] * 6, adapter.hoist(schedule.rows, times, **inputs)):
+    condition = schedule.condition_on(torch.device("cpu"))
+    assert (condition is not None) == learned
+    plain = [{} if condition is None else dict(condition=row) for row in (condition if learned else times)]
+    for hoisted in (plain, adapter.hoist(schedule.rows, times, **inputs, condition=condition)):
         cache = schedule.new_cache()
         for s, (step, more) in enumerate(zip(steps, hoisted, strict=True)):
             found = adapter(**step, **more, row=schedule.rows[s], cache=cache,

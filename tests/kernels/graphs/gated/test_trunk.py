@@ -23,7 +23,7 @@ class Forecasts:
         for computed in self.compute:
             n = random.randint(0 if computed else 1, min(kept, history)) if kept else 0
             last = random.choice((1, width))
-            draw = lambda *shape: torch.randn(*shape) / (2 * n + 1)
+            draw = lambda *shape, n=n: torch.randn(*shape) / (2 * n + 1)
             tokens = draw(n, last) if not computed and random.random() < 0.5 else None
             own = draw(last) if random.random() < 0.5 else None
             plain = computed and random.random() < 0.3
@@ -54,7 +54,7 @@ def test_equals_cached_forward_on_random_schedules():
     for _ in range(25):
         T, H = random.randint(2, 9), random.randint(1, 4)
         trajectory, gated = Trajectory(T, random.randint(1, 5), n=random.randint(1, 2)), compile_gated()
-        for i in range(8):
+        for _ in range(8):
             forecasts = Forecasts(T, H, trajectory.D, dense=random.random())
             noise = torch.randn(trajectory.shape)
             expected = run_step_by_step(trajectory, noise, forecasts)
