@@ -32,7 +32,7 @@ from harmonica_dit.evaluate import Method, from_file, rmse
 from harmonica_dit.fashion import FORECASTS, data
 from harmonica_dit.fashion.classifier import JUDGES
 from harmonica_dit.files import replacement
-from harmonica_dit.forecaster import TrunkForecaster
+from harmonica_dit.forecaster import taylor
 from harmonica_dit.methods import fora, trunk_forecast, uncached
 from harmonica_dit.methods.trunk import spread
 from harmonica_dit.sample.schedulers import NOISE, make_scheduler
@@ -63,12 +63,12 @@ def solver(net, name: str, steps: int, order: int, spacing: str) -> Method | Non
     return Method(f"{name}, {steps} steps", name, steps, schedule, SOLVERS[name](**wanted, solver_order=order))
 
 
-def every_nth(net, steps: int) -> Schedule:
-    """So many of the 20 timesteps, as evenly as forecasts have them; everything is computed and nothing corrected."""
+def every_nth(net, steps: int, adams: bool = False) -> Schedule:
+    """So many of the 20 timesteps, as evenly as forecasts have them; everything is computed, corrected or not."""
     times = make_scheduler("ddim", STEPS).timesteps.tolist()
     kept = tuple(t for t, computed in zip(times, spread(STEPS, steps)) if computed)
-    plain = TrunkForecaster(torch.zeros(steps, 1, 1), size=net.tokens * net.width)
-    return replace(uncached(net, steps), timesteps=kept, forecaster=plain)
+    forecaster = taylor([True] * steps, int(adams), net.tokens * net.width, adams)
+    return replace(uncached(net, steps), timesteps=kept, forecaster=forecaster)
 
 
 def methods(net, files: Sequence[Path] = ()) -> Iterator[Method]:
@@ -83,9 +83,11 @@ def methods(net, files: Sequence[Path] = ()) -> Iterator[Method]:
             yield Method(f"branches, n = {n}, order {order}", "FORA + forecast", STEPS, fora(net, STEPS, n, order))
             yield Method(f"trunk, n = {n}, order {order}", "trunk", STEPS,
                          trunk_forecast(net, STEPS, every=n, order=order))
+        yield Method(f"trunk, n = {n}, Adams", "Adams", STEPS, trunk_forecast(net, STEPS, every=n, adams=True))
     for steps in (10, 7, 5, 4):
         yield Method(f"DDIM, {steps} steps", "DDIM", steps)
         yield Method(f"DDIM, {steps} steps, {EVERY}", "DDIM", steps, every_nth(net, steps))
+        yield Method(f"Adams, {steps} steps, {EVERY}", "Adams", steps, every_nth(net, steps, adams=True))
     if CHOSEN.exists():
         for row in json.loads(CHOSEN.read_text())["chosen"]:
             yield solver(net, row["solver"], row["steps"], row["order"], row["spacing"])

@@ -9,7 +9,7 @@ from harmonica_dit.validate import check_whole, is_number
 
 
 def trunk_forecast(net, steps: int, *, every: int | None = None, speedup: float | None = None,
-                   order: int = 1) -> Schedule:
+                   order: int = 1, adams: bool = False) -> Schedule:
     """Computes some steps whole and forecasts the trunk at the others, by Lagrange extrapolation.
 
     Args:
@@ -18,6 +18,8 @@ def trunk_forecast(net, steps: int, *, every: int | None = None, speedup: float 
         every, speedup: exactly one. every: n ≥ 1, the steps 0, n, 2n, … are computed. speedup: as few steps as it takes
             for at least this speedup in FLOPs, as evenly spaced as they can be.
         order: of the forecast, 0 to 3; 0 repeats the last state.
+        adams: forecasts the mean over a step and corrects computed steps likewise, for schedulers of first order; see
+            `harmonica_dit.forecaster.taylor`.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -30,11 +32,11 @@ def trunk_forecast(net, steps: int, *, every: int | None = None, speedup: float 
     if (every is None) == (speedup is None):
         raise ValueError(f"every, speedup: give exactly one of them, got {every!r} and {speedup!r}")
     if every is not None:
-        return _whole_steps(net, [s % every == 0 for s in range(steps)], order, f"every {every}")
+        return _whole_steps(net, [s % every == 0 for s in range(steps)], order, adams, f"every {every}")
     if not is_number(speedup) or speedup < 1:
         raise ValueError(f"speedup: got {speedup!r}, expected a number from 1 on")
     for computed in range(steps, 0, -1):
-        made = _whole_steps(net, spread(steps, computed), order, f"{computed} of {steps} steps")
+        made = _whole_steps(net, spread(steps, computed), order, adams, f"{computed} of {steps} steps")
         if made.speedup >= speedup:
             return made
     raise ValueError(f"speedup: got {speedup}, expected at most {made.speedup:.4g}, where all but the first of {steps} "
@@ -47,9 +49,10 @@ def spread(steps: int, computed: int) -> list[bool]:
     return [s in chosen for s in range(steps)]
 
 
-def _whole_steps(net, computed: list[bool], order: int, which: str) -> Schedule:
+def _whole_steps(net, computed: list[bool], order: int, adams: bool, which: str) -> Schedule:
     K = len(net.branch_names)
     compute = torch.tensor(computed)[:, None].repeat(1, K)
     size = net.tokens * net.width
-    return Schedule(compute, net.branch_names, count_flops(net), origin=f"trunk forecast of order {order}, {which}",
-                    model=net.name, timesteps=None, forecaster=taylor(computed, order, size))
+    forecaster = taylor(computed, order, size, adams)
+    return Schedule(compute, net.branch_names, count_flops(net), origin=f"trunk, {forecaster.origin}, {which}",
+                    model=net.name, timesteps=None, forecaster=forecaster)

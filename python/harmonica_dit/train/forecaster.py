@@ -15,7 +15,7 @@ from torch import Tensor
 from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.methods import trunk_forecast
-from harmonica_dit.sample.schedulers import scheduler_name
+from harmonica_dit.sample.schedulers import make_scheduler, scheduler_name
 from harmonica_dit.sample.trajectory import Trajectory, check_labels, image_noise
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_whole, is_number
@@ -94,7 +94,9 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     if not isinstance(schedule, Schedule):
         schedule = trunk_forecast(net, steps, speedup=schedule)
     compute = [bool(row.all()) for row in schedule.compute]
-    initial = taylor(compute, min(1, history - 1))
+    scheduler = net.scheduler if scheduler is None else scheduler
+    first_order = make_scheduler(scheduler, schedule.steps, net).config.get("solver_order", 1) == 1
+    initial = taylor(compute, min(1, history - 1), adams=target == "accurate" and correct and first_order)
     initial = replace(initial, states=torch.cat([initial.states, torch.zeros(
         len(compute), history - initial.history, 1)], 1))
     learned = LearnedForecaster(compute, initial, net.width, correct)
@@ -106,7 +108,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     run = _Run(net, schedule, learned, dict(
         target=target, history=history, iterations=iterations, images=images, held_out=held_out, batch=batch, lr=lr,
         labels=labels, guidance=guidance, guidance_channels=guidance_channels, autocast=autocast, seed=seed,
-        scheduler=net.scheduler if scheduler is None else scheduler), checkpointing, out, progress)
+        scheduler=scheduler), checkpointing, out, progress)
     with freeze(net):
         return run.train()
 
