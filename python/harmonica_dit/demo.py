@@ -1,4 +1,4 @@
-"""The demonstration: trains a router, samples with it, and compares it with methods that need no training."""
+"""The demonstration: trains forecasts of the trunk, samples with them, and compares them with other methods."""
 
 import json
 import os
@@ -9,24 +9,29 @@ import torch
 from rich.console import Console
 
 import harmonica_dit
-from harmonica_dit.evaluate import Judge, Method, fewer_steps, fora_methods
+from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file
 from harmonica_dit.evaluate.pictures import image_grid, plot, plot_tradeoff
 from harmonica_dit.evaluate.table import compare_with_bar, table
 from harmonica_dit.fashion import CURVE
 from harmonica_dit.fashion.classifier import load_classifier, reference_of
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import replacement
-from harmonica_dit.train import train_router
+from harmonica_dit.methods import trunk_forecast
+from harmonica_dit.router import Router
+from harmonica_dit.train import train_forecaster
+
+SOLVER = "DPMSolverMultistepScheduler"
+STEPS, EVERY = 20, 3  # of them every third is computed: 2.8× fewer FLOPs
 
 
-def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_speedup: float = 1.8,
-        trajectories: int = 60, batch: int = 16, samples: int = 200) -> list[dict]:
-    """Trains a router on the bundled model, samples with it, and leaves pictures and figures in `out`.
+def run(out: str | os.PathLike, console: Console, *, iterations: int = 60, images: int = 120, held_out: int = 40,
+        samples: int = 200) -> list[dict]:
+    """Trains forecasts on the bundled model, samples with them, and leaves pictures and figures in `out`.
 
     Args:
-        out: folder for grid.png, router.png, tradeoff.png, router.safetensors and rows.json.
+        out: folder for grid.png, router.png, tradeoff.png, forecast.safetensors and rows.json.
         console: where the table goes.
-        steps, target_speedup, trajectories, batch: as in `train_router`.
+        iterations, images, held_out: as in `train_forecaster`.
         samples: images per method in the comparison.
 
     Returns:
@@ -38,28 +43,33 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
     """
     out = Path(out)
     net = harmonica_dit.load("fashion-dit")
-    console.print(f"[bold]1.[/] Training a router for {steps} steps and {target_speedup:g}× fewer FLOPs, from noise "
-                  f"alone: {trajectories} trajectories of {batch} images")
+    start = trunk_forecast(net, STEPS, every=EVERY)
+    console.print(f"[bold]1.[/] Training forecasts for {STEPS} steps and {start.speedup:.1f}× fewer FLOPs, towards "
+                  f"{images} images that a better solver makes of the same noise")
     training = out / ".training"  # an interrupted demo goes on from here
-    router = train_router(net, steps=steps, target_speedup=target_speedup, trajectories=trajectories, batch=batch,
-                          lr=0.1, importance="gain", extrapolation=1.0, out=training)
-    router.save(out / "router.safetensors")
+    learned = train_forecaster(net, start, iterations=iterations, images=images, held_out=held_out,
+                               checkpointing=False, out=training)
+    learned.save(out / "forecast.safetensors")
     shutil.rmtree(training)
-    plot(router, out / "router.png")
+    plot(Router.load("fashion-dit-2.0x"), out / "router.png")
 
-    ours = Method("router + forecast", "router + forecast", steps, router.schedule())
-    methods = [ours, *fora_methods(net, steps, 2), *fora_methods(net, steps, 3),
-               *dict.fromkeys(fewer_steps(steps, speedup) for speedup in (1.4, target_speedup, 2.5))]
+    ours = [Method("learned forecast, trained now", "learned forecast", STEPS, learned),
+            *(from_file(f"fashion-dit-forecast-{speedup}x", net) for speedup in ("2.8", "3.8"))]
+    untrained = Method("Adams forecast n=3", "Adams forecast", STEPS, trunk_forecast(net, STEPS, every=EVERY,
+                                                                                    adams=True))
+    methods = [*ours, untrained, from_file("fashion-dit-2.0x", net), *fora_methods(net, STEPS, 2),
+               *fora_methods(net, STEPS, EVERY), *(Method(f"DDIM {n} steps", "fewer steps", n) for n in (10, 7)),
+               *(Method(f"DPM-Solver++ {n} steps", "DPM-Solver++", n, scheduler=SOLVER) for n in (10, 7))]
+    accurate = Method("DPM-Solver++ 40 steps", "DPM-Solver++", 40, scheduler=SOLVER)
     labels = torch.arange(samples) % len(CLASSES)
-    console.print(f"[bold]2.[/] Sampling {samples} images from the same noise in {len(methods) + 1} ways")
-    rows = compare_with_bar(net, methods, labels, steps=steps, judge=fashion_judge)
+    console.print(f"[bold]2.[/] Sampling {samples} images from the same noise in {len(methods) + 2} ways")
+    rows = compare_with_bar(net, methods, labels, steps=STEPS, accurate=accurate, judge=fashion_judge)
 
-    ten = torch.arange(len(CLASSES))
-    shown = [Method("uncached", "uncached", steps), *methods[:3], fewer_steps(steps, target_speedup)]
-    by_name = {row["name"]: row for row in rows}
-    image_grid([harmonica_dit.sample(net, ten, steps=m.steps, schedule=m.schedule) for m in shown],
-               [_heading(by_name[m.name]) for m in shown], out / "grid.png", CLASSES)
-    groups = {f"this run: {steps} steps, only {samples} samples a method, a rough picture": rows}
+    ten, by_name = torch.arange(len(CLASSES)), {row["name"]: row for row in rows}
+    shown = [Method("uncached", "uncached", STEPS), *ours, *fora_methods(net, STEPS, EVERY), methods[-3]]
+    image_grid([harmonica_dit.sample(net, ten, steps=m.steps, schedule=m.schedule, scheduler=m.scheduler)
+                for m in shown], [_heading(by_name[m.name]) for m in shown], out / "grid.png", CLASSES)
+    groups = {f"this run: {STEPS} steps, only {samples} samples a method, a rough picture": rows}
     if CURVE.exists():
         curve = json.loads(CURVE.read_text())
         groups[f"shipped: {curve['steps']} steps, {curve['samples']:,} samples a method"] = curve["rows"]
@@ -67,6 +77,7 @@ def run(out: str | os.PathLike, console: Console, *, steps: int = 10, target_spe
     with replacement(out / "rows.json") as path:
         path.write_text(json.dumps(rows, indent=1) + "\n")
     console.print(table(rows, f"{samples} images a method: a small sample, label accuracy is good to a few percent"))
+    console.print("Trained now: the first learned forecast. The other two, and the router, are bundled.")
     console.print(f"[bold]3.[/] Look at {out / 'grid.png'}, {out / 'router.png'} and {out / 'tradeoff.png'}")
     return rows
 
@@ -79,4 +90,4 @@ def fashion_judge(name: str = "plain") -> Judge:
 def _heading(row: dict) -> str:
     if row["family"] == "uncached":
         return f"uncached\n{row['steps']} steps"
-    return f"{row['name']}\n{row['flops_speedup']:.2f}× fewer FLOPs\nerror {row['error']:.3f}"
+    return f"{row['name']}\n{row['flops_speedup']:.2f}× fewer FLOPs\nto accurate {row['accurate_error']:.3f}"

@@ -162,9 +162,9 @@ def test_a_routers_option_beside_a_forecaster_is_refused(tmp_path, option):
 def test_demo_leaves_its_pictures(tmp_path):
     theirs = tmp_path / "training" / "of something else"
     theirs.mkdir(parents=True)
-    rows = demo.run(tmp_path, Console(quiet=True), steps=3, target_speedup=1.3, trajectories=2, batch=1, samples=10)
+    rows = demo.run(tmp_path, Console(quiet=True), iterations=1, images=2, held_out=1, samples=10)
     assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "router.png", "tradeoff.png", "rows.json",
-                                                          "router.safetensors", "training"}
+                                                          "forecast.safetensors", "training"}
     assert theirs.exists()
     assert rows == json.loads((tmp_path / "rows.json").read_text())
 

@@ -21,10 +21,14 @@ class Tally:
 
     judge: Judge | None
     errors: list[float] = field(default_factory=list)
+    accurate_errors: list[float] = field(default_factory=list)
 
-    def update(self, images: Tensor, uncached: Tensor, labels: Tensor) -> None:
-        """Adds a batch [n, C, H, W]. uncached: the images from the same noise. labels: [n], those asked for."""
+    def update(self, images: Tensor, uncached: Tensor, labels: Tensor, accurate: Tensor | None = None) -> None:
+        """Adds a batch [n, C, H, W]. uncached, accurate: the images from the same noise. labels: [n], those asked for.
+        """
         self.errors += rmse(images, uncached).tolist()
+        if accurate is not None:
+            self.accurate_errors += rmse(images, accurate).tolist()
         if self.judge is not None:
             self.judge.update(images, labels)
 
@@ -35,12 +39,14 @@ class Tally:
             name=method.name, family=method.family, steps=method.steps, seed=seed, samples=len(self.errors),
             cur=0.0 if method.schedule is None else method.schedule.cur, flops_speedup=method.speedup(steps),
             wall_speedup=wall_speedup, error=error, psnr=psnr(error) if error else None,
+            accurate_error=fmean(self.accurate_errors) if self.accurate_errors else None,
             label_accuracy=None if self.judge is None else self.judge.label_accuracy,
             frechet=None if self.judge is None else self.judge.frechet_distance)
 
 
 def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: float = 1.5, seed: int = 0,
-            batch: int = 64, scheduler="ddim", judge: Callable[[], Judge] | None = None,
+            batch: int = 64, scheduler="ddim", accurate: Method | None = None,
+            judge: Callable[[], Judge] | None = None,
             progress: Callable[[int], None] | None = None) -> list[dict]:
     """Runs the uncached trajectory and every method on the same noise, in turn within each batch.
 
@@ -50,6 +56,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
         labels: [n] whole numbers, one for each image.
         steps: T of the uncached trajectory.
         guidance, seed, batch, scheduler: as in `harmonica_dit.sample`; the scheduler calls the model once a step.
+        accurate: makes a more accurate solution from the same noise; its row is the second.
         judge: makes a judge for each method. None leaves out label accuracy and Fréchet distance.
         progress: called with the number of images done so far, over all methods: with 0 once the arguments are
             checked, then after each batch of each method.
@@ -57,8 +64,8 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     Returns:
         One plain dict per method, ready for JSON: name, family, steps, seed, samples, cur, flops_speedup, wall_speedup
         (uncached time / this method's, run one after the other; median over batches), error (mean RMSE against the
-        uncached images, on the scale [-1, 1]), psnr (of that error, in dB; None if it is 0), label_accuracy, frechet
-        (None below `metrics.MIN_FRECHET` samples).
+        uncached images, on the scale [-1, 1]), psnr (of that error, in dB; None if it is 0), accurate_error (the error
+        against the accurate solution, or None), label_accuracy, frechet (None below `metrics.MIN_FRECHET` samples).
 
     Raises:
         ValueError: as in `harmonica_dit.sample`; or two methods have the same name, or the scheduler calls the model
@@ -66,7 +73,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     """
     check_whole("batch", batch, 1)
     labels = check_labels(labels, net.num_classes)
-    methods = [Method("uncached", "uncached", steps), *methods]
+    methods = [Method("uncached", "uncached", steps), *([] if accurate is None else [accurate]), *methods]
     check_names(methods)
     for method in methods:
         used = method.scheduler or scheduler
@@ -85,16 +92,18 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     options = dict(guidance=guidance, seed=seed, batch=batch, scheduler=scheduler)
     sample(net, labels[:batch], steps=1, **options)  # warms up
     for first in range(0, len(labels), batch):
-        part = labels[first : first + batch]
-        for method, tally, ratio in zip(methods, tallies, ratios):
+        part, made = labels[first : first + batch], []
+        for method, ratio in zip(methods, ratios):
             images, seconds = time_sample(net, part, method, first=first, **options)
-            if method is methods[0]:
-                uncached, uncached_seconds = images, seconds
-            tally.update(images, uncached, part)
+            if not made:
+                uncached_seconds = seconds
+            made.append(images)
             ratio.append(uncached_seconds / seconds)
             done += len(part)
             if progress is not None:
                 progress(done)
+        for images, tally in zip(made, tallies):
+            tally.update(images, made[0], part, None if accurate is None else made[1])
     return [tally.row(method, steps, median(ratio), seed) for method, tally, ratio in zip(methods, tallies, ratios)]
 
 

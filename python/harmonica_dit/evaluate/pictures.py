@@ -26,10 +26,11 @@ INK, FAINT, RULE = "#222222", "#767676", "#d9d9d9"
 COMPUTED, REPEATED, FORECAST = "#0b559f", "#f3efe6", "#e08214"
 # Okabe and Ito's palette: readable with every common colour vision. A method has the same colour in every picture.
 COLOURS = {"uncached": INK, "learned forecast": "#cc79a7", "router": "#0072b2", "router + forecast": "#56b4e9",
-           "FORA": "#d55e00", "FORA + forecast": "#e69f00", "fewer steps": "#009e73"}
-SPARE = ("#999999", "#8c6d1f", "#5b3a8c")
+           "FORA": "#d55e00", "FORA + forecast": "#e69f00", "fewer steps": "#009e73", "DPM-Solver++": "#8c6d1f",
+           "Adams forecast": "#5b3a8c"}
+SPARE = ("#999999", "#a0522d", "#4b6b8a")
 MARKERS = {"learned forecast": "p", "router": "o", "router + forecast": "D", "FORA": "s", "FORA + forecast": "^",
-           "fewer steps": "v"}
+           "fewer steps": "v", "DPM-Solver++": "<", "Adams forecast": "h"}
 STYLE = {"font.size": 9, "font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": FAINT,
          "axes.labelcolor": INK, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
          "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK}
@@ -209,6 +210,7 @@ def image_sheet(images: Tensor, path: str | os.PathLike, columns: int = 10, enla
 
 
 METRICS = (("error", "error against the uncached images\n(RMSE, images in [−1, 1])", "lower is better"),
+           ("accurate_error", "error against the accurate solution\n(RMSE, images in [−1, 1])", "lower is better"),
            ("label_accuracy", "label accuracy", "higher is better"),
            ("frechet", "Fréchet distance\n(features of the bundled classifier)", "lower is better"))
 
@@ -221,7 +223,8 @@ def plot_tradeoff(groups: Mapping[str, Sequence[dict]], path: str | os.PathLike,
             point at their mean, with a bar from the least to the greatest if there are several seeds.
         title: of the whole picture.
     """
-    metrics = [metric for metric in METRICS if any(row[metric[0]] is not None for g in groups.values() for row in g)]
+    every = [row for rows in groups.values() for row in rows]
+    metrics = [metric for metric in METRICS if any(row.get(metric[0]) is not None for row in every)]
     found = dict.fromkeys(row["family"] for rows in groups.values() for row in rows)
     colours = COLOURS | dict(zip((family for family in found if family not in COLOURS), itertools.cycle(SPARE)))
     families = [family for family in colours if family in found]
@@ -233,9 +236,10 @@ def plot_tradeoff(groups: Mapping[str, Sequence[dict]], path: str | os.PathLike,
         for line, (heading, rows) in zip(panels, groups.items()):
             line[0].set_title(heading, loc="left", weight="bold", pad=14)
             for axis, (key, label, better) in zip(line, metrics):
-                if all(row[key] is None for row in rows):
+                if all(row.get(key) is None for row in rows):
                     axis.set_axis_off()
-                    axis.text(0.5, 0.5, "Fréchet distance: too few samples here", ha="center", va="center", color=FAINT)
+                    why = "Fréchet distance: too few samples here" if key == "frechet" else "not measured here"
+                    axis.text(0.5, 0.5, why, ha="center", va="center", color=FAINT)
                     continue
                 _panel(axis, rows, key, colours)
                 axis.set_ylabel(label)
@@ -253,7 +257,7 @@ def _panel(axis: Axes, rows: Sequence[dict], key: str, colours: Mapping[str, str
     settings: dict[str, dict[str, list[dict]]] = {}
     ends: dict[str, tuple[float, float]] = {}
     for row in rows:
-        if row[key] is not None:
+        if row.get(key) is not None:
             settings.setdefault(row["family"], {}).setdefault(row["name"], []).append(row)
     for family, by_name in settings.items():
         points = sorted((fmean(row["flops_speedup"] for row in same), [row[key] for row in same]) for same in
@@ -277,7 +281,7 @@ def _panel(axis: Axes, rows: Sequence[dict], key: str, colours: Mapping[str, str
     if key == "label_accuracy":
         digits = 0 if axis.viewLim.height > 0.05 else 1
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits}%}")
-    if key == "error":
+    if key.endswith("error"):
         axis.set_ylim(bottom=0)
     _label_ends(axis, ends, colours)
 

@@ -16,6 +16,7 @@ COLUMNS = {  # heading -> cell of a row
     "FLOPs speedup": lambda row: f"{row['flops_speedup']:.2f}×",
     "wall-clock speedup": lambda row: f"{row['wall_speedup']:.2f}×",
     "error": lambda row: f"{row['error']:.4f}",
+    "to accurate": lambda row: "–" if row.get("accurate_error") is None else f"{row['accurate_error']:.4f}",
     "label accuracy": lambda row: "–" if row["label_accuracy"] is None else f"{row['label_accuracy']:.1%}",
     "Fréchet distance": lambda row: "–" if row["frechet"] is None else f"{row['frechet']:.2f}",
 }
@@ -24,7 +25,8 @@ COLUMNS = {  # heading -> cell of a row
 def table(rows: Sequence[dict], title: str) -> Table:
     """Rows of `compare` as a rich table, without the columns that are empty in all rows."""
     made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left",
-                 caption="error: RMSE against the uncached images, pixels in [-1, 1]")
+                 caption="error: RMSE against the uncached images, pixels in [-1, 1]; to accurate: against a more "
+                         "accurate solution from the same noise")
     cells = {heading: [cell(row) for row in rows] for heading, cell in COLUMNS.items()}
     cells = {heading: column for heading, column in cells.items() if set(column) != {"–"}}
     for heading in cells:
@@ -39,7 +41,8 @@ def compare_with_bar(net, methods: Sequence[Method], labels, **options) -> list[
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task("sampling", total=(len(methods) + 1) * len(labels))
+    ways = len(methods) + 1 + (options.get("accurate") is not None)
+    task = bar.add_task("sampling", total=ways * len(labels))
     with ExitStack() as stack:
 
         def progress(done: int) -> None:

@@ -23,6 +23,7 @@ from harmonica_kernels.cache import HISTORY
 
 from .checkpoint import check_like, check_same_settings
 from .frozen_model import freeze
+from .own_features import feature_error
 from .settings import check_weights, record_of
 from .start import FIRST_IMAGE
 from .targets import Target, make_targets
@@ -34,16 +35,17 @@ SLOWER = 1 / 3  # of the rate of w: v and a, which start at 0
 
 def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate", steps: int = 20,
                      correct: bool = True, history: int = 3, iterations: int = 600, images: int = 1200,
-                     held_out: int = 40, batch: int = 10, lr: float = 4e-3, labels: Sequence[int] | None = None,
-                     guidance: float | None = None, guidance_channels: int | None = None,
-                     scheduler: str | SchedulerMixin | None = None, autocast: str | None = None,
-                     checkpointing: bool = True, seed: int = 0, out: str | os.PathLike | None = None,
-                     progress: bool = True) -> Schedule:
+                     held_out: int = 40, batch: int = 10, lr: float = 4e-3, perceptual: float = 0.5,
+                     labels: Sequence[int] | None = None, guidance: float | None = None,
+                     guidance_channels: int | None = None, scheduler: str | SchedulerMixin | None = None,
+                     autocast: str | None = None, checkpointing: bool = True, seed: int = 0,
+                     out: str | os.PathLike | None = None, progress: bool = True) -> Schedule:
     """Learns how to forecast, and to correct, the trunk of `net` so that the final images meet their targets.
 
-    The loss is the mean squared error of the final image [n, C, H, W]. Its gradient runs back through every step and
-    through the cache. The model is frozen. The iterate with the
-    smallest error on the held-out images is kept; their noise is not trained on, and neither is any sampled image's.
+    The loss is the mean squared error of the final image [n, C, H, W], relative to the targets' mean square, and the
+    error in the model's own features (`own_features.py`) beside it. Its gradient runs back through every step and
+    through the cache. The model is frozen. The iterate with the smallest loss on the held-out images is kept; their
+    noise is not trained on, and neither is any sampled image's.
 
     Args:
         net: a denoiser, see `harmonica_dit.load`.
@@ -57,6 +59,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         iterations: of Adam (betas 0.9 and 0.99), whose rate falls from lr to 0 along a cosine.
         images: targets trained on. held_out: targets that decide which iterate is kept. batch: images an iteration.
         lr: of the weights w and of what is added to the conditions; the others learn at a third of it.
+        perceptual: weight of the error in the model's own features; 0 leaves it out.
         labels: those trained on, equally many images of each; None is all.
         guidance, guidance_channels, scheduler: of the trajectories; None is the model's own.
         autocast: "bfloat16" runs the model under autocast in it; None runs it in its weights' dtype.
@@ -85,6 +88,8 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         raise ValueError(f"target: got {target!r}, expected 'accurate' or 'uncached'")
     if not is_number(lr) or lr <= 0:
         raise ValueError(f"lr: got {lr!r}, expected a number above 0")
+    if not is_number(perceptual) or perceptual < 0:
+        raise ValueError(f"perceptual: got {perceptual!r}, expected a number from 0 on")
     if autocast not in (None, "bfloat16"):
         raise ValueError(f"autocast: got {autocast!r}, expected None or 'bfloat16'")
     if labels is not None:
@@ -107,8 +112,8 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
                          'speedup, or target="accurate"')
     run = _Run(net, schedule, learned, dict(
         target=target, history=history, iterations=iterations, images=images, held_out=held_out, batch=batch, lr=lr,
-        labels=labels, guidance=guidance, guidance_channels=guidance_channels, autocast=autocast, seed=seed,
-        scheduler=scheduler), checkpointing, out, progress)
+        perceptual=perceptual, labels=labels, guidance=guidance, guidance_channels=guidance_channels,
+        scheduler=scheduler, autocast=autocast, seed=seed), checkpointing, out, progress)
     with freeze(net):
         return run.train()
 
@@ -127,7 +132,8 @@ class _Run:
         rest = [p for part in (learned.tokens, learned.own) for p in part if p.requires_grad]
         self.optimizer = torch.optim.Adam([dict(params=w, scale=1.0), dict(params=rest, scale=SLOWER)],
                                           settings["lr"], betas=(0.9, 0.99))
-        self.done, self.error, self.best = 0, math.inf, {n: t.clone() for n, t in learned.state_dict().items()}
+        self.done, self.loss, self.error = 0, math.inf, math.inf
+        self.best = {n: t.clone() for n, t in learned.state_dict().items()}
         total = settings["images"] + settings["held_out"]
         some = np.arange(net.num_classes) if settings["labels"] is None else np.array(settings["labels"])
         self.labels = torch.from_numpy(np.random.default_rng((settings["seed"], 4)).permutation(
@@ -154,7 +160,7 @@ class _Run:
                     for group in self.optimizer.param_groups:
                         group["lr"] = lr * group["scale"] * 0.5 * (1 + math.cos(math.pi * self.done / n))
                     chosen = torch.arange(self.done * batch, (self.done + 1) * batch) % images
-                    loss = (self._images(chosen) - targets[chosen].to(self.device)).square().mean()
+                    error, loss = self._losses(chosen, targets)
                     if not loss.isfinite():
                         raise FloatingPointError(f"the loss is not finite in iteration {self.done}; try a smaller lr "
                                                  f"than {lr:g}")
@@ -166,7 +172,7 @@ class _Run:
                         self._look(targets)
                         if path is not None:
                             self._save(path)
-                    bar.update(task, advance=1, description=f"error {loss.item() ** 0.5:.4f}, held out "
+                    bar.update(task, advance=1, description=f"error {error ** 0.5:.4f}, held out "
                                                             f"{self.error:.4f}")
             except KeyboardInterrupt:
                 where = "nothing is kept without out=" if path is None else f"the same call goes on from {self.out}"
@@ -221,22 +227,31 @@ class _Run:
         noise = torch.cat([image_noise(seed, FIRST_IMAGE + i, 1, shape) for i in numbers.tolist()])
         return unroll(self._trajectory(numbers), noise.to(self.device), self.learned, self.checkpointing)
 
+    def _losses(self, numbers: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+        """The mean squared error of the images of these numbers, and the loss."""
+        images, wanted = self._images(numbers), targets[numbers].to(self.device)
+        error, weight = (images - wanted).square().mean(), self.settings["perceptual"]
+        loss = error / targets.square().mean().to(self.device)
+        if weight:
+            loss = loss + weight * feature_error(self._trajectory(numbers), images, wanted)
+        return error.item(), loss
+
     @torch.no_grad()
     def _look(self, targets: Tensor) -> None:
-        """Keeps the weights if their error on the held-out images, an RMSE, is the smallest so far."""
-        first, held, squares = self.settings["images"], self.settings["held_out"], 0.0
+        """Keeps the weights if their loss on the held-out images is the smallest so far. The error is an RMSE."""
+        first, held, squares, losses = self.settings["images"], self.settings["held_out"], 0.0, 0.0
         for part in torch.arange(first, first + held).split(max(40, self.settings["batch"])):
-            squares += (self._images(part) - targets[part].to(self.device)).square().mean().item() * len(part)
-        error = (squares / held) ** 0.5
-        if error < self.error:
-            self.error = error
+            error, loss = self._losses(part, targets)
+            squares, losses = squares + error * len(part), losses + loss.item() * len(part)
+        if losses / held < self.loss:
+            self.loss, self.error = losses / held, (squares / held) ** 0.5
             self.best = {name: t.detach().clone() for name, t in self.learned.state_dict().items()}
 
     def _save(self, path: Path) -> None:
         tensors = {f"now.{name}": t for name, t in self.learned.state_dict().items()}
         tensors |= {f"best.{name}": t for name, t in self.best.items()} | optimizer_tensors(self.optimizer)
         save_tensors(path, tensors, dict(kind="forecaster training", settings=self.about, done=self.done,
-                                         error=self.error))
+                                         loss=self.loss, error=self.error))
 
     def _restore(self, path: Path) -> None:
         tensors, metadata = load_tensors(path)
@@ -249,6 +264,7 @@ class _Run:
                           for name, t in self.best.items()} for which in ("now", "best"))
             self.learned.load_state_dict(now)
             restore_optimizer(self.optimizer, tensors)
-            self.best, self.done, self.error = best, check_whole("done", metadata["done"], 0), float(metadata["error"])
+            self.best, self.done = best, check_whole("done", metadata["done"], 0)
+            self.loss, self.error = float(metadata["loss"]), float(metadata["error"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a whole checkpoint: {error}") from None

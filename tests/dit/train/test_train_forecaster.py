@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import layer_norm, silu
 
 import harmonica_kernels as hk
 from harmonica_dit.files import load_tensors, save_tensors
@@ -14,9 +15,11 @@ from harmonica_dit.sample import denoise, sample
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.train import targets, train_forecaster
+from harmonica_dit.train.own_features import feature_error
 from harmonica_dit.train.unrolled import LearnedForecaster, unroll
 
-SMALL = dict(steps=6, iterations=30, images=8, held_out=4, batch=4, progress=False, seed=1)
+SMALL = dict(steps=6, iterations=30, images=8, held_out=4, batch=4, progress=False, seed=1,
+             perceptual=0.0)  # the features of a model that was not trained say nothing
 
 
 def learned_weights(compute, width, history=2, noise=0.1):
@@ -91,6 +94,33 @@ def test_it_learns_on_noise_that_it_has_not_seen(net, target, scheduler):
     before, after = ((sample(net, labels, schedule=one, scheduler=scheduler, **options) - wanted).square().mean()
                      for one in (start, schedule))
     assert after < 0.8 * before
+
+
+def test_the_error_in_the_models_own_features(net):
+    """By hand, at the last timestep that is not 0 and with labels alone; its gradient; and its part in a training."""
+    trajectory = Trajectory(net, torch.tensor([1, 3]), steps=6, guidance=3.0)
+    assert trajectory.timesteps[-1] == 0
+    images, targets = (torch.randn(2, *net.sample_shape, requires_grad=r) for r in (True, False))
+    with torch.no_grad():
+        assert feature_error(trajectory, targets, targets) == 0
+    found = feature_error(trajectory, images, targets)
+    errors, t = [], torch.full((2,), trajectory.timesteps[-2])
+    with torch.no_grad():
+        [mod] = net.modulations(silu(net.t_embedder(t) + net.y_embedder(torch.tensor([1, 3])))[None], [None])
+        a, b = net.embed(images), net.embed(targets)
+        for k, branch in enumerate(net.branches):
+            h, wanted = (layer_norm(x, (net.width,), eps=branch.eps) * (1 + mod.scale[k][:, None])
+                         + mod.shift[k][:, None] for x in (a, b))
+            errors.append((h - wanted).square().mean() / wanted.square().mean())
+            a, b = (x + mod.gate[k][:, None] * branch.body(entered, None) for x, entered in ((a, h), (b, wanted)))
+    torch.testing.assert_close(found, torch.stack(errors).mean())
+    [gradient] = torch.autograd.grad(found, images)
+    with torch.no_grad():
+        ahead, behind = (feature_error(trajectory, images + d * gradient / gradient.norm(), targets)
+                         for d in (1e-2, -1e-2))
+    torch.testing.assert_close((ahead - behind) / 2e-2, gradient.norm(), rtol=1e-2, atol=0)
+    plain, seen = (train_forecaster(net, 1.8, **SMALL | dict(iterations=2, perceptual=w)) for w in (0.0, 1.0))
+    assert not torch.equal(plain.forecaster.own, seen.forecaster.own)
 
 
 def test_in_bfloat16_it_learns_too(net):
@@ -273,8 +303,9 @@ def test_computed_steps_alone_take_timesteps_of_their_own(net):
 @pytest.mark.parametrize("options, message", [
     (dict(iterations=0), "iterations: got 0"), (dict(target="better"), "target: got 'better'"),
     (dict(lr=-1.0), "lr: got -1.0"), (dict(steps=1), "steps: got 1"), (dict(batch=True), "batch: got True"),
-    (dict(history=5), "history: got 5"), (dict(autocast="float16"), "autocast: got 'float16'"),
-    (dict(labels=[9]), "labels: got 9 to 9"), (dict(history=True), "history: got True")])
+    (dict(history=5), "history: got 5"), (dict(history=True), "history: got True"),
+    (dict(perceptual=-1), "perceptual: got -1"), (dict(autocast="float16"), "autocast: got 'float16'"),
+    (dict(labels=[9]), "labels: got 9 to 9")])
 def test_bad_arguments_are_named(net, options, message):
     with pytest.raises(ValueError, match=message):
         train_forecaster(net, 1.8, **SMALL | options)
