@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 import harmonica_dit
 from harmonica_dit import demo as demonstration
-from harmonica_dit.demo import fashion_judge
+from harmonica_dit.demo import ACCURATE, fashion_judge
 from harmonica_dit.evaluate import Method, fora_methods
 from harmonica_dit.evaluate.named_methods import name_after, read, schedule_of
 from harmonica_dit.evaluate.pictures import image_sheet, plot, plot_tradeoff
@@ -205,6 +205,8 @@ def evaluate(
                                                     show_default="2 and 3")] = None,
     fewer: Annotated[list[int] | None, typer.Option("--fewer", help="Compare uncached sampling in this number of "
                                                     "steps; may be given again.")] = None,
+    accurate: Annotated[bool, typer.Option("--accurate", help="Also measure errors against a more accurate solution: "
+                                           "40 steps of DPM-Solver++ from the same noise.")] = False,
     samples: Annotated[int, typer.Option(help="Images per method; the Fréchet distance needs 2,000.")] = 200,
     seeds: Annotated[int, typer.Option(help="How often to repeat the comparison, with seeds 0, 1, …")] = 1,
     model: Model = "fashion-dit",
@@ -233,10 +235,11 @@ def evaluate(
     methods += [Method(f"{n} steps", "fewer steps", n) for n in fewer or ()]
     labels = torch.arange(samples) % net.num_classes
     judge = fashion_judge if net.name == "fashion-dit" else None
+    solution = ACCURATE if accurate else None
     rows = []
     for seed in range(seeds):
         rows += compare_with_bar(net, methods, labels, steps=steps, guidance=guidance, scheduler=scheduler, seed=seed,
-                                 batch=batch, judge=judge)
+                                 batch=batch, accurate=solution, judge=judge)
         with replacement(out / "rows.json") as path:
             path.write_text(json.dumps(rows, indent=1) + "\n")
     plot_tradeoff({f"{samples:,} samples a method": rows}, out / "tradeoff.png", f"Quality against speedup: {net.name}")

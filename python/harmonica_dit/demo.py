@@ -21,6 +21,7 @@ from harmonica_dit.router import Router
 from harmonica_dit.train import train_forecaster
 
 SOLVER = "DPMSolverMultistepScheduler"
+ACCURATE = Method("DPM-Solver++ 40 steps", "DPM-Solver++", 40, scheduler=SOLVER)
 STEPS, EVERY = 20, 3  # of them every third is computed: 2.8× fewer FLOPs
 
 
@@ -60,10 +61,9 @@ def run(out: str | os.PathLike, console: Console, *, iterations: int = 60, image
     methods = [*ours, untrained, from_file("fashion-dit-2.0x", net), *fora_methods(net, STEPS, 2),
                *fora_methods(net, STEPS, EVERY), *(Method(f"DDIM {n} steps", "fewer steps", n) for n in (10, 7)),
                *(Method(f"DPM-Solver++ {n} steps", "DPM-Solver++", n, scheduler=SOLVER) for n in (10, 7))]
-    accurate = Method("DPM-Solver++ 40 steps", "DPM-Solver++", 40, scheduler=SOLVER)
     labels = torch.arange(samples) % len(CLASSES)
     console.print(f"[bold]2.[/] Sampling {samples} images from the same noise in {len(methods) + 2} ways")
-    rows = compare_with_bar(net, methods, labels, steps=STEPS, accurate=accurate, judge=fashion_judge)
+    rows = compare_with_bar(net, methods, labels, steps=STEPS, accurate=ACCURATE, judge=fashion_judge)
 
     ten, by_name = torch.arange(len(CLASSES)), {row["name"]: row for row in rows}
     shown = [Method("uncached", "uncached", STEPS), *ours, *fora_methods(net, STEPS, EVERY), methods[-3]]

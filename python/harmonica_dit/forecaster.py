@@ -190,7 +190,7 @@ def taylor(compute: Sequence[bool], order: int, size: int = 0, adams: bool = Fal
     Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923), whose finite differences these are, here of the trunk.
     """
     check_order(order)
-    states = torch.zeros(len(compute), order + 1, 1)
+    states = torch.zeros(len(compute), max(1, min(order + 1, sum(compute))), 1)
     for s, computed in enumerate(compute):
         w = lagrange(compute, s, order, MEAN if adams else (0.0,))
         if computed:  # corrected: the others count by what they differ from its own

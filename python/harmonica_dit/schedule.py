@@ -137,6 +137,9 @@ class Schedule:
             return
         if len(forecaster.states) != self.steps:
             raise ValueError(f"forecaster: for {len(forecaster.states)} steps, the schedule has {self.steps}")
+        computed = int(compute.all(1).sum())
+        if forecaster.history > max(1, computed):
+            raise ValueError(f"forecaster: keeps {forecaster.history} states, the schedule computes {computed} steps")
         partly = (compute.any(1) & ~compute.all(1)).nonzero().flatten().tolist()
         if partly:
             raise ValueError(f"compute: steps {partly} are computed in part; a forecaster of the trunk needs each step "

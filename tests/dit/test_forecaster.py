@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from harmonica_dit import load, sample
+from harmonica_dit.evaluate import rmse
 from harmonica_dit.fashion import FORECASTS
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
@@ -35,6 +36,33 @@ def test_taylor_extrapolates_polynomials_exactly():
             for degree in range(order + 1):
                 found = sum(w * p**degree for w, p in zip(forecaster.states[s, :, 0].tolist(), points))
                 assert found == pytest.approx(s**degree, rel=1e-5)
+
+
+def test_adams_weighs_the_mean_over_a_step():
+    """Exact for the mean of a polynomial of degree p over the step; of computed steps alone, Adams and Bashforth's."""
+    compute = [True, True, False, True, False, True, True]
+    for order in range(3):
+        w = taylor(compute, order, adams=True).states[:, :, 0].tolist()
+        for s, computed in enumerate(compute):
+            points = [p for p in range(s + 1) if compute[p]][::-1][: order + 1]
+            if len(points) <= order:
+                continue
+            weights = [1 - sum(w[s]), *w[s]] if computed else w[s]
+            for degree in range(order + 1):
+                mean = ((s + 1) ** (degree + 1) - s ** (degree + 1)) / (degree + 1)
+                assert sum(a * p**degree for a, p in zip(weights, points)) == pytest.approx(mean, rel=1e-5)
+    adams = taylor([True] * 4, 2, adams=True).states[:, :, 0]
+    assert adams[2, :2].tolist() == pytest.approx([-16 / 12, 5 / 12])  # beside 23/12 of its own
+    assert adams[1, :2].tolist() == pytest.approx([-1 / 2, 0])
+
+
+def test_adams_is_nearer_to_the_accurate_solution_than_the_uncached_trajectory():
+    """On the bundled model with every second step computed; Taylor's forecast is not."""
+    net, labels, options = load("fashion-dit"), torch.arange(10), dict(seed=3, guidance=1.5)
+    target = sample(net, labels, steps=40, scheduler="DPMSolverMultistepScheduler", **options)
+    errors = [rmse(sample(net, labels, steps=20, schedule=schedule, **options), target).mean() for schedule in (
+        None, trunk_forecast(net, 20, every=2), trunk_forecast(net, 20, every=2, adams=True))]
+    assert errors[2] < 0.7 * errors[0] < errors[1]
 
 
 def test_weights_in_the_kernels_form():
@@ -76,6 +104,8 @@ def test_what_is_no_forecaster_is_refused(arguments, kind, message):
 def test_a_schedule_that_does_not_fit_its_forecaster_is_refused():
     with pytest.raises(ValueError, match="for 5 steps, the schedule has 6"):
         make(TrunkForecaster(torch.zeros(5, 1, 1)))
+    with pytest.raises(ValueError, match="keeps 4 states, the schedule computes 3 steps"):
+        make(TrunkForecaster(torch.zeros(6, 4, 1)))
     with pytest.raises(TypeError, match="got str, expected a TrunkForecaster"):
         make("taylor")
     compute = torch.tensor(WHOLE)[:, None].repeat(1, 2)

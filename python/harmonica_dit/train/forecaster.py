@@ -55,7 +55,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
             from the same noise: for "ddim" 40 steps of DPM-Solver++, else four times the steps of the scheduler.
         steps: T, where schedule is a speedup.
         correct: whether computed steps are corrected, beside the forecasts of the others.
-        history: states kept, 1 to 4.
+        history: states kept, 1 to 4; fewer where fewer steps are computed.
         iterations: of Adam (betas 0.9 and 0.99), whose rate falls from lr to 0 along a cosine.
         images: targets trained on. held_out: targets that decide which iterate is kept. batch: images an iteration.
         lr: of the weights w and of what is added to the conditions; the others learn at a third of it.
@@ -99,6 +99,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     if not isinstance(schedule, Schedule):
         schedule = trunk_forecast(net, steps, speedup=schedule)
     compute = [bool(row.all()) for row in schedule.compute]
+    history = min(history, sum(compute))
     scheduler = net.scheduler if scheduler is None else scheduler
     first_order = make_scheduler(scheduler, schedule.steps, net).config.get("solver_order", 1) == 1
     initial = taylor(compute, min(1, history - 1), adams=target == "accurate" and correct and first_order)
