@@ -203,12 +203,15 @@ def test_weights_that_were_left_as_they_were_are_no_row():
 
 def test_a_trajectorys_rows_hold_together():
     found = bench_forward.measure("fashion-dit", **bench_forward.TINY)
-    assert found.seconds.keys() == {"plain", "ours", "clocked", "FORA n=2", "random"}
+    assert found.seconds.keys() == {"plain", "ours", "clocked", *bench_forward.SCHEDULES}
     for kind, row in found.rows.items():
         assert row["wall_over_flops"] == pytest.approx(row["wall_speedup"] / row["flops_speedup"])
         assert row["wall_speedup"] == pytest.approx(found.seconds["ours"][0] / found.seconds[kind][0])
         assert row["plain_over_ours"] == pytest.approx(found.seconds["plain"][0] / found.seconds["ours"][0])
         assert row["flops_speedup"] > 1 and row["rows"] == 2
+    alone, steps = found.rows[bench_forward.LONE], bench_forward.TINY["steps"]
+    lone, whole = found.seconds[bench_forward.LONE][0], found.seconds["ours"][0] / steps
+    assert alone["forecast_over_computed"] == pytest.approx((lone - whole) / (steps - 1) / whole)
 
 
 def test_a_shape_of_residual_norm_is_measured():
