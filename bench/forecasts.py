@@ -126,6 +126,7 @@ def resampled(judge_name: str, features: Tensor, labels: Tensor) -> list[float]:
     """Fréchet distances of samples drawn with replacement, by the same draws for every method."""
     generator, distances = torch.Generator().manual_seed(0), []
     judge = fashion_judge(judge_name)
+    judge.frechet.reset_real_features = False
     for _ in range(RESAMPLES):
         drawn = torch.randint(len(labels), (len(labels),), generator=generator)
         judge.frechet.reset()

@@ -1,0 +1,96 @@
+"""bench/forecasts.py and bench/generalisation.py: what is kept is found again, and the tables hold together."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from bench import forecasts, generalisation, kept
+from harmonica_dit import load, sample
+from harmonica_dit.evaluate import Method
+from harmonica_dit.forecaster import BranchForecaster
+from harmonica_dit.methods import fora, trunk_forecast
+from harmonica_dit.sample.schedulers import NOISE
+
+OPTIONS = dict(seed=3, guidance=1.5, batch=4)
+
+
+@pytest.fixture(scope="module")
+def fashion():
+    return load("fashion-dit")
+
+
+def test_what_is_kept_is_not_made_again(fashion, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "PART", 2)
+    method, labels = Method("two steps", "few", 2), torch.arange(3)
+    made = torch.cat(list(kept.kept_samples(fashion, method, labels, tmp_path, **OPTIONS)))
+    torch.testing.assert_close(made, sample(fashion, labels, steps=2, seed=3, guidance=1.5))
+    monkeypatch.setattr(kept, "time_sample", lambda *_, **__: pytest.fail("sampled again"))
+    again = torch.cat(list(kept.kept_samples(fashion, replace(method, name="renamed"), labels, tmp_path, **OPTIONS)))
+    assert torch.equal(made, again)
+
+
+def test_all_that_decides_the_images_is_in_the_checksum(fashion):
+    plain, adams = (trunk_forecast(fashion, 4, every=2, adams=a) for a in (False, True))
+    branches = fora(fashion, 4, 2)
+    methods = [Method("", "", 4), Method("", "", 5), Method("", "", 4, plain), Method("", "", 4, adams),
+               Method("", "", 4, replace(plain, timesteps=(900, 600, 300, 50))), Method("", "", 4, branches),
+               Method("", "", 4, fora(fashion, 4, 2, 1)), Method("", "", 4, fora(fashion, 4, 2, 2)),
+               Method("", "", 4, replace(branches, forecaster=BranchForecaster(3))),
+               *(Method("", "", 4, scheduler=DPMSolverMultistepScheduler(**NOISE, solver_order=k)) for k in (2, 3)),
+               *(Method("", "", 4, replace(plain, forecaster=replace(plain.forecaster, condition=c)))
+                 for c in (torch.zeros(4, 1), torch.ones(4, 1)))]
+    found = {kept.digest(fashion, method, **OPTIONS) for method in methods}
+    assert len(found) == len(methods)
+    assert not found & {kept.digest(fashion, methods[0], **OPTIONS | {name: 2}) for name in ("seed", "guidance")}
+
+
+def test_the_table_holds_together(fashion, tmp_path, monkeypatch):
+    monkeypatch.setattr("harmonica_dit.evaluate.metrics.MIN_FRECHET", 2)
+    monkeypatch.setattr(forecasts, "RESAMPLES", 5)
+    monkeypatch.setattr(forecasts, "ACCURATE", "DPM-Solver++, 20 steps")  # cheaper
+    monkeypatch.setattr(forecasts.data, "FOLDER", tmp_path)  # no data set: no precision and recall
+    names = ["DDIM, 20 steps", "trunk, n = 5, Adams", "branches, n = 5, order 2", "DDIM, 4 steps"]
+    command = ["forecasts.py", "table", "--samples", "20", "--errors", "10", "--folder", str(tmp_path / "kept"),
+               "--out", str(tmp_path / "rows.json"), "--only", *names]
+    monkeypatch.setattr(sys, "argv", command)
+    forecasts.main()
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert rows.keys() == set(names)
+    base = rows["DDIM, 20 steps"]
+    assert base["error"]["uncached"] == 0 and base["flops_speedup"] == 1 and base["error"]["accurate"] > 0
+    for judged in base["judges"].values():
+        assert judged["above"] == 0 and judged["interval"] == [0, 0]
+    for name in names[1:]:
+        assert rows[name]["error"]["uncached"] > 0 and rows[name]["flops_speedup"] > 3
+        for judged in rows[name]["judges"].values():
+            assert judged["interval"][0] <= judged["interval"][1] and "resampled" not in judged
+    assert rows[names[1]]["parameters"] > 0
+
+
+def test_every_rival_has_a_name_of_its_own_and_is_what_it_says(fashion):
+    every = list(forecasts.methods(fashion))
+    assert len({method.name for method in every}) == len(every)
+    by_name = {method.name: method for method in every}
+    assert by_name["DDIM, 7 steps, every nth"].speedup(20) == pytest.approx(20 / 7, rel=1e-3)
+    lines = forecasts.every_nth(fashion, 7)
+    torch.testing.assert_close(sample(fashion, [1], schedule=lines), sample(fashion, [1], schedule=replace(
+        lines, forecaster=replace(lines.forecaster, states=torch.zeros_like(lines.forecaster.states)))))
+    assert forecasts.solver(fashion, "UniPC", 7, 2, "lu") is None
+    assert forecasts.solver(fashion, "DPM-Solver++", 7, 3, "karras").scheduler.config.solver_order == 3
+
+
+def test_errors_of_each_half_of_the_labels(fashion, tmp_path, monkeypatch):
+    monkeypatch.setattr(generalisation, "SHOWN", ("DDIM, 4 steps",))
+    monkeypatch.setattr(generalisation, "ACCURATE", "DDIM, 5 steps")
+    monkeypatch.setattr(sys, "argv", ["generalisation.py", "--guidance", "1", "3", "--samples", "10", "--folder",
+                                      str(tmp_path / "kept"), "--out", str(tmp_path / "rows.json")])
+    generalisation.main()
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["guidance"] for row in rows] == [1, 3]
+    for row in rows:
+        errors = row["errors"]["DDIM, 4 steps"]
+        assert errors["all"] == pytest.approx((errors["first half"] + errors["second half"]) / 2) and errors["all"] > 0
