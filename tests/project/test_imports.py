@@ -16,7 +16,7 @@ ORDER = {
                           ("cache", "trunk"), ("ops", "_info"), ("triton_kernels",)),
     "harmonica_dit": (("cli",), ("demo",), ("__init__",), ("published_routers",), ("load",), ("train",), ("evaluate",),
                       ("pipelines",), ("sample",), ("methods",), ("router",), ("schedule",), ("fashion",),
-                      ("forecaster",), ("validate",), ("models",), ("files",), ("flops",)),
+                      ("forecaster",), ("validate",), ("models",), ("files", "progress"), ("flops",)),
 }
 COMPILED = {"harmonica_kernels._C"}  # has no Python file
 LINES = 350

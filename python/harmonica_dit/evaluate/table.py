@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from harmonica_dit.progress import progress_bar
 
 from .compare import compare
 from .named_methods import Method
@@ -38,9 +39,7 @@ def table(rows: Sequence[dict], title: str) -> Table:
 
 def compare_with_bar(net, methods: Sequence[Method], labels, **options) -> list[dict]:
     """`compare` with a progress bar on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
+    bar = progress_bar(Console(stderr=True))
     ways = len(methods) + 1 + (options.get("accurate") is not None)
     task = bar.add_task("sampling", total=ways * len(labels))
     with ExitStack() as stack:

@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from harmonica_dit.fashion import FASHION, FASHION_WEIGHTS, data
 from harmonica_dit.files import load_tensors, optimizer_tensors, replacement, restore_optimizer, save_tensors
 from harmonica_dit.models import DiT
+from harmonica_dit.progress import progress_bar
 
 LABEL_DROPOUT = 0.1  # share of labels that are hidden: from these the model learns the unconditional output
 
@@ -79,9 +79,7 @@ def train(net: DiT, folder=data.FOLDER, out: Path = FASHION_WEIGHTS, steps: int 
         generator.set_state(tensors["generator"])
 
     start, losses = time.monotonic(), []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("training", total=steps, completed=first)
         step = first
         try:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 
 from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.methods import trunk_forecast
+from harmonica_dit.progress import progress_bar
 from harmonica_dit.sample.schedulers import make_scheduler, scheduler_name
 from harmonica_dit.sample.trajectory import Trajectory, check_labels, image_noise
 from harmonica_dit.schedule import Schedule
@@ -146,9 +147,7 @@ class _Run:
         n, batch, lr = self.settings["iterations"], self.settings["batch"], self.settings["lr"]
         images = self.settings["images"]
         path = None if self.out is None else self.out / "checkpoint.safetensors"
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn())
-        with Progress(*columns, disable=not self.show) as bar:
+        with progress_bar(shown=self.show) as bar:
             try:
                 # Before the targets, which take minutes: the folder may be of another training, or read-only.
                 if path is not None:

@@ -4,9 +4,8 @@ import csv
 import warnings
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from harmonica_dit.files import replacement
+from harmonica_dit.progress import progress_bar
 
 COLUMNS = ("trajectory", "seconds", "loss", "error", "beta", "threshold", "cur", "speedup")
 
@@ -21,8 +20,7 @@ class Log:
     """
 
     def __init__(self, out: Path | None, total: int, first: int, progress: bool):
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                             TimeRemainingColumn(), disable=not progress)
+        self._bar = progress_bar(shown=progress)
         self._task = self._bar.add_task("training the router", total=total, completed=first)
         self._file = self._board = None
         if out is not None:
