@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from harmonica_dit.flops import count_flops
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.router import Router
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
+from support.pipeline_folders import random_model, save_pixart, small_vae
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +48,16 @@ def make_trajectory(net):
 @pytest.fixture
 def noise(net):
     return image_noise(1, 0, 2, net.sample_shape)
+
+
+@pytest.fixture(scope="session")
+def pixart(tmp_path_factory):
+    return save_pixart(tmp_path_factory.mktemp("models") / "small-pixart")
+
+
+@pytest.fixture(scope="session")
+def dit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small-dit"
+    transformer = random_model(DiTTransformer2DModel, dict(sample_size=8, num_embeds_ada_norm=1000))
+    DiTPipeline(transformer, small_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    return folder

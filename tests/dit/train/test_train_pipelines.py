@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, PixArtAlphaPipeline
+from diffusers import DiTPipeline, PixArtAlphaPipeline
 from typer.testing import CliRunner
 
 import harmonica_dit
@@ -18,24 +18,11 @@ from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, denoise, image_noise
 from harmonica_dit.train import train_router
 from harmonica_dit.train.frozen_model import checkpoint_bodies, freeze
-from support.pipeline_folders import random_model, save_pixart, small_vae
+from support.pipeline_folders import save_pixart
 from support.tolerance import assert_close
 
 TEXTS = ("a cat", "the quick brown fox", "dogs")
 SMALL = dict(steps=4, trajectories=2, batch=2, lr=0.1, progress=False)
-
-
-@pytest.fixture(scope="session")
-def pixart(tmp_path_factory):
-    return save_pixart(tmp_path_factory.mktemp("models") / "small-pixart")
-
-
-@pytest.fixture(scope="session")
-def dit(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "small-dit"
-    transformer = random_model(DiTTransformer2DModel, dict(sample_size=8, num_embeds_ada_norm=1000))
-    DiTPipeline(transformer, small_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
