@@ -129,6 +129,28 @@ class Table:
         return compute, weights.tolist()
 
 
+class Forecasts:
+    """Which of T steps are computed, and random weights of the trunk's last H states for all of them."""
+
+    def __init__(self, steps: int, history: int, width: int, dense: float = 0.5):
+        self.history = history
+        self.compute = [s == 0 or random.random() < dense for s in range(steps)]
+        self.weights, kept = [], 0
+        for computed in self.compute:
+            n = random.randint(0 if computed else 1, min(kept, history)) if kept else 0
+            last = random.choice((1, width))
+            draw = lambda *shape, n=n: torch.randn(*shape) / (2 * n + 1)
+            tokens = draw(n, last) if not computed and random.random() < 0.5 else None
+            own = draw(last) if random.random() < 0.5 else None
+            plain = computed and random.random() < 0.3
+            self.weights.append(None if plain else hk.TrunkWeights(draw(n, last), tokens, own))
+            kept += computed
+
+    def decision_tables(self):
+        scores = torch.tensor(self.compute).float().log()[:, None]  # 0 and -∞
+        return DecisionTables(torch.where(scores == 0, torch.inf, scores), None, self.weights, self.history)
+
+
 def compile_gated(rule="scores"):
     """A device-gated executor of such trajectories."""
     return hk.compile(Trajectory.run, mode="gated", rule=rule)

@@ -7,7 +7,7 @@ import torch
 
 import harmonica_kernels as hk
 from support.gated_norm_check import check
-from support.loops import Table, Trajectory, compile_gated
+from support.loops import Forecasts, Table, Trajectory, compile_gated
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda:0")
@@ -36,6 +36,19 @@ def test_equals_the_walk_on_the_cpu(rule):
             image = load(on_gpu, table, i / 8)(there, noise.to(CUDA)).cpu()
             torch.testing.assert_close(image, load(walked, table, i / 8)(trajectory, noise), rtol=1e-3, atol=1e-3)
             assert torch.equal(on_gpu.reused, walked.reused)
+
+
+def test_forecasts_of_the_trunk_equal_the_walk_on_the_cpu():
+    for _ in range(6):
+        T, H = random.randint(2, 7), random.randint(1, 4)
+        trajectory = Trajectory(T, random.randint(1, 5), width=random.choice((16, 48)))
+        on_gpu, walked, there = compile_gated(), compile_gated(), trajectory.to(CUDA)
+        for _ in range(6):
+            forecasts, noise = Forecasts(T, H, trajectory.D), torch.randn(trajectory.shape)
+            image = on_gpu(there, noise.to(CUDA), forecasts).cpu()
+            torch.testing.assert_close(image, walked(trajectory, noise, forecasts), rtol=1e-3, atol=1e-3)
+            assert torch.equal(on_gpu.reused, walked.reused)
+        assert on_gpu.graphs == 1
 
 
 def test_a_changed_router_or_threshold_equals_a_fresh_capture_to_the_bit():

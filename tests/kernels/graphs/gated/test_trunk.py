@@ -6,33 +6,11 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
-from harmonica_kernels.graphs.gated import DecisionTables, executor
+from harmonica_kernels.graphs.gated import executor
 from harmonica_kernels.graphs.gated.plan import If, Op, plan
 from harmonica_kernels.ops import guided_step
 from support.graph_stand_in import Built, Recorder
-from support.loops import Table, Trajectory, compile_gated
-
-
-class Forecasts:
-    """Which of T steps are computed, and random weights of the trunk's last H states for all of them."""
-
-    def __init__(self, steps: int, history: int, width: int, dense: float = 0.5):
-        self.history = history
-        self.compute = [s == 0 or random.random() < dense for s in range(steps)]
-        self.weights, kept = [], 0
-        for computed in self.compute:
-            n = random.randint(0 if computed else 1, min(kept, history)) if kept else 0
-            last = random.choice((1, width))
-            draw = lambda *shape, n=n: torch.randn(*shape) / (2 * n + 1)
-            tokens = draw(n, last) if not computed and random.random() < 0.5 else None
-            own = draw(last) if random.random() < 0.5 else None
-            plain = computed and random.random() < 0.3
-            self.weights.append(None if plain else hk.TrunkWeights(draw(n, last), tokens, own))
-            kept += computed
-
-    def decision_tables(self):
-        scores = torch.tensor(self.compute).float().log()[:, None]  # 0 and -∞
-        return DecisionTables(torch.where(scores == 0, torch.inf, scores), None, self.weights, self.history)
+from support.loops import Forecasts, Table, Trajectory, compile_gated
 
 
 @torch.no_grad()
