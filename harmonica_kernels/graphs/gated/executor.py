@@ -75,8 +75,7 @@ class Gated:
         plan(2, self.rule, tables.unit)  # raises if the rule does not decide on such units
         self._router, self._tables = router, tables
         for loop in self._loops.values():
-            same = loop.unit == tables.unit and loop.memory.scores.shape == tables.scores.shape
-            if same and loop.history >= tables.history:
+            if loop.unit == tables.unit and loop.memory.scores.shape == tables.scores.shape:
                 self._write(loop)
 
     @property

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harmonica_dit.files import load_tensors, save_tensors
-from harmonica_dit.forecaster import TrunkForecaster
+from harmonica_dit.forecaster import TrunkForecaster, taylor
 from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.sample import sample
 from harmonica_dit.schedule import Schedule
@@ -30,6 +30,17 @@ def test_it_learns_on_noise_that_it_has_not_seen(net, target, scheduler):
     before, after = ((sample(net, labels, schedule=one, scheduler=scheduler, **options) - wanted).square().mean()
                      for one in (start, schedule))
     assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("target, scheduler, adams", [
+    ("accurate", "ddim", True), ("accurate", "EulerDiscreteScheduler", True), ("uncached", "ddim", False),
+    ("accurate", "DPMSolverMultistepScheduler", False)])
+def test_where_the_weights_start(net, target, scheduler, adams):
+    """As Adams's, where the target is a better solution than a first-order solver's own; else as Taylor's."""
+    made = train_forecaster(net, 1.8, target=target, scheduler=scheduler, **SMALL | dict(iterations=1, lr=1e-9))
+    start = taylor(made.compute[:, 0].tolist(), 1, adams=adams).states
+    torch.testing.assert_close(made.forecaster.states[:, :2], start.expand(-1, -1, net.width), rtol=0, atol=1e-6)
+    assert not made.forecaster.states[:, 2].count_nonzero() or made.forecaster.states[:, 2].abs().max() < 1e-6
 
 
 def test_in_bfloat16_it_learns_too(net):
