@@ -27,8 +27,8 @@ def kept_samples(net, method: Method, labels: Tensor, folder: Path, **options) -
         part = labels[first : first + PART]
         if path.exists():
             tensors, metadata = load_tensors(path)
-            if metadata["labels"] == part.tolist():
-                yield tensors["images"]
+            if metadata["labels"][: len(part)] == part.tolist():
+                yield tensors["images"][: len(part)]
                 continue
         images, _ = time_sample(net, part, method, first=first, **options)
         save_tensors(path, {"images": images}, {"labels": part.tolist(), "method": method.name})
