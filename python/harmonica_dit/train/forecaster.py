@@ -36,7 +36,7 @@ SLOWER = 1 / 3  # of the rate of w: v and a, which start at 0
 
 def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate", steps: int = 20,
                      correct: bool = True, history: int = 3, iterations: int = 600, images: int = 1200,
-                     held_out: int = 40, batch: int = 10, lr: float = 4e-3, perceptual: float = 0.5,
+                     held_out: int = 40, batch: int = 10, lr: float = 4e-3, perceptual: float | None = None,
                      labels: Sequence[int] | None = None, guidance: float | None = None,
                      guidance_channels: int | None = None, scheduler: str | SchedulerMixin | None = None,
                      autocast: str | None = None, checkpointing: bool = True, seed: int = 0,
@@ -44,7 +44,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     """Learns how to forecast, and to correct, the trunk of `net` so that the final images meet their targets.
 
     The loss is the mean squared error of the final image [n, C, H, W], relative to the targets' mean square, and the
-    error in the model's own features (`own_features.py`) beside it. Its gradient runs back through every step and
+    error in the model's own features (`own_features.py`) beside it, see perceptual. Its gradient runs back through every step and
     through the cache. The model is frozen. The iterate with the smallest loss on the held-out images is kept; their
     noise is not trained on, and neither is any sampled image's.
 
@@ -60,7 +60,8 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         iterations: of Adam (betas 0.9 and 0.99), whose rate falls from lr to 0 along a cosine.
         images: targets trained on. held_out: targets that decide which iterate is kept. batch: images an iteration.
         lr: of the weights w and of what is added to the conditions; the others learn at a third of it.
-        perceptual: weight of the error in the model's own features; 0 leaves it out.
+        perceptual: weight of the error in the model's own features; 0 leaves it out. None is 0.5 towards "accurate",
+            where images are to look alike, and 0 towards "uncached", where they are to be the same.
         labels: those trained on, equally many images of each; None is all.
         guidance, guidance_channels, scheduler: of the trajectories; None is the model's own.
         autocast: "bfloat16" runs the model under autocast in it; None runs it in its weights' dtype.
@@ -89,6 +90,8 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         raise ValueError(f"target: got {target!r}, expected 'accurate' or 'uncached'")
     if not is_number(lr) or lr <= 0:
         raise ValueError(f"lr: got {lr!r}, expected a number above 0")
+    if perceptual is None:
+        perceptual = 0.5 if target == "accurate" else 0.0
     if not is_number(perceptual) or perceptual < 0:
         raise ValueError(f"perceptual: got {perceptual!r}, expected a number from 0 on")
     if autocast not in (None, "bfloat16"):

@@ -44,6 +44,15 @@ def test_where_the_weights_start(net, target, scheduler, adams):
     assert weights.shape[1] == 3 and weights[:, 2].abs().max() < 1e-6
 
 
+def test_which_loss_is_the_default(net):
+    for target, perceptual in (("accurate", 0.5), ("uncached", 0.0)):
+        settings = SMALL | dict(iterations=2, target=target)
+        default, given = (train_forecaster(net, 1.8, **settings | dict(perceptual=p)) for p in (None, perceptual))
+        other = train_forecaster(net, 1.8, **settings | dict(perceptual=0.5 - perceptual))
+        assert torch.equal(default.forecaster.own, given.forecaster.own)
+        assert not torch.equal(default.forecaster.own, other.forecaster.own)
+
+
 def test_in_bfloat16_it_learns_too(net):
     start, labels, options = trunk_forecast(net, 6, speedup=1.8), torch.arange(12) % 4, dict(seed=9, guidance=1.5)
     schedule = train_forecaster(net, start, target="uncached", autocast="bfloat16", **SMALL | dict(lr=0.02))
