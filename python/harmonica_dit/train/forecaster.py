@@ -44,9 +44,9 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     """Learns how to forecast, and to correct, the trunk of `net` so that the final images meet their targets.
 
     The loss is the mean squared error of the final image [n, C, H, W], relative to the targets' mean square, and the
-    error in the model's own features (`own_features.py`) beside it, see perceptual. Its gradient runs back through every step and
-    through the cache. The model is frozen. The iterate with the smallest loss on the held-out images is kept; their
-    noise is not trained on, and neither is any sampled image's.
+    error in the model's own features (`own_features.py`) beside it, see perceptual. Its gradient runs back through
+    every step and through the cache. The model is frozen. The iterate with the smallest loss on the held-out images is
+    kept; their noise is not trained on, and neither is any sampled image's.
 
     Args:
         net: a denoiser, see `harmonica_dit.load`.
