@@ -1,4 +1,4 @@
-"""bench/forecasts.py and bench/generalisation.py: what is kept is found again, and the tables hold together."""
+"""bench/forecasts.py and its neighbours: what is kept is found again, and the tables hold together."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from bench import forecasts, generalisation, kept
+from bench import convergence, forecasts, generalisation, kept
 from harmonica_dit import load, sample
 from harmonica_dit.evaluate import Method
 from harmonica_dit.forecaster import BranchForecaster
@@ -94,3 +94,9 @@ def test_errors_of_each_half_of_the_labels(fashion, tmp_path, monkeypatch):
     for row in rows:
         errors = row["errors"]["DDIM, 4 steps"]
         assert errors["all"] == pytest.approx((errors["first half"] + errors["second half"]) / 2) and errors["all"] > 0
+
+
+def test_distances_between_solutions(fashion):
+    few = {"a": (2, "ddim"), "b": (3, "ddim"), "again": (2, "ddim")}
+    found = convergence.distances(fashion, 2, 0, few)
+    assert found["a"]["again"] == 0 and found["a"]["b"] == found["b"]["a"] == found["b"]["again"] > 0
