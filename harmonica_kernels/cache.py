@@ -1,5 +1,7 @@
 """The feature cache: each branch's latest output, and those before it where a schedule forecasts."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -59,26 +61,45 @@ class Memory:
 
 
 class FeatureCache(Memory):
-    """The memory of one trajectory: per branch the last `history` computed outputs [B, N, D], before the residual gate.
+    """The memory of one trajectory: per entry the last `history` computed outputs [B, N, D].
+
+    An entry is a branch, whose output is kept before the residual gate; or, where `runs` says so, a run of branches
+    that are computed and reused together, of which is kept what they add to the residual stream.
 
     The first forward that stores an output allocates one arena [history, K, B, N, D], for the shape of its x and in
-    the dtype of that output. With more than one slot per branch, a new output goes into the oldest slot and the slots
+    the dtype of that output. With more than one slot per entry, a new output goes into the oldest slot and the slots
     change roles by index, without a copy. If a score on the device decides whether an output is stored, the host cannot
     do that; the latest output is then copied into the other of two slots before it is replaced.
 
     Args:
-        history: outputs kept per branch, 1 to 4: 1 repeats, p + 1 forecast to order p. Soft rows take 1 or 2.
+        history: outputs kept per entry, 1 to 4: 1 repeats, p + 1 forecast to order p. Soft rows take 1 or 2.
+        runs: how many branches each entry holds, in execution order; None is one each. Soft rows take one each.
     """
 
-    def __init__(self, history: int = 1):
+    def __init__(self, history: int = 1, runs: Sequence[int] | None = None):
+        if runs is not None and (not runs or not all(type(n) is int and n > 0 for n in runs)):
+            raise ValueError(f"runs: got {runs!r:.80}, expected whole numbers from 1 on")
+        self.runs = None if runs is None else tuple(runs)
         super().__init__(history)
+
+    def spans(self, branches: int) -> list[tuple[int, int]]:
+        """Each entry's first branch, and the one after its last.
+
+        Raises:
+            ValueError: the runs hold another number of branches.
+        """
+        runs = (1,) * branches if self.runs is None else self.runs
+        if sum(runs) != branches:
+            raise ValueError(f"cache: its runs hold {sum(runs)} branches, there are {branches}")
+        ends = list(accumulate(runs))
+        return list(zip([0, *ends], ends))
 
     def reset(self) -> None:
         super().reset()
         self._arena: Tensor | None = None
-        self._slots: list[list[Tensor]] = []  # per branch, newest first
-        self._filled: list[int] = []  # per branch, how many of its slots hold a computed output
-        # Renewals that wait for a backward: branch, output, score, threshold.
+        self._slots: list[list[Tensor]] = []  # per entry, newest first
+        self._filled: list[int] = []  # per entry, how many of its slots hold a computed output
+        # Renewals that wait for a backward: entry, output, score, threshold.
         self._pending: list[tuple[int, Tensor, Tensor | None, float]] = []
 
     def rewind(self) -> None:
@@ -124,8 +145,8 @@ class FeatureCache(Memory):
         Calls `other.commit()` first, so the backward through `other`'s last forward must be done.
         """
         other.commit()
-        if (self._of, self.history, self.dtype) != (other._of, other.history, other.dtype):
-            self.history = other.history
+        if (self._of, self.history, self.runs, self.dtype) != (other._of, other.history, other.runs, other.dtype):
+            self.history, self.runs = other.history, other.runs
             self.reset()
             self._of = other._of
             if other._arena is not None:
@@ -156,10 +177,11 @@ class FeatureCache(Memory):
 
     def _allocate(self, dtype: torch.dtype) -> None:
         shape, _, device, branches = self._of
-        self._arena = torch.empty(self.history, branches, *shape, dtype=dtype, device=device)
+        entries = branches if self.runs is None else len(self.runs)
+        self._arena = torch.empty(self.history, entries, *shape, dtype=dtype, device=device)
         # .data gives each entry its own version counter: renewing one must not invalidate another that autograd saved
-        self._slots = [[self._arena[slot, k].data for slot in range(self.history)] for k in range(branches)]
-        self._filled = [0] * branches
+        self._slots = [[self._arena[slot, k].data for slot in range(self.history)] for k in range(entries)]
+        self._filled = [0] * entries
 
     def _push(self, k: int, dtype: torch.dtype) -> Tensor:
         """Makes branch k's oldest slot its latest and returns it for writing. A new arena gets `dtype`."""

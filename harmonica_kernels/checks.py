@@ -18,7 +18,7 @@ def is_host(device: str) -> bool:
 
 
 def check_forward(branches, x, mod, row, forecast_weights, cache, threshold) -> Sequence[bool]:
-    """Raises on wrong arguments, before anything is changed. Returns for each branch whether its body is called."""
+    """Raises on wrong arguments, before anything is changed. Returns for each entry whether it is computed."""
     K = len(branches)
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
         what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -35,10 +35,12 @@ def check_forward(branches, x, mod, row, forecast_weights, cache, threshold) -> 
     if isinstance(cache, TrunkCache):
         check_trunk(row, forecast_weights, cache, x)
         return (row is not False,) * K
+    entries = K
     if cache is not None:
         cache.commit()
-    compute = check_row(K, row, cache)
-    check_forecast_weights(K, forecast_weights, cache, compute, isinstance(row, Tensor))
+        entries = len(cache.spans(K))
+    compute = check_row(entries, row, cache)
+    check_forecast_weights(entries, forecast_weights, cache, compute, isinstance(row, Tensor))
     return compute
 
 
@@ -77,6 +79,8 @@ def check_row(K, row, cache) -> Sequence[bool]:
             raise ValueError("row: a soft row blends with cached outputs; pass cache=FeatureCache()")
         if cache.history > 2:
             raise ValueError(f"cache: keeps {cache.history} outputs of a branch, with a soft row at most 2")
+        if getattr(cache, "runs", None) is not None:
+            raise ValueError("cache: holds runs of branches, a soft row decides on single ones")
     else:
         for k, entry in enumerate(row):
             if not isinstance(entry, bool):

@@ -69,9 +69,10 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
             tensor [K] is differentiable; an entry has no effect while the cache holds fewer than two outputs. With a
             hard row an entry may also be the weights (w_0, w_1, …) of the branch's last outputs, the newest first:
             reuse = Σ w_i·output_i.
-        cache: one per trajectory; its first forward, with row=None, fills it. With a `TrunkCache` the step is computed
-            whole (row=None) or forecast (row=False, then mod needs the final norm's rows alone), and forecast_weights
-            are `TrunkWeights`: a forecast's, or a computed step's correction.
+        cache: one per trajectory; its first forward, with row=None, fills it. Where a `FeatureCache` holds runs of
+            branches, row and forecast_weights have an entry for each run in place of K. With a `TrunkCache` the step is
+            computed whole (row=None) or forecast (row=False, then mod needs the final norm's rows alone), and
+            forecast_weights are `TrunkWeights`: a forecast's, or a computed step's correction.
         threshold: τ of a soft row; a hard row does not use it.
         context: whatever the bodies need beside h; every body gets it as it is.
         eps: of the final norm.
@@ -103,26 +104,40 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     stream = _Stream(x, torch.get_autocast_dtype(device) if autocast else x.dtype)
     if row is False:
         branches = ()
-    for k, branch in enumerate(branches):
-        if not compute[k]:
-            stream.reuse(cache, k, mod.gate[k], forecast_weights)
+    spans = [(k, k + 1) for k in range(len(branches))] if cache is None else cache.spans(K)
+    for i, (first, end) in enumerate(spans):
+        if end - first > 1:
+            if not compute[i]:
+                stream.reuse(cache, i, None, forecast_weights)
+                continue
+            before = stream.begin_run()
+            for k in range(first, end):
+                h = stream.norm(mod.shift[k], mod.scale[k], branches[k].norm, branches[k].eps)
+                o = branches[k].body(h, context)
+                check_output(o, h, x, k)
+                stream.compute(o, None, mod.gate[k])
+            stream.end_run(before, cache._push(i, x.dtype))
+            continue
+        k, branch = first, branches[first]
+        if not compute[i]:
+            stream.reuse(cache, i, mod.gate[k], forecast_weights)
             continue
         h = stream.norm(mod.shift[k], mod.scale[k], branch.norm, branch.eps)
         if in_place_bodies and branch.body_out is not None and cache.dtype in (None, h.dtype):
-            o = cache._push(k, h.dtype)
+            o = cache._push(i, h.dtype)
             branch.body_out(h, context, o)
             stream.compute(o, None, mod.gate[k])
             continue
         o = branch.body(h, context)
         check_output(o, h, x, k)
         if soft:
-            stream.blend(o, row[k], cache, k, mod.gate[k], forecast_weights)
+            stream.blend(o, row[i], cache, i, mod.gate[k], forecast_weights)
             if not is_host(device):
-                stream.renew = partial(cache._renew, k, row[k].detach(), threshold)  # the device decides
-            elif row[k].item() > threshold:
-                stream.renew = partial(cache._renew, k, None, threshold)
+                stream.renew = partial(cache._renew, i, row[i].detach(), threshold)  # the device decides
+            elif row[i].item() > threshold:
+                stream.renew = partial(cache._renew, i, None, threshold)
         else:
-            stream.compute(o, None if cache is None else cache._push(k, o.dtype), mod.gate[k])
+            stream.compute(o, None if cache is None else cache._push(i, o.dtype), mod.gate[k])
     if trunk:
         stream.weigh_trunk(trunk, x, row is not False, forecast_weights)
     y = stream.norm(mod.shift[K], mod.scale[K], True, eps, last=True)
@@ -174,6 +189,17 @@ class _Stream:
         forecast = weights is not None and (cache.filled(k) == 2 if isinstance(weights, Tensor) else weights[k] != 0)
         self.run.append(Term(cache.latest(k), cache.previous(k) if forecast else None, gate))
         self.weights.append(weights[k] if forecast else 0.0)
+
+    def begin_run(self) -> Tensor:
+        """Adds the run to x, and returns x, into which nothing is written from now on."""
+        self.norm(None, None, False, 0.0)
+        self.owned = False
+        return self.x
+
+    def end_run(self, before: Tensor, store: Tensor) -> None:
+        """Stores what has been added to x since `begin_run` returned it."""
+        self.norm(None, None, False, 0.0)
+        store.copy_((self.x - before).detach())
 
     def blend(self, o: Tensor, r: Tensor, cache: FeatureCache, k: int, gate: Tensor | None,
               weights: Sequence[float] | Tensor | None) -> None:

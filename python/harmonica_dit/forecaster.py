@@ -197,3 +197,47 @@ def taylor(compute: Sequence[bool], order: int, size: int = 0, adams: bool = Fal
             w = w[1:]
         states[s, : len(w), 0] = torch.tensor(w)
     return TrunkForecaster(states, size=size, origin="Adams and " * adams + f"Taylor of order {order}")
+
+
+def forecast_ratios(compute: Tensor) -> Tensor:
+    """The ratios in e = a·ratio, from extrapolation coefficient a to forecast weight e, for the step after `compute`.
+
+    A ratio is (steps since the latest computed output) / (steps between the last two computed ones), as in TaylorSeer
+    (Liu et al., 2025) of first order.
+
+    Args:
+        compute: bool [s, K], the decisions of steps 0..s-1.
+
+    Returns:
+        float32 [K], 0 where fewer than two outputs have been computed.
+    """
+    s = len(compute)
+    numbers = torch.arange(1, s + 1, device=compute.device)[:, None]
+    computed = torch.nn.functional.pad(torch.where(compute, numbers, 0), (0, 0, 1, 0))  # step number 0 means "never"
+    latest = computed.amax(0)
+    previous = torch.where(computed < latest, computed, 0).amax(0)
+    return torch.where(previous > 0, (s + 1 - latest) / (latest - previous), 0.0)
+
+
+TABLES = ("states", "tokens", "own", "condition")
+FORECASTER_TABLES = tuple(f"forecaster.{name}" for name in TABLES)  # in a schedule's file
+
+
+def forecaster_content(forecaster: BranchForecaster | TrunkForecaster) -> tuple[dict[str, Tensor], dict]:
+    """What a schedule's file holds of its forecaster: tensors and metadata."""
+    fields = ("order",) if forecaster.unit == "branch" else ("size", "origin")
+    tables = {name: getattr(forecaster, short, None) for name, short in zip(FORECASTER_TABLES, TABLES)}
+    return ({name: table for name, table in tables.items() if table is not None},
+            {name: getattr(forecaster, name) for name in fields})
+
+
+def make_forecaster(tables: dict[str, Tensor | None], about: dict) -> BranchForecaster | TrunkForecaster:
+    """The forecaster in a schedule's file.
+
+    Raises:
+        KeyError, TypeError, ValueError: the file holds none.
+    """
+    if "order" in about:
+        return BranchForecaster(about["order"])
+    return TrunkForecaster(**{short: tables[name] for name, short in zip(FORECASTER_TABLES, TABLES)},
+                           size=about["size"], origin=about["origin"])

@@ -13,7 +13,14 @@ import harmonica_kernels as hk
 from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
-from harmonica_dit.forecaster import BranchForecaster, TrunkForecaster
+from harmonica_dit.forecaster import (
+    FORECASTER_TABLES,
+    BranchForecaster,
+    TrunkForecaster,
+    forecast_ratios,
+    forecaster_content,
+    make_forecaster,
+)
 from harmonica_dit.validate import (
     FORMAT,
     WITH_FORECASTER,
@@ -32,28 +39,7 @@ from harmonica_dit.validate import (
 from harmonica_kernels.graphs.gated import DecisionTables
 
 FIELDS = ("branches", "flops", "origin", "model", "timesteps")
-OPTIONAL = ("guidance", "resolution", "architecture", "scheduler", "labels")  # older files lack these
-TABLES = ("states", "tokens", "own", "condition")  # of a forecaster
-
-
-def forecast_ratios(compute: Tensor) -> Tensor:
-    """The ratios in e = a·ratio, from extrapolation coefficient a to forecast weight e, for the step after `compute`.
-
-    A ratio is (steps since the latest computed output) / (steps between the last two computed ones), as in TaylorSeer
-    (Liu et al., 2025) of first order.
-
-    Args:
-        compute: bool [s, K], the decisions of steps 0..s-1.
-
-    Returns:
-        float32 [K], 0 where fewer than two outputs have been computed.
-    """
-    s = len(compute)
-    numbers = torch.arange(1, s + 1, device=compute.device)[:, None]
-    computed = torch.nn.functional.pad(torch.where(compute, numbers, 0), (0, 0, 1, 0))  # step number 0 means "never"
-    latest = computed.amax(0)
-    previous = torch.where(computed < latest, computed, 0).amax(0)
-    return torch.where(previous > 0, (s + 1 - latest) / (latest - previous), 0.0)
+OPTIONAL = ("guidance", "resolution", "architecture", "scheduler", "labels", "runs")  # older files lack these
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +58,8 @@ class Schedule:
         timesteps, guidance, resolution: the T timesteps, the guidance scale, and height and width of the latents that
             the schedule was made for; None is any.
         architecture: the fingerprint of the model's class (see `adapt`), None if unknown.
+        runs: how many branches are cached and decided together, in execution order; compute and extrapolation are the
+            same for all of a run. None is one each. See `harmonica_kernels.FeatureCache`.
         scheduler: its name, see `make_scheduler`, and labels: the classes or prompts' numbers that the schedule was
             made for; None is any.
 
@@ -91,6 +79,7 @@ class Schedule:
     architecture: dict[str, str | int] | None = None
     scheduler: str | None = None
     labels: tuple[int, ...] | None = None
+    runs: tuple[int, ...] | None = None
     forecaster: BranchForecaster | TrunkForecaster | None = None
 
     def __post_init__(self):
@@ -123,8 +112,20 @@ class Schedule:
             raise ValueError(f"guidance: got {self.guidance!r}, expected a finite number")
         object.__setattr__(self, "resolution", check_resolution(self.resolution))
         check_architecture(self.architecture)
+        if self.runs is not None:
+            object.__setattr__(self, "runs", tuple(self.runs))
+            self._check_runs()
         if self.forecaster is not None:
             self._check_forecaster()
+
+    def _check_runs(self) -> None:
+        for first, end in hk.FeatureCache(runs=self.runs).spans(self.compute.shape[1]):
+            for name in ("compute", "extrapolation"):
+                table = getattr(self, name)[:, first:end]
+                if (table != table[:, :1]).any():
+                    raise ValueError(f"{name}: differs within the run of the branches {first} to {end - 1}")
+        if self.unit == "trunk":
+            raise ValueError("runs: got some beside a forecaster of the trunk; give one of both")
 
     def _check_forecaster(self) -> None:
         forecaster, compute = self.forecaster, self.compute
@@ -177,14 +178,28 @@ class Schedule:
 
     def new_cache(self) -> hk.FeatureCache | hk.TrunkCache:
         """A cache for one trajectory."""
-        return hk.FeatureCache(self.history) if self.unit == "branch" else hk.TrunkCache(self.history)
+        return hk.FeatureCache(self.history, self.runs) if self.unit == "branch" else hk.TrunkCache(self.history)
+
+    @property
+    def rows(self) -> tuple[tuple[bool, ...] | bool | None, ...]:
+        """The T hard rows; with a forecaster of the trunk None for a computed step and False for a forecast one.
+
+        Where runs of branches are decided together, with an entry for each run.
+        """
+        return self.branch_rows if self.runs is None else tuple(map(self._by_runs, self.branch_rows))
 
     @cached_property
-    def rows(self) -> tuple[tuple[bool, ...] | bool | None, ...]:
-        """The T hard rows; with a forecaster of the trunk None for a computed step and False for a forecast one."""
+    def branch_rows(self) -> tuple[tuple[bool, ...] | bool | None, ...]:
+        """As `rows`, but with an entry for each branch in any case."""
         if self.unit == "trunk":
             return tuple(None if row[0] else False for row in self.compute.tolist())
         return tuple(map(tuple, self.compute.tolist()))
+
+    def _by_runs(self, row: tuple | None) -> tuple | None:
+        """An entry for each run in place of one for each of its branches."""
+        if self.runs is None or row is None:
+            return row
+        return tuple(row[first] for first, _ in hk.FeatureCache(runs=self.runs).spans(len(row)))
 
     @cached_property
     def forecast_weights(self) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
@@ -195,11 +210,11 @@ class Schedule:
         if self.unit == "trunk":
             return self.forecaster.weights(self.compute[:, 0].tolist())
         if self.forecaster is not None:
-            return self.forecaster.weights(self.compute)
+            return tuple(map(self._by_runs, self.forecaster.weights(self.compute)))
         rows = []
         for s in range(self.steps):
             e = self.extrapolation[s] * forecast_ratios(self.compute[:s]) * ~self.compute[s]
-            rows.append(tuple(e.tolist()) if e.any() else None)
+            rows.append(self._by_runs(tuple(e.tolist())) if e.any() else None)
         return tuple(rows)
 
     def resampled(self, timesteps: tuple[float, ...]) -> "Schedule":
@@ -249,11 +264,13 @@ class Schedule:
         """What an executor decides by, for `executor.load`. The scores are ±∞, so every threshold decides alike.
 
         Raises:
-            ValueError: branches are forecast to a higher order than the first.
+            ValueError: branches are forecast to a higher order than the first, or run by run.
         """
         scores = torch.where(self.compute, math.inf, -math.inf)
         if self.unit == "trunk":
             return DecisionTables(scores[:, :1], None, self.forecast_weights, self.history, self.forecaster.condition)
+        if self.runs is not None:
+            raise ValueError('schedule: decides on runs of branches, which mode="gated" does not; use mode="captured"')
         if self.forecaster is not None:
             raise ValueError(f'schedule: its forecaster ({self.forecaster.origin}) is none that mode="gated" knows; '
                              'use mode="captured"')
@@ -264,12 +281,12 @@ class Schedule:
         metadata = {name: getattr(self, name) for name in FIELDS + OPTIONAL} | dict(
             kind="schedule", format=FORMAT, flops=[self.flops.branches, self.flops.fixed])
         tensors = {"compute": self.compute, "extrapolation": self.extrapolation}
+        if self.runs is not None:
+            metadata["format"] = WITH_FORECASTER
         if self.forecaster is not None:
-            fields = ("order",) if self.unit == "branch" else ("size", "origin")
-            metadata |= dict(format=WITH_FORECASTER, forecaster={name: getattr(self.forecaster, name)
-                                                                 for name in fields})
-            tensors |= {f"forecaster.{name}": table for name in TABLES
-                        if (table := getattr(self.forecaster, name, None)) is not None}
+            tables, about = forecaster_content(self.forecaster)
+            metadata |= dict(format=WITH_FORECASTER, forecaster=about)
+            tensors |= tables
         save_tensors(path, tensors, metadata)
 
     @classmethod
@@ -287,14 +304,11 @@ class Schedule:
     def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict, path: str | os.PathLike) -> "Schedule":
         """Makes a schedule from the content of a file, for `load`. path: for error messages."""
         tensors, metadata = check_content(tensors, metadata, path, "schedule", ("compute", "extrapolation"), FIELDS,
-                                          tuple(f"forecaster.{name}" for name in TABLES), (*OPTIONAL, "forecaster"))
+                                          FORECASTER_TABLES, (*OPTIONAL, "forecaster"))
         try:
-            tables = {name: tensors.pop(f"forecaster.{name}", None) for name in TABLES}
-            about = metadata.pop("forecaster", None)
-            if about is not None and "order" in about:
-                metadata["forecaster"] = BranchForecaster(about["order"])
-            elif about is not None:
-                metadata["forecaster"] = TrunkForecaster(**tables, size=about["size"], origin=about["origin"])
+            tables = {name: tensors.pop(name, None) for name in FORECASTER_TABLES}
+            if "forecaster" in metadata:
+                metadata["forecaster"] = make_forecaster(tables, metadata["forecaster"])
             return cls(**tensors, **metadata)
         except KeyError as error:
             raise ValueError(f"{path}: its forecaster has no {error}") from None

@@ -10,7 +10,7 @@ from torch import Tensor
 from harmonica_dit.flops import Flops
 
 FORMAT = 1  # of router and schedule files
-WITH_FORECASTER = 2  # of schedule files with a forecaster, which older versions cannot follow
+WITH_FORECASTER = 2  # of schedule files with a forecaster or runs, which older versions cannot follow
 
 
 def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathLike, kind: str,
@@ -25,7 +25,8 @@ def check_content(found: dict[str, Tensor], metadata: dict, path: str | os.PathL
     """
     if metadata.get("kind") != kind:
         raise ValueError(f"{path}: expected a {kind}, its metadata says kind={metadata.get('kind')!r}")
-    expected = WITH_FORECASTER if kind == "schedule" and "forecaster" in metadata else FORMAT
+    newer = "forecaster" in metadata or metadata.get("runs") is not None
+    expected = WITH_FORECASTER if kind == "schedule" and newer else FORMAT
     if metadata.get("format") != expected:
         raise ValueError(f"{path}: expected format version {expected}, got {metadata.get('format')!r}; "
                          "another version of harmonica wrote it")

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops, count_flops
-from harmonica_dit.forecaster import BranchForecaster
+from harmonica_dit.forecaster import BranchForecaster, forecast_ratios
 from harmonica_dit.methods import fora, uncached
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.sample import sample
-from harmonica_dit.sample.trajectory import Trajectory
-from harmonica_dit.schedule import Schedule, forecast_ratios
+from harmonica_dit.sample.trajectory import Trajectory, image_noise
+from harmonica_dit.schedule import Schedule
 
 FLOPS = Flops((3.0, 5.0), 2.0)
 NAMES = ("a", "b")
@@ -162,6 +162,43 @@ def test_a_branch_forecaster_goes_with_any_rows(net, tmp_path):
     assert len(sample(net, [0], steps=8, schedule=found)) == 1
     with pytest.raises(ValueError, match="order: got 4"):
         BranchForecaster(4)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_runs_of_branches_are_decided_together(net, tmp_path, order):
+    """Through a file and the sampler, which is given the same as a loop of plain calls."""
+    K = len(net.branch_names)
+    compute = torch.zeros(6, K, dtype=torch.bool)
+    compute[[0, 2, 3]], compute[4, :2] = True, True
+    coefficients = torch.full((6, K), float(order == 1))
+    made = Schedule(compute, net.branch_names, count_flops(net), coefficients, runs=(2, K - 2),
+                    forecaster=BranchForecaster(2) if order == 2 else None)
+    assert made.rows[4] == (True, False) and made.branch_rows[4] == (True, True, *(False,) * (K - 2))
+    assert made.cur == 1 - compute.double().mean() and made.new_cache().runs == (2, K - 2)
+    made.save(tmp_path / "s.safetensors")
+    found = Schedule.load(tmp_path / "s.safetensors")
+    assert (found.runs, found.rows, found.forecast_weights) == (made.runs, made.rows, made.forecast_weights)
+    trajectory, cache = Trajectory(net, torch.tensor([0, 1]), steps=6), made.new_cache()
+    noise = image_noise(0, 0, 2, net.sample_shape)
+    with torch.no_grad():
+        x = trajectory.start(noise)
+        for s in range(6):
+            output = trajectory.predict(x, s, row=made.rows[s], cache=cache, forecast_weights=made.forecast_weights[s])
+            x = trajectory.advance(output, s, x)
+    torch.testing.assert_close(sample(net, [0, 1], steps=6, schedule=found), x, rtol=1e-4, atol=1e-4)
+    apart = sample(net, [0, 1], steps=6, schedule=dataclasses.replace(found, runs=None))
+    assert (apart - x).abs().max() > 1e-3, "a run keeps the gates of the step that computed it"
+    with pytest.raises(ValueError, match="runs of branches"):
+        made.decision_tables()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(runs=(1, 1, 1)), "its runs hold 3 branches, there are 2"), (dict(runs=(0, 2)), "runs: got"),
+    (dict(runs=(2,), compute=table("11", "01")), "compute: differs within the run of the branches 0 to 1"),
+    (dict(runs=(2,), extrapolation=torch.tensor([[0.0, 0.0], [1.0, 0.0]])), "extrapolation: differs within")])
+def test_runs_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**dict(compute=table("11", "00"), branches=NAMES, flops=FLOPS) | change)
 
 
 @pytest.mark.parametrize("arguments, name", [((0, 2), "steps"), ((5, 0), "every"), ((5, 2.0), "every"),

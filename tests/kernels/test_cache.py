@@ -134,6 +134,29 @@ def test_a_cache_of_another_model():
                 small(small.x, row=row, cache=cache)
 
 
+@pytest.mark.parametrize("runs", [(), (0, 4), (1.0, 3), (True, 3)])
+def test_bad_runs(runs):
+    with pytest.raises(ValueError, match="runs: got"):
+        hk.FeatureCache(runs=runs)
+
+
+def test_runs_of_another_number_of_branches_or_soft_rows_are_refused():
+    toy = Toy()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="its runs hold 5 branches, there are 4"):
+            toy(toy.x, cache=hk.FeatureCache(runs=(2, 3)))
+        cache = hk.FeatureCache(runs=(2, 2))
+        toy(toy.x, cache=cache)
+        with pytest.raises(ValueError, match="row: got 4 entries, expected 2"):
+            toy(toy.x, row=(True,) * K, cache=cache)
+        with pytest.raises(ValueError, match="a soft row decides on single ones"):
+            toy(toy.x, row=torch.rand(2, dtype=torch.float64), cache=cache)
+        other = hk.FeatureCache().copy_(cache)
+        toy(toy.x + 1, cache=cache)
+        assert other.runs == (2, 2) and other.filled(1) == 1
+        assert not torch.equal(other.latest(0), cache.latest(0))
+
+
 @pytest.mark.parametrize("history", [0, 5, True, "2"])
 def test_bad_history(history):
     with pytest.raises(ValueError, match="history"):

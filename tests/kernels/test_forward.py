@@ -67,6 +67,43 @@ def test_weights_of_all_the_outputs_kept(history, grad):
     assert cache.nbytes == history * K * toy.x.nbytes
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("runs", [(2, 1, 1), (1, 3), (4,), (1, 1, 2)])
+def test_runs_of_branches_keep_what_they_add(runs, grad):
+    """Computed or reused together; a run's offset is that of the computing step, gates and all; forecasts of it too."""
+    toy, cache = Toy(), hk.FeatureCache(2, runs)
+    spans, kept = cache.spans(K), [[] for _ in runs]
+    with torch.set_grad_enabled(grad):
+        for s in range(10):
+            x = torch.randn_like(toy.x, requires_grad=grad)
+            row = None if s < 2 else [bool(torch.rand(()) < 0.5) for _ in runs]
+            weights = None if s < 2 else [float(torch.randn(())) if s % 2 else 0.0 for _ in runs]
+            toy.calls.clear()
+            y = toy(x, row=row, cache=cache, forecast_weights=weights)
+            called = {k for k, _ in toy.calls}
+            # the same by the single branches: a reused run is one branch without gate that adds the offset
+            stream = x
+            for i, (first, end) in enumerate(spans):
+                computed = row is None or row[i]
+                assert called & set(range(first, end)) == (set(range(first, end)) if computed else set())
+                before = stream
+                if computed:
+                    stream = toy.through(stream, first, end)
+                    kept[i] = [*kept[i], toy.outputs[-1] if end - first == 1 else (stream - before).detach()][-2:]
+                else:
+                    e = weights[i]
+                    o = (1 + e) * kept[i][1] - e * kept[i][0]
+                    gate = toy.mod.gate[first] if end - first == 1 else None
+                    stream = stream + (o if gate is None else gate.unsqueeze(1) * o)
+            expected = torch.nn.functional.layer_norm(stream, x.shape[-1:], eps=1e-6)
+            expected = expected * (1 + toy.mod.scale[K].unsqueeze(1)) + toy.mod.shift[K].unsqueeze(1)
+            torch.testing.assert_close(y, expected)
+            if grad:
+                weigh = torch.randn_like(y)
+                torch.testing.assert_close(*(torch.autograd.grad((out * weigh).sum(), x) for out in (y, expected)))
+    assert cache.nbytes == 2 * len(runs) * toy.x.nbytes
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("history", [1, 2])
 def test_soft_trajectory_equals_naive(history, backward):

@@ -39,6 +39,18 @@ class Toy:
     def __call__(self, x, **options):
         return hk.cached_forward(self.branches, x, self.mod, context=self.context, **options)
 
+    def through(self, x, first, end):
+        """x after the branches first..end-1, all computed; their outputs are in `outputs`."""
+        self.outputs = []
+        for k in range(first, end):
+            h = layer_norm(x, x.shape[-1:], eps=EPS[k % 2]) if NORM[k] else x
+            if NORM[k]:
+                h = h * (1 + self.mod.scale[k].unsqueeze(1)) + self.mod.shift[k].unsqueeze(1)
+            o = torch.tanh(h @ self.w[k] + self.context)
+            self.outputs.append(o.detach())
+            x = x + (o if self.mod.gate[k] is None else self.mod.gate[k].unsqueeze(1) * o)
+        return x
+
     def naive(self, x, store, row=None, forecast_weights=None, threshold=0.1):
         """`store`: per branch the list of outputs stored so far, newest last; extended here."""
         soft = isinstance(row, torch.Tensor)

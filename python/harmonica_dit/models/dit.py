@@ -183,8 +183,9 @@ class DiT(nn.Module):
         """
         if modulation is None:
             embedded = self.t_embedder(t) + self.y_embedder(y)
+            by_runs = getattr(cache, "runs", None) is not None  # then the row's entries are not those of branches
             [modulation] = self.modulations(F.silu(embedded if condition is None else embedded + condition)[None],
-                                            [row])
+                                            [None if by_runs else row])
         tokens = hk.cached_forward(self.branches, self.embed(x), modulation, row=row,
                                    forecast_weights=forecast_weights, cache=cache, threshold=threshold)
         return self.head(tokens)

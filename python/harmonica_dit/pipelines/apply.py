@@ -191,8 +191,7 @@ class _Trajectory:
         guidance, trained = max(float(arguments["guidance_scale"]), 1.0), self.schedule.guidance
         if trained not in (None, guidance):
             applied._warn("guidance_scale", f"this call's is {guidance:g}, the router was trained with {trained:g}")
-        self.cache = applied.adapter.new_cache(self.schedule.history) if self.schedule.unit == "branch" \
-            else self.schedule.new_cache()
+        self.cache = self.schedule.new_cache()
         self.step = 0
         self.view = copy.copy(applied.adapter.transformer)
         vars(self.view)["forward"] = self.forward
@@ -208,7 +207,7 @@ class _Trajectory:
         s, self.step = self.step, self.step + 1
         adapter, schedule = self.applied.adapter, self.schedule
         if s == 0:
-            self.hoisted = adapter.hoist(schedule.rows, self.timesteps, *args, **kwargs,
+            self.hoisted = adapter.hoist(schedule.branch_rows, self.timesteps, *args, **kwargs,
                                          condition=schedule.condition_on(transformer.device))
         output = adapter(*args, **kwargs, **next(self.hoisted), row=schedule.rows[s], cache=self.cache,
                          forecast_weights=schedule.forecast_weights_on(transformer.device)[s])

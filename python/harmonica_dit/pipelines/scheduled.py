@@ -44,6 +44,9 @@ def scheduled(transformer: nn.Module, schedule: Schedule, *, calls: int = 1) -> 
     check_whole("calls", calls, 1)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
+    if schedule.runs is not None:
+        raise ValueError("schedule: decides on runs of branches, which needs a model that runs branch by branch: DiT, "
+                         "PixArt α or Σ (harmonica_dit.apply), or a denoiser")
     if schedule.unit == "trunk":
         raise ValueError("schedule: forecasts the trunk, which needs a model that runs branch by branch: DiT, PixArt α "
                          "or Σ (harmonica_dit.apply), or a denoiser")

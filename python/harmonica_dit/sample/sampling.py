@@ -79,7 +79,8 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = N
     weights = None if schedule is None else schedule.forecast_weights_on(noise.device)
     condition = None if schedule is None else schedule.condition_on(noise.device)
     x = trajectory.start(noise)
-    for s, precomputed in enumerate(trajectory.hoist(rows, condition)):
+    every = rows if schedule is None else schedule.branch_rows
+    for s, precomputed in enumerate(trajectory.hoist(every, condition)):
         row = {} if schedule is None else dict(row=rows[s], forecast_weights=weights[s], cache=cache)
         x = trajectory.step(x, s, **row, **precomputed)
     return x

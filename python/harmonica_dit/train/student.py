@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit.forecaster import forecast_ratios
 from harmonica_dit.router import Router, decide
 from harmonica_dit.sample.trajectory import Guided, Trajectory, run_eagerly
-from harmonica_dit.schedule import forecast_ratios
 
 
 class Student:

@@ -38,6 +38,7 @@ class DiTAdapter(FusedAdapter):
         height, width = (side // model.patch_size for side in hidden_states.shape[-2:])
         x = model.pos_embed(hidden_states)
         if modulation is None:
+            # a row of runs has other entries than a branch each
             soft = isinstance(row, Tensor) or (isinstance(row, Sequence) and len(row) != len(self.branches))
             modulation = self._modulations(timestep, class_labels, x.dtype, [None if soft else row],
                                            None if condition is None else condition[None])[0]
