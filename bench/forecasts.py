@@ -76,7 +76,7 @@ def methods(net, files: Sequence[Path] = ()) -> Iterator[Method]:
     dpm = "DPMSolverMultistepScheduler"
     yield Method("DDIM, 20 steps", "DDIM", STEPS)
     yield Method(ACCURATE, "DPM-Solver++", 40, scheduler=dpm)
-    for path in (*sorted(FORECASTS.glob("*")), *files):
+    for path in (*sorted(FORECASTS.glob("*.safetensors")), *files):
         yield from_file(path, net)
     for n in (2, 3, 4, 5):
         for order in range(4):
