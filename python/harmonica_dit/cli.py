@@ -21,7 +21,6 @@ from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import check_file, check_folder, replacement, save_tensors
 from harmonica_dit.pipelines.prompts import read_texts
 from harmonica_dit.published_routers import KINDS, load_published_router
-from harmonica_dit.router import Router
 from harmonica_dit.sample.schedulers import steps_of
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.train import check_arguments, train_forecaster, train_router
@@ -277,12 +276,12 @@ def describe(schedule: Schedule, path: Path) -> None:
 
 
 def option_value(option: str, given, found: list, default):
-    """An option's value: the given one, else the one that the routers in `found` were trained with, else `default`."""
+    """An option's value: the given one, else the one that what was `found` was made for, else `default`."""
     if given is not None:
         return given
-    values = {getattr(one, option) for one in found if isinstance(one, Router)} - {None}
+    values = {getattr(one, option) for one in found if one is not None} - {None}
     if len(values) > 1:
-        raise ValueError(f"--{option}: the routers were trained with {', '.join(sorted(map(str, values)))}; give one")
+        raise ValueError(f"--{option}: the files were made for {', '.join(sorted(map(str, values)))}; give one")
     return values.pop() if values else default
 
 

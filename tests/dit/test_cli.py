@@ -1,5 +1,6 @@
 """The command line: what it leaves behind, and one clear line for everything that it cannot do."""
 
+import dataclasses
 import json
 import sys
 import warnings
@@ -17,6 +18,7 @@ from harmonica_dit.evaluate import compare, read_schedule
 from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import Flops
 from harmonica_dit.router import Router
+from harmonica_dit.schedule import Schedule
 from harmonica_dit.train import train_forecaster
 
 TINY = ["--steps", "3", "--target-speedup", "1.3", "--trajectories", "2", "--batch", "1"]
@@ -94,7 +96,19 @@ def test_routers_that_disagree_need_an_answer(tmp_path):
         make_router(tmp_path / f"{name}.safetensors", guidance=guidance)
     result = harmonica("evaluate", "--router", tmp_path / "a.safetensors", "--router", tmp_path / "b.safetensors",
                        "--out", tmp_path / "out")
-    assert result.exit_code == 2 and "--guidance: the routers were trained with 2.0, 3.0" in result.stderr
+    assert result.exit_code == 2 and "--guidance: the files were made for 2.0, 3.0" in result.stderr
+
+
+def test_a_forecasts_own_guidance_and_scheduler_are_used(sample_calls, tmp_path):
+    """So that no warning says that it is used with others."""
+    forecast = dataclasses.replace(Schedule.load("fashion-dit-forecast-2.8x"), guidance=2.0)
+    forecast.save(tmp_path / "f.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        result = harmonica("sample", "--labels", "0", "--schedule", tmp_path / "f.safetensors", "--out",
+                           tmp_path / "x.safetensors")
+    assert result.exit_code == 0, result.output
+    assert (sample_calls[0]["guidance"], sample_calls[0]["scheduler"]) == (2.0, "ddim")
 
 
 def make_router(path, **options):
