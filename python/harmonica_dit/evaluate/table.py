@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +26,7 @@ COLUMNS = {  # heading -> cell of a row
 
 def table(rows: Sequence[dict], title: str) -> Table:
     """Rows of `compare` as a rich table, without the columns that are empty in all rows."""
-    made = Table(title=title, title_justify="left", title_style="bold", caption_justify="left",
+    made = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", caption_justify="left",
                  caption="error: RMSE against the uncached images, pixels in [-1, 1]; to accurate: against a more "
                          "accurate solution from the same noise")
     cells = {heading: [cell(row) for row in rows] for heading, cell in COLUMNS.items()}
