@@ -1,15 +1,18 @@
 """Comparisons: rows that must come out as they do, and methods made from files."""
 
 import inspect
+import io
 import json
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 import harmonica_dit
 from harmonica_dit.demo import fashion_judge
 from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file
+from harmonica_dit.evaluate.table import table
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import uncached
 from harmonica_dit.router import Router
@@ -92,3 +95,14 @@ def test_routers_and_schedules_are_read_from_files(net, tmp_path, extrapolation,
 def test_fewer_steps_are_those_nearest_to_the_speedup(speedup, steps):
     method = fewer_steps(20, speedup)
     assert (method.steps, method.name, method.family) == (steps, f"{steps} steps", "fewer steps")
+
+
+def test_no_number_of_the_table_is_cut_in_a_terminal_of_80_columns():
+    """With a name as long as the demo's longest; each heading's words are whole, too."""
+    row = dict(name="learned 2.8×, trained now", cur=0.65, flops_speedup=2.79, wall_speedup=2.71, error=0.0447,
+               accurate_error=0.0324, label_accuracy=0.875, frechet=None)
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(table([row], "a title"))
+    for cell in ("65.0%", "2.79×", "2.71×", "0.0447", "0.0324", "87.5%", "accurate", "accuracy", row["name"]):
+        assert cell in shown.getvalue(), shown.getvalue()
+    assert "…" not in shown.getvalue()
