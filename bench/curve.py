@@ -18,6 +18,7 @@ import torch
 from rich.progress import track
 
 import harmonica_dit
+from bench.kept import content
 from bench.record import commit, processor
 from bench.timing import interleave, medians
 from harmonica_dit.demo import fashion_judge
@@ -119,8 +120,11 @@ def digest(what) -> str:
     """Short checksum of a state dict or of a schedule; "" for no schedule."""
     if what is None:
         return ""
-    tensors = what if isinstance(what, dict) else {"compute": what.compute, "extrapolation": what.extrapolation}
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors.values())).hexdigest()[:12]
+    settings, tensors = ([], list(what.values())) if isinstance(what, dict) else content(what)
+    parts = [tensor.numpy().tobytes() for tensor in tensors]
+    if not isinstance(what, dict) and (what.forecaster is not None or what.runs is not None):
+        parts.append(json.dumps(settings).encode())  # the others' rows in curve.json are without
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:12]
 
 
 if __name__ == "__main__":

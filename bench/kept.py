@@ -12,6 +12,7 @@ from harmonica_dit.evaluate import Method
 from harmonica_dit.evaluate.compare import time_sample
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.sample.schedulers import make_scheduler
+from harmonica_dit.schedule import Schedule
 
 PART = 500  # images a file
 
@@ -41,11 +42,19 @@ def digest(net, method: Method, *, seed: int, guidance: float, scheduler="ddim",
     config = {name: str(value) for name, value in made.config.items() if not name.startswith("_")}
     parts = [json.dumps([type(made).__name__, config, method.steps, seed, guidance], sort_keys=True).encode()]
     tensors = list(net.state_dict().values())
-    if (schedule := method.schedule) is not None:
-        parts.append(json.dumps([schedule.timesteps, getattr(schedule.forecaster, "order", None)]).encode())
-        tensors += [schedule.compute, schedule.extrapolation]
-        if schedule.forecaster is not None:
-            tensors += [t for t in vars(schedule.forecaster).values() if isinstance(t, Tensor)]
+    if method.schedule is not None:
+        settings, tables = content(method.schedule)
+        parts.append(json.dumps(settings).encode())
+        tensors += tables
     parts += [t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
+
+def content(schedule: Schedule) -> tuple[list, list[Tensor]]:
+    """What of a schedule decides the images: settings, as JSON takes them, and tables."""
+    settings = [schedule.timesteps, getattr(schedule.forecaster, "order", None)]
+    settings += [] if schedule.runs is None else [schedule.runs]
+    tables = [schedule.compute, schedule.extrapolation]
+    if schedule.forecaster is not None:
+        tables += [t for t in vars(schedule.forecaster).values() if isinstance(t, Tensor)]
+    return settings, tables

@@ -18,6 +18,26 @@ def check_history(history) -> None:
         raise ValueError(f"history: got {history!r}, expected a whole number from 1 to {HISTORY}")
 
 
+def check_runs(runs) -> tuple[int, ...]:
+    """The runs as a tuple; raises ValueError unless they are whole numbers from 1 on."""
+    if not isinstance(runs, Sequence) or not runs or not all(type(n) is int and n > 0 for n in runs):
+        raise ValueError(f"runs: got {runs!r:.80}, expected whole numbers from 1 on")
+    return tuple(runs)
+
+
+def run_spans(runs: Sequence[int] | None, branches: int) -> list[tuple[int, int]]:
+    """The first branch of each run, and the one after its last. runs: how many each holds; None is one each.
+
+    Raises:
+        ValueError: the runs hold another number of branches.
+    """
+    runs = (1,) * branches if runs is None else runs
+    if sum(runs) != branches:
+        raise ValueError(f"runs: hold {sum(runs)} branches, there are {branches}")
+    ends = list(accumulate(runs))
+    return list(zip([0, *ends], ends))
+
+
 class Forward(NamedTuple):
     """What has to be the same in all forwards of a trajectory."""
 
@@ -33,7 +53,7 @@ class Forward(NamedTuple):
 class Memory:
     """What the caches share: they serve one trajectory, whose forwards are alike and all end."""
 
-    def __init__(self, history: int):
+    def __init__(self, history: int = 1):
         check_history(history)
         self.history = history
         self.reset()
@@ -77,22 +97,8 @@ class FeatureCache(Memory):
     """
 
     def __init__(self, history: int = 1, runs: Sequence[int] | None = None):
-        if runs is not None and (not runs or not all(type(n) is int and n > 0 for n in runs)):
-            raise ValueError(f"runs: got {runs!r:.80}, expected whole numbers from 1 on")
-        self.runs = None if runs is None else tuple(runs)
+        self.runs = None if runs is None else check_runs(runs)
         super().__init__(history)
-
-    def spans(self, branches: int) -> list[tuple[int, int]]:
-        """Each entry's first branch, and the one after its last.
-
-        Raises:
-            ValueError: the runs hold another number of branches.
-        """
-        runs = (1,) * branches if self.runs is None else self.runs
-        if sum(runs) != branches:
-            raise ValueError(f"cache: its runs hold {sum(runs)} branches, there are {branches}")
-        ends = list(accumulate(runs))
-        return list(zip([0, *ends], ends))
 
     def reset(self) -> None:
         super().reset()

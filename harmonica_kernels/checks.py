@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cache import Forward
+from .cache import Forward, run_spans
 from .trunk import TrunkCache, TrunkWeights
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +38,7 @@ def check_forward(branches, x, mod, row, forecast_weights, cache, threshold) -> 
     entries = K
     if cache is not None:
         cache.commit()
-        entries = len(cache.spans(K))
+        entries = len(run_spans(cache.runs, K))
     compute = check_row(entries, row, cache)
     check_forecast_weights(entries, forecast_weights, cache, compute, isinstance(row, Tensor))
     return compute

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cache import FeatureCache, Forward
+from .cache import FeatureCache, Forward, run_spans
 from .checks import check_forward, check_output, is_host
 from .ops import Term, blend_residual_norm, residual_norm
 from .trunk import TrunkCache, TrunkWeights, base_and_terms
@@ -104,23 +104,16 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     stream = _Stream(x, torch.get_autocast_dtype(device) if autocast else x.dtype)
     if row is False:
         branches = ()
-    spans = [(k, k + 1) for k in range(len(branches))] if cache is None else cache.spans(K)
-    for i, (first, end) in enumerate(spans):
-        if end - first > 1:
-            if not compute[i]:
-                stream.reuse(cache, i, None, forecast_weights)
-                continue
-            before = stream.begin_run()
-            for k in range(first, end):
-                h = stream.norm(mod.shift[k], mod.scale[k], branches[k].norm, branches[k].eps)
-                o = branches[k].body(h, context)
-                check_output(o, h, x, k)
-                stream.compute(o, None, mod.gate[k])
-            stream.end_run(before, cache._push(i, x.dtype))
-            continue
-        k, branch = first, branches[first]
+    for i, (k, end) in enumerate(run_spans(None if cache is None else cache.runs, len(branches))):
+        several, branch = end - k > 1, branches[k]
         if not compute[i]:
-            stream.reuse(cache, i, mod.gate[k], forecast_weights)
+            stream.reuse(cache, i, None if several else mod.gate[k], forecast_weights)
+            continue
+        if several:
+            before = stream.materialise()
+            stream.through(branches, range(k, end), mod, context)
+            store = cache._push(i, x.dtype)
+            store.copy_((stream.materialise() - before).detach())
             continue
         h = stream.norm(mod.shift[k], mod.scale[k], branch.norm, branch.eps)
         if in_place_bodies and branch.body_out is not None and cache.dtype in (None, h.dtype):
@@ -148,14 +141,10 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
 
 
 def trunk_state(branches: Sequence[Branch], x: Tensor, mod: Modulation, context: Any = None) -> Tensor:
-    """What enters the final norm of a forward that computes every branch, [B, N, D]; for inference, nothing is checked.
-    """
+    """What enters the final norm of a forward that computes every branch, [B, N, D]; the arguments are not checked."""
     stream = _Stream(x, x.dtype)
-    for k, branch in enumerate(branches):
-        h = stream.norm(mod.shift[k], mod.scale[k], branch.norm, branch.eps)
-        stream.compute(branch.body(h, context), None, mod.gate[k])
-    stream.norm(None, None, False, 0.0)
-    return stream.x
+    stream.through(branches, range(len(branches)), mod, context)
+    return stream.materialise()
 
 
 class _Stream:
@@ -190,16 +179,19 @@ class _Stream:
         self.run.append(Term(cache.latest(k), cache.previous(k) if forecast else None, gate))
         self.weights.append(weights[k] if forecast else 0.0)
 
-    def begin_run(self) -> Tensor:
+    def through(self, branches: Sequence[Branch], which: range, mod: Modulation, context: Any) -> None:
+        """Computes some branches, one after the other; what they return is not stored."""
+        for k in which:
+            h = self.norm(mod.shift[k], mod.scale[k], branches[k].norm, branches[k].eps)
+            o = branches[k].body(h, context)
+            check_output(o, h, self.x, k)
+            self.compute(o, None, mod.gate[k])
+
+    def materialise(self) -> Tensor:
         """Adds the run to x, and returns x, into which nothing is written from now on."""
         self.norm(None, None, False, 0.0)
         self.owned = False
         return self.x
-
-    def end_run(self, before: Tensor, store: Tensor) -> None:
-        """Stores what has been added to x since `begin_run` returned it."""
-        self.norm(None, None, False, 0.0)
-        store.copy_((self.x - before).detach())
 
     def blend(self, o: Tensor, r: Tensor, cache: FeatureCache, k: int, gate: Tensor | None,
               weights: Sequence[float] | Tensor | None) -> None:
@@ -210,9 +202,7 @@ class _Stream:
         """Keeps a computed state, and lets the final norm have what the weights make of it and of the cached ones."""
         kept = list(cache._kept)  # not this step's own
         if computed:
-            self.norm(None, None, False, 0.0)  # adds the run to x, which is the state then
-            cache._keep(self.x, tokens)
-            self.owned = False
+            cache._keep(self.materialise(), tokens)
         if weights is not None:
             self.x, self.run = base_and_terms(weights, self.x, kept, computed)
             self.weights = [0.0] * len(self.run)

@@ -74,7 +74,7 @@ ROUTERS_OWN = ("target_cur", "beta", "trajectories", "threshold", "importance", 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for pictures and figures.")] = Path("demo")) -> None:
-    """Train a router on the bundled model, sample with it and compare it: a few minutes on a CPU."""
+    """Train forecasts on the bundled model, sample with them and compare them: a few minutes on a CPU."""
     check_folder(out)
     demonstration.run(out, console)
 
@@ -128,9 +128,10 @@ def train(
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: is a router's; a forecaster (--forecast) has none")
         net = load(model, checkpoint, prompts, dtype, image_size, device, out)
-        schedule = train_forecaster(net, target_speedup or 2.8, target=forecast, steps=steps, iterations=iterations,
-                                    batch=10 if batch is None else batch, lr=4e-3 if lr is None else lr,
-                                    guidance=guidance, scheduler=scheduler, seed=seed, out=out)
+        schedule = train_forecaster(net, 2.8 if target_speedup is None else target_speedup, target=forecast,
+                                    steps=steps, iterations=iterations, batch=10 if batch is None else batch,
+                                    lr=4e-3 if lr is None else lr, guidance=guidance, scheduler=scheduler, seed=seed,
+                                    out=out)
         describe(schedule, out / "forecast.safetensors")
         return
     batch, lr = 32 if batch is None else batch, 1e-2 if lr is None else lr

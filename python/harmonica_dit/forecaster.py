@@ -97,16 +97,24 @@ class TrunkForecaster:
         T, H, D = self.states.shape
         if not 1 <= H <= HISTORY:
             raise ValueError(f"forecaster.states: weighs {H} states a step, expected 1 to {HISTORY}")
-        width = self.condition.shape[-1] if isinstance(self.condition, Tensor) and self.condition.dim() else D
-        for name, shape in (("states", (T, H, D)), ("tokens", (T, H, D)), ("own", (T, D)), ("condition", (T, width))):
+        for name, shape in (("states", (T, H, D)), ("tokens", (T, H, D)), ("own", (T, D)), ("condition", (T, None))):
             table = getattr(self, name)
             if table is None and name != "states":
                 continue
-            if not isinstance(table, Tensor) or table.dtype != torch.float32 or tuple(table.shape) != shape:
-                raise TypeError(f"forecaster.{name}: got {describe(table)}, expected float32 {list(shape)}")
+            if not isinstance(table, Tensor) or table.dtype != torch.float32 or table.dim() != len(shape) or any(
+                    wanted not in (None, found) for wanted, found in zip(shape, table.shape)):
+                wanted = str(list(shape)).replace("None", "D")
+                raise TypeError(f"forecaster.{name}: got {describe(table)}, expected float32 {wanted}")
             if not table.isfinite().all():
                 raise ValueError(f"forecaster.{name}: has entries that are not finite")
             object.__setattr__(self, name, table.detach().cpu())
+
+    def check_width(self, where: str, width: int) -> None:
+        """Raises ValueError, which begins with `where`, unless the weights are for states of this width D."""
+        for name in ("states", "condition"):
+            table = getattr(self, name)
+            if table is not None and table.shape[-1] not in (1, width):
+                raise ValueError(f"{where}its forecaster has {name} of width {table.shape[-1]}, the model has {width}")
 
     @property
     def history(self) -> int:
@@ -187,7 +195,8 @@ def taylor(compute: Sequence[bool], order: int, size: int = 0, adams: bool = Fal
     Raises:
         ValueError: order is out of range.
 
-    Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923), whose finite differences these are, here of the trunk.
+    Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923), whose finite differences these are, here of the trunk; the
+    methods of Adams and Bashforth (Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, III.1).
     """
     check_order(order)
     states = torch.zeros(len(compute), max(1, min(order + 1, sum(compute))), 1)
@@ -196,7 +205,7 @@ def taylor(compute: Sequence[bool], order: int, size: int = 0, adams: bool = Fal
         if computed:  # corrected: the others count by what they differ from its own
             w = w[1:]
         states[s, : len(w), 0] = torch.tensor(w)
-    return TrunkForecaster(states, size=size, origin="Adams and " * adams + f"Taylor of order {order}")
+    return TrunkForecaster(states, size=size, origin=f"{'Adams' if adams else 'Taylor'} of order {order}")
 
 
 def forecast_ratios(compute: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from harmonica_dit.validate import (
     is_number,
     shorten,
 )
+from harmonica_kernels.cache import check_runs, run_spans
 from harmonica_kernels.graphs.gated import DecisionTables
 
 FIELDS = ("branches", "flops", "origin", "model", "timesteps")
@@ -113,13 +114,13 @@ class Schedule:
         object.__setattr__(self, "resolution", check_resolution(self.resolution))
         check_architecture(self.architecture)
         if self.runs is not None:
-            object.__setattr__(self, "runs", tuple(self.runs))
+            object.__setattr__(self, "runs", check_runs(self.runs))
             self._check_runs()
         if self.forecaster is not None:
             self._check_forecaster()
 
     def _check_runs(self) -> None:
-        for first, end in hk.FeatureCache(runs=self.runs).spans(self.compute.shape[1]):
+        for first, end in run_spans(self.runs, self.compute.shape[1]):
             for name in ("compute", "extrapolation"):
                 table = getattr(self, name)[:, first:end]
                 if (table != table[:, :1]).any():
@@ -180,7 +181,7 @@ class Schedule:
         """A cache for one trajectory."""
         return hk.FeatureCache(self.history, self.runs) if self.unit == "branch" else hk.TrunkCache(self.history)
 
-    @property
+    @cached_property
     def rows(self) -> tuple[tuple[bool, ...] | bool | None, ...]:
         """The T hard rows; with a forecaster of the trunk None for a computed step and False for a forecast one.
 
@@ -199,7 +200,7 @@ class Schedule:
         """An entry for each run in place of one for each of its branches."""
         if self.runs is None or row is None:
             return row
-        return tuple(row[first] for first, _ in hk.FeatureCache(runs=self.runs).spans(len(row)))
+        return tuple(row[first] for first, _ in run_spans(self.runs, len(row)))
 
     @cached_property
     def forecast_weights(self) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
@@ -315,6 +316,16 @@ class Schedule:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
+    def check_forecaster(self, where: str, width: int, scheduler: str) -> None:
+        """Raises ValueError, which begins with `where`, if a forecaster of the trunk is for another width or scheduler.
+        """
+        if self.unit == "branch":
+            return
+        self.forecaster.check_width(where, width)
+        if self.scheduler not in (None, scheduler):
+            raise ValueError(f"{where}its forecaster is for the scheduler {self.scheduler!r}, this one is "
+                             f"{scheduler!r}")
+
     def check(self, net, trajectory) -> None:
         """Refuses another architecture, other branches and another number of steps; with a forecaster of the trunk also
         another width and another scheduler. Warns of other timesteps, guidance and labels.
@@ -323,14 +334,7 @@ class Schedule:
             ValueError: the schedule does not fit; the message says what differs.
         """
         check_fits("schedule: ", self, net)
-        if self.unit == "trunk":
-            width = self.forecaster.states.shape[2]
-            if width not in (1, net.width):
-                raise ValueError(f"schedule: its forecaster is for states of width {width}, those of {net.name!r} have "
-                                 f"{net.width}")
-            if self.scheduler not in (None, trajectory.scheduler_name):
-                raise ValueError(f"schedule: its forecaster is for the scheduler {self.scheduler!r}, the trajectory's "
-                                 f"is {trajectory.scheduler_name!r}")
+        self.check_forecaster("schedule: ", net.width, trajectory.scheduler_name)
         if trajectory.steps != self.steps:
             raise ValueError(f"schedule: for {self.steps} steps, the trajectory has {trajectory.steps}")
         if self.timesteps is not None and self.timesteps != tuple(trajectory.timesteps):

@@ -15,6 +15,7 @@ def test_the_curve_goes_on_where_it_stopped(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["curve.py", "--samples", "4", "--steps", "3", "--batch", "2", "--fewer", "2",
                                           "--threads", str(torch.get_num_threads()), "--out", str(out), "--work",
                                           str(tmp_path / "work"), *more])
+        monkeypatch.delitem(sys.modules, "bench.curve", raising=False)  # runpy warns of what is imported already
         runpy.run_module("bench.curve", run_name="__main__")
         return json.loads(out.read_text())["rows"]
 

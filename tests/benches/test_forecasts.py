@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from bench import convergence, forecasts, generalisation, kept
+from bench import convergence, curve, forecasts, generalisation, kept
 from harmonica_dit import load, sample
 from harmonica_dit.evaluate import Method
+from harmonica_dit.fashion import CURVE
 from harmonica_dit.forecaster import BranchForecaster
 from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.sample.schedulers import NOISE
@@ -38,6 +39,7 @@ def test_all_that_decides_the_images_is_in_the_checksum(fashion):
     branches = fora(fashion, 4, 2)
     methods = [Method("", "", 4), Method("", "", 5), Method("", "", 4, plain), Method("", "", 4, adams),
                Method("", "", 4, replace(plain, timesteps=(900, 600, 300, 50))), Method("", "", 4, branches),
+               Method("", "", 4, replace(branches, runs=(8, 8))), Method("", "", 4, replace(branches, runs=(16,))),
                Method("", "", 4, fora(fashion, 4, 2, 1)), Method("", "", 4, fora(fashion, 4, 2, 2)),
                Method("", "", 4, replace(branches, forecaster=BranchForecaster(3))),
                *(Method("", "", 4, scheduler=DPMSolverMultistepScheduler(**NOISE, solver_order=k)) for k in (2, 3)),
@@ -46,6 +48,15 @@ def test_all_that_decides_the_images_is_in_the_checksum(fashion):
     found = {kept.digest(fashion, method, **OPTIONS) for method in methods}
     assert len(found) == len(methods)
     assert not found & {kept.digest(fashion, methods[0], **OPTIONS | {name: 2}) for name in ("seed", "guidance")}
+
+
+def test_the_curve_tells_forecasters_apart_and_knows_its_old_rows(fashion):
+    plain, adams = (trunk_forecast(fashion, 4, every=2, adams=a) for a in (False, True))
+    branches = fora(fashion, 20, 2)
+    others = [plain, adams, branches, replace(branches, forecaster=BranchForecaster(2)), replace(branches, runs=(16,))]
+    assert len({curve.digest(schedule) for schedule in others}) == len(others)
+    shipped = {row["name"]: row["schedule"] for row in json.loads(CURVE.read_text())["rows"]}
+    assert curve.digest(branches) == shipped["FORA n=2"]
 
 
 def test_the_table_holds_together(fashion, tmp_path, monkeypatch):

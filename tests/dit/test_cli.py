@@ -173,6 +173,11 @@ def test_a_routers_option_beside_a_forecaster_is_refused(tmp_path, option):
     assert result.exit_code == 2 and f"{option}: is a router's" in result.output
 
 
+def test_no_speedup_is_taken_for_another(tmp_path):
+    result = harmonica("train", "--forecast", "accurate", "--out", tmp_path, "--target-speedup", 0)
+    assert result.exit_code == 2 and "speedup: got 0.0, expected a number from 1 on" in result.stderr
+
+
 def test_demo_leaves_its_pictures(tmp_path):
     theirs = tmp_path / "training" / "of something else"
     theirs.mkdir(parents=True)

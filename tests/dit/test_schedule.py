@@ -193,7 +193,7 @@ def test_runs_of_branches_are_decided_together(net, tmp_path, order):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(runs=(1, 1, 1)), "its runs hold 3 branches, there are 2"), (dict(runs=(0, 2)), "runs: got"),
+    (dict(runs=(1, 1, 1)), "runs: hold 3 branches, there are 2"), (dict(runs=(0, 2)), "runs: got"),
     (dict(runs=(2,), compute=table("11", "01")), "compute: differs within the run of the branches 0 to 1"),
     (dict(runs=(2,), extrapolation=torch.tensor([[0.0, 0.0], [1.0, 0.0]])), "extrapolation: differs within")])
 def test_runs_that_do_not_fit_are_refused(change, message):

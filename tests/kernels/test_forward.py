@@ -7,6 +7,7 @@ import torch
 
 import harmonica_kernels as hk
 import harmonica_kernels.forward as forward_module
+from harmonica_kernels.cache import run_spans
 from support.naive_forward import K, Toy, random_rows
 
 
@@ -72,7 +73,7 @@ def test_weights_of_all_the_outputs_kept(history, grad):
 def test_runs_of_branches_keep_what_they_add(runs, grad):
     """Computed or reused together; a run's offset is that of the computing step, gates and all; forecasts of it too."""
     toy, cache = Toy(), hk.FeatureCache(2, runs)
-    spans, kept = cache.spans(K), [[] for _ in runs]
+    spans, kept = run_spans(runs, K), [[] for _ in runs]
     with torch.set_grad_enabled(grad):
         for s in range(10):
             x = torch.randn_like(toy.x, requires_grad=grad)

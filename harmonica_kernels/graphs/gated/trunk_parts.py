@@ -40,6 +40,8 @@ class TrunkParts(Ends):
         Raises:
             ValueError: something is added to conditions, and the loop takes nothing.
         """
+        if tables.condition is not None and self.loop.condition is None:
+            raise ValueError("schedule: adds to the steps' conditions, which this trajectory's loop does not take")
         compute, D = (tables.scores[:, 0] > 0).tolist(), self.tokens.shape[2]
         made = [in_rings(w, computed, sum(compute[:s]), self.history, D)
                 for s, (w, computed) in enumerate(zip(tables.trunk, compute, strict=True))]
@@ -49,8 +51,6 @@ class TrunkParts(Ends):
             self.loop.condition.zero_()
             if tables.condition is not None:
                 self.loop.condition.copy_(tables.condition)
-        elif tables.condition is not None:
-            raise ValueError("schedule: adds to the steps' conditions, which this trajectory's loop does not take")
 
     def _modulation(self) -> None:
         super()._modulation()
@@ -59,28 +59,30 @@ class TrunkParts(Ends):
         self.entered.zero_()
 
     def _stack(self) -> None:
-        """The modulation's rows one after the other, so that a step finds its own by one selection."""
-        mod, B = self.modulation, self.tokens.shape[0]
-        rows = [row.expand(-1, B, -1) for part in mod for row in part[: len(mod.gate)] if row is not None]
-        last = [part[-1] for part in mod[:2]]
-        self._rows = torch.stack(rows, 1)
-        self._last = torch.stack([row.expand(-1, B, -1) for row in last if row is not None], 1) \
-            if any(row is not None for row in last) else None
+        """The modulation's rows, the branches' and the final norm's, each one after the other: see `_of_step`."""
+        K, B = len(self.loop.branches), self.tokens.shape[0]
+        self._stacked = []
+        for which in (slice(K), slice(K, K + 1)):
+            rows = [row.expand(-1, B, -1) for part in self.modulation for row in part[which] if row is not None]
+            self._stacked.append(torch.stack(rows, 1) if rows else None)
+
+    def _of_step(self, final: bool) -> Modulation:
+        """The rows [B, D] of the step, of all branches or of the final norm, by one selection."""
+        K, stacked = len(self.loop.branches), self._stacked[final]
+        rows = iter(() if stacked is None else stacked.index_select(0, self.memory.step)[0])
+        which = slice(K, K + 1) if final else slice(K)
+        return Modulation(*([None if row is None else next(rows) for row in part[which]] for part in self.modulation))
 
     def _trunk(self) -> None:
-        step, mod, K = self.memory.step, self.modulation, len(self.loop.branches)
-        rows = iter(self._rows.index_select(0, step)[0])
-        mine = Modulation(*([None if row is None else next(rows) for row in part[:K]] for part in mod))
+        step, mine = self.memory.step, self._of_step(final=False)
         state = trunk_state(self.loop.branches, self.tokens, mine, self.loop.context)
         places = self.places.index_select(0, step)[0]
         self.states.index_copy_(0, places[:1], state[None])
         self.entered.index_copy_(0, places[1:], self.tokens[None])
 
     def _weigh(self) -> None:
-        step, (shift, scale, _) = self.memory.step, self.modulation
-        rows = iter(() if self._last is None else self._last.index_select(0, step)[0])
-        shift, scale = (None if part[-1] is None else next(rows) for part in (shift, scale))
-        gates = self.weights.index_select(0, step)[0]
+        [shift], [scale], _ = self._of_step(final=True)
+        gates = self.weights.index_select(0, self.memory.step)[0]
         run = [Term(t, None, gate[None]) for t, gate in zip((self.tokens, *self.states, *self.entered), gates)]
         residual_norm(self.tokens, run, shift, scale, h_out=self.h, eps=self.loop.eps)
 

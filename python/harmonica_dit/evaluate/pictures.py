@@ -25,9 +25,10 @@ from harmonica_dit.schedule import Schedule
 INK, FAINT, RULE = "#222222", "#767676", "#d9d9d9"
 COMPUTED, REPEATED, FORECAST = "#0b559f", "#f3efe6", "#e08214"
 # Okabe and Ito's palette: readable with every common colour vision. A method has the same colour in every picture.
-COLOURS = {"uncached": INK, "learned forecast": "#cc79a7", "router": "#0072b2", "router + forecast": "#56b4e9",
-           "FORA": "#d55e00", "FORA + forecast": "#e69f00", "fewer steps": "#009e73", "DPM-Solver++": "#8c6d1f",
-           "Adams forecast": "#5b3a8c"}
+COLOURS = {"uncached": INK, "accurate solution": INK, "learned forecast": "#cc79a7", "router": "#0072b2",
+           "router + forecast": "#56b4e9", "FORA": "#d55e00", "FORA + forecast": "#e69f00", "fewer steps": "#009e73",
+           "DPM-Solver++": "#8c6d1f", "Adams forecast": "#5b3a8c"}
+REFERENCES = {"uncached": (0, (4, 3)), "accurate solution": (0, (1, 2))}  # lines, whatever they cost: their dashes
 SPARE = ("#999999", "#a0522d", "#4b6b8a")
 MARKERS = {"learned forecast": "p", "router": "o", "router + forecast": "D", "FORA": "s", "FORA + forecast": "^",
            "fewer steps": "v", "DPM-Solver++": "<", "Adams forecast": "h"}
@@ -263,7 +264,7 @@ def _panel(axis: Axes, rows: Sequence[dict], key: str, colours: Mapping[str, str
         points = sorted((fmean(row["flops_speedup"] for row in same), [row[key] for row in same]) for same in
                         by_name.values())
         x, y = [speedup for speedup, _ in points], [fmean(values) for _, values in points]
-        if family == "uncached":
+        if family in REFERENCES:
             axis.axhline(y[0], zorder=1, **_line(family, colours))
             continue
         ends[family] = x[-1], y[-1]
@@ -287,8 +288,8 @@ def _panel(axis: Axes, rows: Sequence[dict], key: str, colours: Mapping[str, str
 
 
 def _line(family: str, colours: Mapping[str, str]) -> dict:
-    if family == "uncached":
-        return {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+    if family in REFERENCES:
+        return {"color": INK, "linewidth": 0.9, "linestyle": REFERENCES[family]}
     return {"color": colours[family], "linewidth": 1.8, "marker": MARKERS.get(family, "P"), "markersize": 5.5,
             "markeredgecolor": "white", "markeredgewidth": 0.7}
 

@@ -183,9 +183,8 @@ class DiT(nn.Module):
         """
         if modulation is None:
             embedded = self.t_embedder(t) + self.y_embedder(y)
-            by_runs = getattr(cache, "runs", None) is not None  # then the row's entries are not those of branches
             [modulation] = self.modulations(F.silu(embedded if condition is None else embedded + condition)[None],
-                                            [None if by_runs else row])
+                                            [row])
         tokens = hk.cached_forward(self.branches, self.embed(x), modulation, row=row,
                                    forecast_weights=forecast_weights, cache=cache, threshold=threshold)
         return self.head(tokens)
@@ -242,9 +241,9 @@ class DiT(nn.Module):
         Where a hard row reuses a branch, shift and scale are None; only the gate is computed. Where the trunk is
         forecast (False), only the final norm's rows are.
         """
-        S, _, D = condition.shape
+        (S, _, D), K = condition.shape, len(self.branches)
         found = [hk.Modulation([], [], []) for _ in rows]
-        for k in range(len(self.branches)):
+        for k in range(K):
             # branch k's part of the layer's output ends at `end`; it is shift, scale and gate, D wide each
             linear, end = self.blocks[k // 2].adaLN_modulation[1], 3 * D * (k % 2 + 1)
             for s in range(S):
@@ -252,7 +251,7 @@ class DiT(nn.Module):
                     for part in found[s]:
                         part.append(None)
             for skip in (False, True):
-                steps = [s for s in range(S) if rows[s] is not False and _reuses(rows[s], k) == skip]
+                steps = [s for s in range(S) if rows[s] is not False and _reuses(rows[s], k, K) == skip]
                 if not steps:
                     continue
                 first = end - D if skip else end - 3 * D
@@ -270,6 +269,6 @@ class DiT(nn.Module):
         return found
 
 
-def _reuses(row: Sequence[bool] | Tensor | None, k: int) -> bool:
-    """Whether `row` is hard and reuses branch k. A row that is too short passes: `cached_forward` refuses it."""
-    return row is not None and not isinstance(row, Tensor) and k < len(row) and not row[k]
+def _reuses(row: Sequence[bool] | Tensor | None, k: int, K: int) -> bool:
+    """Whether `row` is hard and reuses branch k; one of another length (of runs, or a wrong one) does not."""
+    return row is not None and not isinstance(row, Tensor) and len(row) == K and not row[k]

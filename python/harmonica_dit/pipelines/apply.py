@@ -23,6 +23,7 @@ from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors
 from harmonica_dit.pipelines.adapters import adapt, model_name
 from harmonica_dit.router import Router
+from harmonica_dit.sample.schedulers import scheduler_name
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_fits, shorten
 
@@ -66,8 +67,8 @@ def apply(pipe, router: str | os.PathLike | Router | Schedule, *, threshold: flo
 
     Raises (the pipeline is unchanged then):
         TypeError: the pipeline's class is not supported, or `router` is none of the above.
-        ValueError: the router is for another architecture; a schedule is applied already; a setting is not as above;
-            the transformer has hooks or compiled code that would not run.
+        ValueError: the router is for another architecture, or the forecaster for another scheduler; a schedule is
+            applied already; a setting is not as above; the transformer has hooks or compiled code that would not run.
         FileNotFoundError: there is no such file.
     """
     if not any(cls.__name__ in SUPPORTED for cls in type(pipe).__mro__):
@@ -87,6 +88,7 @@ def apply(pipe, router: str | os.PathLike | Router | Schedule, *, threshold: flo
     _check_forward(pipe.transformer)
     where = f"{router}: " if isinstance(router, (str, os.PathLike)) else "router: "
     check_fits(where, schedule, adapter)
+    schedule.check_forecaster(where, pipe.transformer.inner_dim, scheduler_name(pipe.scheduler))
     applied = Applied(pipe, schedule, adapter, on_mismatch)
     vars(pipe)["_harmonica"] = applied
     pipe.__class__ = _make_subclass(type(pipe))

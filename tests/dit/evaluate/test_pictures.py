@@ -2,9 +2,18 @@
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from harmonica_dit.evaluate.pictures import image_grid, image_sheet, plot_router, plot_schedule, plot_tradeoff
+from harmonica_dit.evaluate.pictures import (
+    COLOURS,
+    _panel,
+    image_grid,
+    image_sheet,
+    plot_router,
+    plot_schedule,
+    plot_tradeoff,
+)
 from harmonica_dit.flops import Flops
 from harmonica_dit.schedule import Schedule
 
@@ -69,3 +78,15 @@ def test_tradeoff(tmp_path):
     plot_tradeoff({"small": small, "large": large}, tmp_path / "two.png", "title")
     (w1, h1), (w2, h2) = size(tmp_path / "one.png"), size(tmp_path / "two.png")
     assert 600 < w1 < w2 < 2500 and 300 < h1 < h2 < 2000
+
+
+@pytest.mark.parametrize("family", ["uncached", "accurate solution"])
+def test_what_methods_are_measured_against_is_a_line_across(family):
+    """At its value, whatever it costs: it does not stretch the axis of speedups."""
+    axis = Figure().add_subplot()
+    rows = [dict(name=family, family=family, flops_speedup=0.1, seed=0, error=0.25),
+            *(dict(name=f"FORA n={n}", family="FORA", flops_speedup=n, seed=0, error=0.1 * n) for n in (2, 3))]
+    _panel(axis, rows, "error", COLOURS)
+    across = [line for line in axis.lines if list(line.get_xdata()) == [0, 1]]
+    assert [list(line.get_ydata()) for line in across] == [[0.25, 0.25]]
+    assert axis.get_xlim()[0] > 1.5

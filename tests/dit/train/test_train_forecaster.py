@@ -85,11 +85,11 @@ def test_another_scheduler_or_width_is_refused(net):
     assert schedule.scheduler == other
     named = sample(net, [1], schedule=schedule, scheduler=other)
     assert torch.equal(sample(net, [1], schedule=schedule), named)
-    with pytest.raises(ValueError, match=f"is for the scheduler '{other}', the trajectory's is 'ddim'"):
+    with pytest.raises(ValueError, match=f"is for the scheduler '{other}', this one is 'ddim'"):
         sample(net, [1], schedule=schedule, scheduler="ddim")
     wide = trunk_forecast(net, 6, speedup=1.8)
     wide = replace(wide, forecaster=TrunkForecaster(torch.zeros(6, 1, net.width + 1)))
-    with pytest.raises(ValueError, match="states of width 17, those of '.*' have 16"):
+    with pytest.raises(ValueError, match="its forecaster has states of width 17, the model has 16"):
         sample(net, [1], schedule=wide)
 
 

@@ -17,9 +17,6 @@ class GenericCache(Memory):
     are, not copied. It is used like `harmonica_kernels.FeatureCache`.
     """
 
-    def __init__(self, history: int = 1):
-        super().__init__(history)
-
     def reset(self) -> None:
         super().reset()
         self._outputs: dict[int, list[list[Output]]] = {}  # per branch and forward, newest first: its calls' outputs

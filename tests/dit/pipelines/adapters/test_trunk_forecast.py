@@ -125,6 +125,21 @@ def test_other_timesteps_are_refused():
         run(pipe, steps=5)
 
 
+@pytest.mark.parametrize("change, message", [
+    (dict(scheduler="ddim"), "its forecaster is for the scheduler 'ddim', this one is 'DDIMScheduler'"),
+    (dict(states=torch.zeros(6, 2, 5)), "its forecaster has states of width 5, the model has 24"),
+    (dict(condition=torch.zeros(6, 5)), "its forecaster has condition of width 5, the model has 24")])
+def test_a_forecaster_of_another_scheduler_or_width_is_refused(change, message):
+    pipe = make_pipe("dit")
+    assert pipe.transformer.inner_dim == 24
+    made_for = {name: change.pop(name) for name in ("scheduler",) if name in change}
+    forecaster = TrunkForecaster(**dict(states=torch.zeros(6, 2, 24)) | change)
+    with pytest.raises(ValueError, match=message):
+        apply(pipe, trunk_schedule(pipe.transformer, forecaster, **made_for))
+    apply(pipe, trunk_schedule(pipe.transformer, scheduler="DDIMScheduler"))
+    remove(pipe)
+
+
 def test_a_model_that_does_not_run_branch_by_branch_is_refused():
     model = small_dit()
     with pytest.raises(ValueError, match="forecasts the trunk"), scheduled(model, trunk_schedule(model)):

@@ -104,6 +104,36 @@ def test_a_forecast_step_runs_no_branch():
     assert called == [0, 1, 2]
 
 
+@pytest.mark.parametrize("final", [False, True])
+def test_a_model_without_modulation(final):
+    """Of its branches, or of the final norm."""
+    trajectory, gated = Trajectory(5, 2), compile_gated()
+    K, forecasts, noise = trajectory.K, Forecasts(5, 2, trajectory.D), torch.randn(trajectory.shape)
+    if final:
+        plain = trajectory.modulation
+
+        def modulation():
+            mod = plain()
+            return hk.Modulation([*mod.shift[:K], None], [*mod.scale[:K], None], mod.gate)
+    else:
+        trajectory.kinds = [(out, norm, False, eps) for out, norm, _, eps in trajectory.kinds]
+        trajectory.rows = [(False,) * 3] * K
+        modulation = trajectory.modulation
+    trajectory.modulation = modulation
+    torch.testing.assert_close(gated(trajectory, noise, forecasts), run_step_by_step(trajectory, noise, forecasts),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_conditions_that_a_loop_does_not_take_are_refused():
+    trajectory, gated = Trajectory(4, 3), compile_gated()
+    forecasts = Forecasts(4, 2, trajectory.D)
+    tables = forecasts.decision_tables()._replace(condition=torch.zeros(4, 8))
+    forecasts.decision_tables = lambda: tables
+    with pytest.raises(ValueError, match="adds to the steps' conditions, which this trajectory's loop does not take"):
+        gated(trajectory, torch.randn(trajectory.shape), forecasts)
+    assert gated.graphs == 0
+
+
 def test_the_rule_of_change_is_refused():
     trajectory = Trajectory(4, 3)
     gated = compile_gated("change")

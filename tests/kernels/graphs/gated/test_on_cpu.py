@@ -182,7 +182,7 @@ def test_the_decisions_of_a_graph_that_is_gone_are_not_read():
     with pytest.raises(ValueError, match="at least 2"):
         executor(refused, torch.randn(refused.shape))  # after it has made room
     with pytest.raises(RuntimeError, match="nothing has run yet"):
-        executor.reused  # noqa: B018
+        _ = executor.reused
 
 
 def test_refusals():
@@ -190,7 +190,7 @@ def test_refusals():
     trajectory = Trajectory(3, 4)
     noise = torch.randn(trajectory.shape)
     with pytest.raises(RuntimeError, match="nothing has run yet"):
-        executor.reused  # noqa: B018
+        _ = executor.reused
     executor.load(Table(torch.rand(4, 4)))
     with pytest.raises(ValueError, match=r"router: is for \[4, 4\].*trajectory has \[3, 4\]"):
         executor(trajectory, noise)
