@@ -19,8 +19,8 @@ from harmonica_dit.progress import progress_bar
 from harmonica_dit.sample.schedulers import make_scheduler, scheduler_name
 from harmonica_dit.sample.trajectory import Trajectory, check_labels, image_noise
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_whole, is_number
-from harmonica_kernels.cache import HISTORY
+from harmonica_dit.validate import check_fits, check_whole, is_number
+from harmonica_kernels.cache import check_history
 
 from .checkpoint import check_like, check_same_settings
 from .frozen_model import freeze
@@ -66,7 +66,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         guidance, guidance_channels, scheduler: of the trajectories; None is the model's own.
         autocast: "bfloat16" runs the model under autocast in it; None runs it in its weights' dtype.
         checkpointing: whether each computed step is run again in the backward, so that only one step's activations are
-            held. Without it a training is about a quarter faster. The result is the same.
+            held. Without it a training saves one forward of each computed step. The result is the same.
         seed: decides noise, labels and their order.
         out: folder for targets, checkpoint and the schedule. The same call with the same folder goes on after an
             interruption and ends with the same bits.
@@ -84,8 +84,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     for name, value, least in (("steps", steps, 2), ("iterations", iterations, 1), ("images", images, 1),
                                ("held_out", held_out, 1), ("batch", batch, 1), ("seed", seed, 0)):
         check_whole(name, value, least)
-    if isinstance(history, bool) or history not in range(1, HISTORY + 1):
-        raise ValueError(f"history: got {history!r}, expected a whole number from 1 to {HISTORY}")
+    check_history(history)
     if target not in ("accurate", "uncached"):
         raise ValueError(f"target: got {target!r}, expected 'accurate' or 'uncached'")
     if not is_number(lr) or lr <= 0:
@@ -105,10 +104,16 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     compute = [bool(row.all()) for row in schedule.compute]
     history = min(history, sum(compute))
     scheduler = net.scheduler if scheduler is None else scheduler
-    first_order = make_scheduler(scheduler, schedule.steps, net).config.get("solver_order", 1) == 1
+    solver = make_scheduler(scheduler, schedule.steps, net)
+    first_order = solver.config.get("solver_order", 1) == 1
+    if target == "uncached" and schedule.timesteps not in (None, tuple(solver.timesteps.tolist())):
+        raise ValueError('schedule: has timesteps of its own, on which there are no uncached images; give target='
+                         '"accurate", or a schedule of the scheduler\'s timesteps')
     initial = taylor(compute, min(1, history - 1), adams=target == "accurate" and correct and first_order)
     initial = replace(initial, states=torch.cat([initial.states, torch.zeros(
         len(compute), history - initial.history, 1)], 1))
+    schedule = replace(schedule, forecaster=initial)  # raises now, not after the training, if it can have none
+    check_fits("schedule: ", schedule, net)
     learned = LearnedForecaster(compute, initial, net.width, correct)
     if not any(p.requires_grad and p.numel() for p in learned.parameters()):
         raise ValueError("schedule: computes every step, and correct=False leaves nothing to learn")

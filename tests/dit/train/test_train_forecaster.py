@@ -8,7 +8,7 @@ import torch
 
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.forecaster import TrunkForecaster, taylor
-from harmonica_dit.methods import trunk_forecast
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.sample import sample
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.train import targets, train_forecaster
@@ -226,6 +226,23 @@ def test_any_number_of_steps(net, steps):
     schedule = train_forecaster(net, 2.5, **SMALL | dict(steps=steps, iterations=1, target="uncached"))
     assert schedule.steps == steps == len(schedule.timesteps) and schedule.speedup >= 2.5
     assert sample(net, [0], schedule=schedule).isfinite().all()
+
+
+def test_a_schedule_that_can_have_no_forecaster_is_refused_before_the_model_runs(net):
+    whole = trunk_forecast(net, 6, every=2)
+    K = len(net.branch_names)
+    partly = whole.compute.clone()
+    partly[1, 0] = True
+    plain = replace(whole, forecaster=None)
+    for schedule, message in ((replace(plain, compute=partly), r"steps \[1\] are computed in part"),
+                              (fora(net, 6, 2, order=1), "got coefficients beside a forecaster"),
+                              (replace(plain, runs=(K,)), "runs: got some beside a forecaster of the trunk"),
+                              (replace(plain, branches=tuple("abcd")), "branch 0 is 'a'")):
+        with never_called(net), pytest.raises(ValueError, match=message):
+            train_forecaster(net, schedule, **SMALL)
+    with pytest.raises(ValueError, match="has timesteps of its own, on which there are no uncached images"):
+        train_forecaster(net, replace(whole, timesteps=(999, 900, 500, 400, 300, 20)), target="uncached", **SMALL)
+    assert train_forecaster(net, plain, **SMALL | dict(iterations=1)).rows == whole.rows
 
 
 def test_nothing_to_learn_is_said(net):
