@@ -95,7 +95,7 @@ def train(
     device: Device = None,
     steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
     target_speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach; 1.6 unless --target-cur or "
-                                                              "--beta is given, 2.8 for a forecaster.")] = None,
+                                                              "--beta is given, 2.7 for a forecaster.")] = None,
     target_cur: Annotated[float | None, typer.Option(help="Cache utilization ratio to reach, from 0 to 1.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the cost in the loss, instead of a target.")] = None,
     trajectories: Annotated[int, typer.Option(help="Number of trajectories to train a router on.")] = 500,
@@ -128,7 +128,7 @@ def train(
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: is a router's; a forecaster (--forecast) has none")
         net = load(model, checkpoint, prompts, dtype, image_size, device, out)
-        schedule = train_forecaster(net, 2.8 if target_speedup is None else target_speedup, target=forecast,
+        schedule = train_forecaster(net, 2.7 if target_speedup is None else target_speedup, target=forecast,
                                     steps=steps, iterations=iterations, batch=10 if batch is None else batch,
                                     lr=4e-3 if lr is None else lr, guidance=guidance, scheduler=scheduler, seed=seed,
                                     out=out)
