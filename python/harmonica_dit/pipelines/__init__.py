@@ -1,13 +1,18 @@
-"""diffusers' pipelines and transformers: schedules for a pipeline or for your own loop, and denoisers to train on.
+"""diffusers' pipelines and transformers: a cache on a pipeline or on a loop, and denoisers to train on.
 
-    apply.py      `apply` makes a pipeline run a schedule
-    scheduled.py  `scheduled` makes a transformer run a schedule, whoever calls it
-    denoiser.py   makes a denoiser of a pipeline's transformer
-    prompts.py    the text conditions of such a denoiser
-    adapters/     run diffusers' transformers branch by branch
+    enable.py            `enable_cache`, `disable_cache`, `summary`
+    config.py            what is wanted: a speedup or a schedule
+    cached_pipeline.py   hears when a pipeline's steps begin and end
+    trajectories.py      which trajectory and step a transformer's call belongs to, in a pipeline or in a loop
+    plans.py             the adapter, the costs and the schedule of a trajectory
+    streams.py           runs a step's calls, each with its own cache
+    summary.py           what was done
+    denoiser.py          makes a denoiser of a pipeline's transformer
+    prompts.py           the text conditions of such a denoiser
+    adapters/            run diffusers' transformers, branch by branch or as a whole
 """
 
-from .apply import HarmoniCaConfig, apply, remove
-from .scheduled import scheduled
+from .config import HarmoniCaConfig
+from .enable import disable_cache, enable_cache, summary
 
-__all__ = ["HarmoniCaConfig", "apply", "remove", "scheduled"]
+__all__ = ["HarmoniCaConfig", "disable_cache", "enable_cache", "summary"]

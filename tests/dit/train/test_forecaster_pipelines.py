@@ -28,7 +28,7 @@ def test_train_save_apply_sample(kind, target, request, tmp_path):
     expected = sample(net, labels, schedule=found, seed=1)
     pipe = cls.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    harmonica_dit.apply(pipe, tmp_path / "forecast.safetensors")
+    harmonica_dit.enable_cache(pipe, tmp_path / "forecast.safetensors")
     noise = image_noise(1, 0, 2, net.sample_shape)
     if kind == "pixart":
         latents = pipe(prompts, num_inference_steps=4, latents=noise, output_type="latent", height=64, width=64,

@@ -123,7 +123,7 @@ def test_train_save_apply_sample(pixart, tmp_path):
     noise = image_noise(0, 0, 1, (4, 8, 8))
     options = dict(num_inference_steps=4, latents=noise, output_type="latent", use_resolution_binning=False)
     uncached = pipe("a cat", **options).images
-    harmonica_dit.apply(pipe, out / "router.safetensors")
+    harmonica_dit.enable_cache(pipe, out / "router.safetensors")
     cached = pipe("a cat", **options).images
     net = harmonica_dit.load(str(pixart), prompts=TEXTS)
     ours = denoise(Trajectory(net, torch.tensor([0]), steps=4), noise, router.schedule())
@@ -143,7 +143,7 @@ def test_routers_of_class_models(dit):
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.set_timesteps(4)
     assert router.timesteps == tuple(pipe.scheduler.timesteps.tolist())
-    harmonica_dit.apply(pipe, router)
+    harmonica_dit.enable_cache(pipe, router)
     assert np.isfinite(pipe([1], num_inference_steps=4, output_type="np").images).all()
 
 

@@ -38,9 +38,20 @@ def adapt(transformer):
     return GenericAdapter(transformer)
 
 
+def has_fused_adapter(transformer: nn.Module) -> bool:
+    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+
+    return isinstance(transformer, (DiTTransformer2DModel, PixArtTransformer2DModel))
+
+
+def base_model(transformer: nn.Module) -> nn.Module:
+    """The model inside peft's wrapper, if there is one."""
+    return transformer.get_base_model() if hasattr(transformer, "get_base_model") else transformer
+
+
 def model_name(source: str) -> str:
     """The name of a pipeline in routers' files. source: its repository or folder; of a folder, only the last part."""
     return Path(source).absolute().name if os.path.isdir(source) else source
 
 
-__all__ = ["adapt", "model_name"]
+__all__ = ["adapt", "base_model", "has_fused_adapter", "model_name"]

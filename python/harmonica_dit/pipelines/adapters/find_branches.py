@@ -1,4 +1,4 @@
-"""Finds the branches of a diffusers transformer by the names of its modules."""
+"""Finds the blocks of a diffusers transformer, and the branches in them, by the names of its modules."""
 
 import re
 from collections.abc import Iterator
@@ -11,10 +11,19 @@ NOT_A_BRANCH = re.compile(r"norm|adaln|modulation|embed|drop")
 
 def find_branches(transformer: nn.Module) -> Iterator[str]:
     """Names of the attention and feed-forward modules in the transformer's lists of blocks, in order of definition."""
+    for name, block in _blocks(transformer):
+        yield from _find_inside(block, name)
+
+
+def find_blocks(transformer: nn.Module) -> list[str]:
+    """Names of the blocks that hold branches, in order of definition."""
+    return [name for name, block in _blocks(transformer) if any(_find_inside(block, name))]
+
+
+def _blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in transformer.named_children():
         if isinstance(child, nn.ModuleList):
-            for i, block in enumerate(child):
-                yield from _find_inside(block, f"{name}.{i}")
+            yield from ((f"{name}.{i}", block) for i, block in enumerate(child))
 
 
 def _find_inside(block: nn.Module, prefix: str) -> Iterator[str]:

@@ -127,6 +127,12 @@ class FusedAdapter:
         """A cache for one trajectory."""
         return hk.FeatureCache(history)
 
+    def trunk_values(self, latents: Tensor) -> int:
+        """Values of the trunk's state of a forward with these latents [B, C, H, W]."""
+        B, _, height, width = latents.shape
+        return B * (height // self.transformer.config.patch_size) * (width // self.transformer.config.patch_size) \
+            * self.transformer.inner_dim
+
     def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float],
               *args, **kwargs) -> Iterator[dict[str, Any]]:
         """Computes for many steps at once what depends on the conditioning alone; yields more arguments for each call.

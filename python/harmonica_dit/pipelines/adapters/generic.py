@@ -1,26 +1,26 @@
-"""Any other diffusers transformer: finds its branches by name and computes or reuses them in place, unfused."""
+"""Any other diffusers transformer: finds blocks and branches by name and computes or reuses them in place, unfused."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from harmonica_dit.flops import Flops, flop_counter
+from harmonica_kernels import TrunkWeights
 from harmonica_kernels.checks import check_forecast_weights, check_row
 
-from .find_branches import feeders, find_branches
-from .generic_cache import GenericCache, Output, is_output, map_tensors, tensors_of
+from .find_branches import feeders, find_blocks, find_branches
+from .generic_cache import Call, GenericCache, GenericTrunkCache, tensors_of
+from .generic_runs import BranchRun, Trace, TrunkRun
 from .replace_forwards import replace_forwards
-
-ADVICE = "; adapter.trace(...) with such arguments leaves such a branch out"
 
 
 class GenericAdapter:
-    """Computes or reuses the attention and feed-forward modules of a transformer's blocks, whatever the class.
+    """Computes or reuses the attention and feed-forward modules of a transformer's blocks, or all its blocks together.
 
     They are found by name in the transformer's lists of blocks. In a single-stream block, attention and feed-forward
     run side by side into one `proj_out`. Then `proj_out` is the branch, and where it is reused, `attn` and `proj_mlp`
-    do not run either. While a call with a cache runs, the branches' `forward` is replaced, but not for calls from other
+    do not run either. While a call with a cache runs, the modules' `forward` is replaced, but not for calls from other
     threads. Afterwards every `forward` is put back, also after an error.
 
     Args:
@@ -29,8 +29,12 @@ class GenericAdapter:
             the order of execution.
 
     Attributes:
-        branch_names: the K branches. left_out: branches that `trace` found unfit, each with the reason; they are always
-            computed.
+        branch_names: the K branches. block_names: the blocks that hold them, in order.
+        left_out: branches that `trace` found unfit, each with the reason; they are always computed.
+        flops: of the traced forward, branch by branch; None before `trace`.
+        trunk_flops: the same with all of a block's work counted among its branches, which a step saves that runs no
+            block. trunk_size: values of the trunk's state. Both None before `trace`, or if the trunk cannot be reused;
+            then trunk_left_out says why.
 
     Raises:
         TypeError: no branches are found. ValueError: a named one does not exist.
@@ -39,15 +43,17 @@ class GenericAdapter:
     def __init__(self, transformer: nn.Module, branches: Sequence[str] | None = None):
         self.transformer = transformer
         if branches is None:
-            found: dict[nn.Module, str] = {}
-            for name in find_branches(transformer):
-                found.setdefault(transformer.get_submodule(name), name)  # a module may have several names
-            branches = tuple(found.values())
+            branches = _first_names(transformer, find_branches(transformer))
         if not branches:
             raise TypeError(f"transformer: {type(transformer).__name__} has no list of blocks with attention or "
                             "feed-forward modules; name them as branches=")
         self.left_out: dict[str, str] = {}
+        self.flops: Flops | None = None
+        self.trunk_flops: Flops | None = None
+        self.trunk_size: int | None = None
+        self.trunk_left_out = "adapter.trace(...) has not looked yet"
         self._use(branches)
+        self._use_blocks(_first_names(transformer, find_blocks(transformer)))
         self.check()
 
     @property
@@ -68,28 +74,42 @@ class GenericAdapter:
         """For each branch, the modules that do not run where it is reused."""
         return [[module, *feeders] for module, feeders in zip(self._modules, self._feeding)]
 
-    def new_cache(self, history: int = 1) -> GenericCache:
-        """A cache for one trajectory."""
-        return GenericCache(history)
+    def describe(self) -> str:
+        """Which model this is, for error messages."""
+        return f"{type(self.transformer).__name__} {id(self.transformer):#x}"
 
-    def check(self) -> None:
-        """Refuses compiled code around the branches.
+    def new_cache(self, history: int = 1, unit: str = "branch") -> GenericCache | GenericTrunkCache:
+        """A cache for one trajectory, of the branches or of the trunk."""
+        return GenericTrunkCache(history) if unit == "trunk" else GenericCache(history)
+
+    def is_current(self) -> bool:
+        """Whether the transformer still has the modules that this adapter knows."""
+        submodules = dict(self.transformer.named_modules(remove_duplicate=False))
+        known = [*self._around.items(), *zip(self.block_names, self._blocks)]
+        return all(submodules.get(name) is module for name, module in known)
+
+    def check(self, unit: str = "trunk") -> None:
+        """Refuses compiled code around what is computed or reused.
 
         Raises:
             ValueError: the message names the module.
         """
         for name, module in self._around.items():
-            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+            if compiled and name not in self.branch_names and (unit == "branch" or name not in self.block_names):
+                advice = ("transformer.compile_repeated_blocks(), with a forecaster of the trunk" if unit == "trunk"
+                          else "the branches, for example "
+                          + ".".join(f"[{part}]" if part.isdigit() else part for part in
+                                     self.branch_names[0].split(".")).replace(".[", "[") + ".compile()")
                 raise ValueError(f"{name or 'transformer'}: has been compiled, and what a step computes is decided "
-                                 "inside it; compile the modules inside the branches instead")
+                                 f"inside it; compile {advice} instead")
 
     def trace(self, *args, **kwargs) -> Flops:
-        """Runs one forward of the transformer and watches its branches; the arguments are the transformer's own.
+        """Runs a forward of the transformer and watches what it calls; the arguments are the transformer's own.
 
         It puts `branch_names` into the order of execution. It moves those that cannot be reused to `left_out`: a branch
-        that is not called, or whose output is not float tensors or is changed in place afterwards. The forward runs
-        outside `torch.inference_mode`, because that mode's tensors do not tell whether they were changed. Such tensors
-        may be passed, also as parameters that require no gradient; but torch refuses to change them in place.
+        that is not called, or whose output is not float tensors. To learn whether the trunk can be reused it runs a
+        second forward, with the last block's output of the first and nothing else, and compares what the two return.
 
         Returns:
             What the forward costs, branch by branch (matrix products, convolutions, attention).
@@ -97,52 +117,94 @@ class GenericAdapter:
         Raises:
             TypeError: no branch is left.
         """
-        run = _Trace(self)
-        with torch.inference_mode(False), torch.no_grad(), flop_counter() as counter:
-            self._forward(self.transformer, args, kwargs, run)
+        return self._trace(self.transformer, args, kwargs)
+
+    def _trace(self, forward: Callable, args: tuple, kwargs: dict) -> Flops:
+        """`trace`, but `forward` is called in place of the transformer."""
+        run = Trace(self)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), flop_counter() as counter:
+            output = _Root(self.transformer)(lambda: self._forward(forward, args, kwargs, run))
         unfit = run.find_unfit()
-        names = sorted((name for name in self.branch_names if name not in unfit), key=run.first.__getitem__)
+        names = sorted((name for name in self.branch_names if name not in unfit), key=run.order.__getitem__)
         if not names:
             raise TypeError(f"transformer: none of its branches can be reused: {unfit}")
         self.left_out |= unfit
         self._use(names)
-        counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-        numbers = tuple(float(sum(counts.get(part, 0) for part in (name, *feeders(self.transformer, name))))
-                        for name in names)
-        return Flops(numbers, float(counter.get_total_flops()) - sum(numbers))
+        total = float(counter.get_total_flops())
+        counts = {name.removeprefix("_Root.transformer."): float(sum(ops.values()))
+                  for name, ops in counter.get_flop_counts().items()}
+        numbers = [sum(counts.get(part, 0.0) for part in (name, *feeders(self.transformer, name))) for name in names]
+        self.flops = Flops(tuple(numbers), total - sum(numbers))
+        self.trunk_flops = self.trunk_size = None
+        self.trunk_left_out = self._find_trunk(forward, args, kwargs, run, output)
+        if not self.trunk_left_out:
+            self.trunk_size = sum(t.numel() for t in tensors_of(run.returned))
+            for block in self.block_names:
+                inside = [k for k, name in enumerate(names) if name.startswith(f"{block}.")]
+                if inside:
+                    numbers[inside[0]] += counts.get(block, 0.0) - sum(numbers[k] for k in inside)
+            self.trunk_flops = Flops(tuple(numbers), total - sum(numbers))
+        return self.flops
 
-    def __call__(self, *args, row: Sequence[bool] | Tensor | None = None,
-                 forecast_weights: Sequence[float] | Tensor | None = None, cache: GenericCache | None = None,
-                 threshold: float = 0.1, **kwargs):
+    def _find_trunk(self, forward: Callable, args: tuple, kwargs: dict, run: Trace, output) -> str:
+        """Whether the last block's output can stand for all blocks: "", or why not."""
+        for name in self.block_names:
+            if run.calls[name] != 1:
+                return f"{name} is called {run.calls[name]} times in a forward"
+            if name in run.odd:
+                return f"{name} returns something else than float tensors"
+        self._use_blocks(sorted(self.block_names, key=run.order.__getitem__))
+        cache = GenericTrunkCache()
+        cache._store(run.returned)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            cache._stand_ins = run.outputs
+            again = self._forward(forward, args, kwargs, TrunkRun(self, False, None, cache))
+        expected, found = values(output), values(again)
+        if len(expected) != len(found) or not all(torch.equal(a, b) for a, b in zip(expected, found)):
+            return f"what the model returns depends on more than the output of {self.block_names[-1]}"
+        return ""
+
+    def __call__(self, *args, row: Sequence[bool] | Tensor | bool | None = None,
+                 forecast_weights: Sequence[float] | Tensor | TrunkWeights | None = None,
+                 cache: GenericCache | GenericTrunkCache | None = None, threshold: float = 0.1, **kwargs):
         """As the transformer's forward; row, forecast_weights, threshold as in `harmonica_kernels.cached_forward`.
 
         Args:
             cache: from `new_cache`, one for each trajectory. If a step calls the transformer more than once, each of
-                these calls has its own.
+                these calls has its own. With the trunk's, a step runs all blocks (row=None) or none (row=False).
 
         Raises:
             TypeError, ValueError: an argument is not as it should be; the message names it.
             RuntimeError: the last forward with this cache was interrupted; or a branch was not called, or not as
-                often as when its outputs were stored, or its output was changed in place. `trace` leaves such branches
-                out. Under `torch.inference_mode` only `trace` notices a change in place.
+                often as when its outputs were stored. `trace` leaves such branches out. Or a gradient is wanted of a
+                hard row's reused outputs, which are constants here.
         """
         return self._call(self.transformer, args, kwargs, row, forecast_weights, cache, threshold)
 
-    def _call(self, forward: Callable, args: tuple, kwargs: dict, row, forecast_weights, cache, threshold):
+    def _call(self, forward: Callable, args: tuple, kwargs: dict, row, forecast_weights, cache, threshold=0.0):
         """`__call__`, but `forward` is called in place of the transformer."""
-        compute = self._check(row, forecast_weights, cache, threshold)
+        trunk = isinstance(cache, GenericTrunkCache)
+        compute = self._check_trunk(row, forecast_weights, cache) if trunk else self._check(
+            row, forecast_weights, cache, threshold)
         if cache is None:
             return forward(*args, **kwargs)
-        of = _signature(args, kwargs)
+        of = Call(self, _signature(args, kwargs), torch.is_inference_mode_enabled(), _autocast(self.transformer))
         cache._check(of)
-        run = _Run(self, compute, row, forecast_weights, cache, threshold)
+        if cache._cut and torch.is_grad_enabled() and not isinstance(row, Tensor) and not all(compute):
+            raise RuntimeError("cache: holds outputs that a gradient would have to pass through, and reused ones are "
+                               "constants; run the trajectory under torch.no_grad(), or without a cache")
+        run: BranchRun | TrunkRun
+        if trunk:
+            run = TrunkRun(self, compute[0], forecast_weights, cache)
+        else:
+            run = BranchRun(self, compute, row, forecast_weights, cache, threshold)
         cache._begin(of)
         output = self._forward(forward, args, kwargs, run)
         run.finish()
         cache._end()
         return output
 
-    def _forward(self, forward: Callable, args: tuple, kwargs: dict, run: "_Run"):
+    def _forward(self, forward: Callable, args: tuple, kwargs: dict, run: BranchRun | TrunkRun | Trace):
         with replace_forwards(run.replacements()):
             return forward(*args, **kwargs)
 
@@ -159,6 +221,10 @@ class GenericAdapter:
         around = {".".join(name.split(".")[:end]) for name in names for end in range(name.count(".") + 2)}
         self._around = {name: submodules[name] for name in sorted(around)}  # "" is the transformer itself
 
+    def _use_blocks(self, names: Sequence[str]) -> None:
+        self.block_names = tuple(names)
+        self._blocks = [self.transformer.get_submodule(name) for name in names]
+
     def _check(self, row, forecast_weights, cache, threshold) -> Sequence[bool]:
         if cache is not None and not isinstance(cache, GenericCache):
             raise TypeError(f"cache: got {type(cache).__name__}, expected what adapter.new_cache() makes")
@@ -167,136 +233,68 @@ class GenericAdapter:
         K = len(self.branch_names)
         compute = check_row(K, row, cache)
         check_forecast_weights(K, forecast_weights, cache, compute, isinstance(row, Tensor))
-        self.check()
+        self._check_mode(row, "branch")
+        return compute
+
+    def _check_trunk(self, row, weights: TrunkWeights | None, cache: GenericTrunkCache) -> tuple[bool]:
+        """(True,) if the blocks run, (False,) if none does."""
+        if self.trunk_left_out:
+            raise ValueError(f"cache: is the trunk's, which this model's forwards cannot reuse: {self.trunk_left_out}")
+        if row not in (None, False):
+            raise ValueError(f"row: got {row!r:.80} with a cache of the trunk, expected None or False")
+        if weights is not None and not isinstance(weights, TrunkWeights):
+            raise TypeError(f"forecast_weights: got {type(weights).__name__}, expected TrunkWeights")
+        if row is False and not cache.filled:
+            raise ValueError("row: got False, but the cache holds no state yet; run a forward with row=None first")
+        if weights is not None:
+            if weights.tokens is not None or (row is False and weights.own is not None):
+                raise ValueError("forecast_weights: weigh what enters a step, which this adapter does not see")
+            if len(weights.states) > cache.filled:
+                raise ValueError(f"forecast_weights: of {len(weights.states)} states, the cache holds {cache.filled}")
+        self._check_mode(row, "trunk")
+        return (row is None,)
+
+    def _check_mode(self, row, unit: str) -> None:
+        self.check(unit)
         again = torch.is_grad_enabled() and getattr(self.transformer, "is_gradient_checkpointing", False)
         if again and row is not None:
             raise ValueError("transformer: its gradient checkpointing would compute the branches again, whatever the "
                              "row says; call transformer.disable_gradient_checkpointing()")
-        return compute
 
 
-class _Run:
-    """One forward with a row: it decides what each branch does when it is called.
+class _Root(nn.Module):
+    """Stands above a transformer, so that a counter of FLOPs knows its modules by their names in it."""
 
-    A module that a forward calls more than once is one branch with several outputs.
-    """
+    def __init__(self, transformer: nn.Module):
+        super().__init__()
+        self.transformer = transformer
 
-    def __init__(self, adapter: GenericAdapter, compute, row, weights, cache: GenericCache | None, threshold):
-        self.names, self.compute, self.row, self.weights = adapter.branch_names, compute, row, weights
-        self.cache, self.threshold = cache, threshold
-        self.branch_of = {module: k for k, module in enumerate(adapter._modules)}
-        self.fed_by = {feeder: k for k, feeding in enumerate(adapter._feeding) for feeder in feeding}
-        self.calls = [0] * len(self.names)
-        reused = range(len(self.names)) if isinstance(row, Tensor) else [k for k, c in enumerate(compute) if not c]
-        # kept from the start, because a soft row replaces outputs in the cache that later calls still blend with
-        self.held = {k: list(cache.outputs(k)) for k in reused}
-        self.versions: list[tuple[int, Tensor, int]] = []
-
-    def replacements(self) -> Mapping[nn.Module, Callable]:
-        """For each module to replace, what runs instead of its forward."""
-        return dict.fromkeys(self.fed_by, self.feed) | dict.fromkeys(self.branch_of, self.branch)
-
-    def feed(self, module: nn.Module, forward: Callable) -> Output:
-        """Runs a module whose output only goes into a branch. Nobody reads that output where the branch is reused."""
-        if not self.compute[self.fed_by[module]]:
-            return self.cache._meta[module]
-        o = forward()
-        self.cache._meta[module] = map_tensors(lambda t: torch.empty_like(t, device="meta"), o)
-        return o
-
-    def branch(self, module: nn.Module, forward: Callable) -> Output:
-        """Computes, reuses or blends a branch, and stores its output where the row says so."""
-        k = self.branch_of[module]
-        call = self.calls[k]
-        self.calls[k] += 1
-        reused = self._reuse(k, call) if k in self.held else None
-        if not self.compute[k]:
-            return reused
-        o = forward()
-        if not is_output(o):
-            raise TypeError(f"{self.names[k]}: returned {type(o).__name__}, expected float tensors{ADVICE}")
-        renew = True
-        if isinstance(self.row, Tensor):
-            r = self.row[k]
-            o = map_tensors(lambda fresh, old: r * fresh + (1 - r) * old, o, reused)
-            renew = r.item() > self.threshold
-        if renew:
-            self.cache._store(k, o, call == 0)
-        self._watch(k, o)
-        return o
-
-    def finish(self) -> None:
-        """Refuses a forward whose branches the cache cannot stand for. The cache is then unusable until its reset."""
-        for k, (name, count) in enumerate(zip(self.names, self.calls)):
-            if not count or (k in self.held and count != len(self.held[k][0])):
-                expected = len(self.held[k][0]) if k in self.held else "at least 1"
-                raise RuntimeError(f"{name}: was called {count} times in this forward, expected {expected}{ADVICE}")
-        changed = self.find_changed()
-        if changed:
-            raise RuntimeError(f"{changed[0]}: its output was changed in place after it was returned{ADVICE}")
-
-    def find_changed(self) -> list[str]:
-        """Branches whose output was changed in place since they returned it."""
-        return [self.names[k] for k, t, version in self.versions if t._version != version]
-
-    def _reuse(self, k: int, call: int) -> Output:
-        """The output of branch k's call number `call`, repeated or forecast from the cache."""
-        latest, *earlier = self.held[k]
-        if call >= len(latest):
-            raise RuntimeError(f"{self.names[k]}: is called more often than in the forward that stored its "
-                               f"outputs{ADVICE}")
-        self._watch(k, latest[call])
-        e = 0.0 if self.weights is None or not earlier else self.weights[k]
-        if not isinstance(e, (Tensor, Sequence)) and e == 0:
-            return latest[call]
-        weights = e if isinstance(e, Sequence) else (1 + e, -e)
-        outputs = [forward[call] for forward in self.held[k][: len(weights)]]
-        return map_tensors(lambda *last: _weigh(weights, last), *outputs)
-
-    def _watch(self, k: int, o: Output) -> None:
-        """Notes the versions of the output's tensors; those of inference mode have none."""
-        self.versions += [(k, t, t._version) for t in tensors_of(o) if not t.is_inference()]
+    def forward(self, call: Callable):
+        return call()
 
 
-class _Trace(_Run):
-    """A plain forward that notes how its branches behave."""
-
-    def __init__(self, adapter: GenericAdapter):
-        super().__init__(adapter, [True] * len(adapter.branch_names), None, None, None, 0.0)
-        self.first: dict[str, int] = {}
-        self.odd: set[str] = set()
-
-    def feed(self, module: nn.Module, forward: Callable) -> Output:
-        return forward()
-
-    def branch(self, module: nn.Module, forward: Callable) -> Output:
-        k = self.branch_of[module]
-        self.calls[k] += 1
-        self.first.setdefault(self.names[k], len(self.first))
-        o = forward()
-        if is_output(o):
-            self._watch(k, o)
-        else:
-            self.odd.add(self.names[k])
-        return o
-
-    def find_unfit(self) -> dict[str, str]:
-        """The branches that cannot be reused, each with the reason."""
-        unfit = {name: "is not called" for name, count in zip(self.names, self.calls) if not count}
-        unfit |= dict.fromkeys(self.find_changed(), "its output is changed in place")
-        return unfit | dict.fromkeys(self.odd, "its output is not float tensors")
+def _first_names(transformer: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """One name for each module; it may have several."""
+    found: dict[nn.Module, str] = {}
+    for name in names:
+        found.setdefault(transformer.get_submodule(name), name)
+    return tuple(found.values())
 
 
-def _weigh(weights: Sequence[float | Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """Σ w_i·o_i."""
-    result = weights[0] * outputs[0]
-    for w, o in zip(weights[1:], outputs[1:]):
-        result = result + w * o
-    return result
+def values(output) -> list[Tensor]:
+    """The tensors in what a transformer returns."""
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [t for t in tensors_of(output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, Tensor)]
 
 
 def _signature(args: tuple, kwargs: dict) -> tuple:
-    """Shape, dtype and device of a forward's tensor arguments."""
+    """Name, shape, dtype and device of a forward's tensor arguments."""
     named = [*enumerate(args), *sorted(kwargs.items())]
     return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named
                  for t in tensors_of(value) if isinstance(t, Tensor))
+
+
+def _autocast(transformer: nn.Module) -> torch.dtype | None:
+    device = next(transformer.parameters()).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

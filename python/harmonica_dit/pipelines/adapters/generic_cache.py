@@ -1,26 +1,44 @@
-"""The cache for branches of any kind, and the form of their outputs, which may be tuples."""
+"""The caches for outputs of any kind, which may be tuples: of each branch, and of the trunk."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from harmonica_kernels.cache import Memory
 
-Output = Tensor | tuple | None  # of a branch: a tensor, or tensors and None in a tuple
+Output = Tensor | tuple | list | None  # of a module: a tensor, or tensors and None in a tuple or list
+
+
+class Call(NamedTuple):
+    """What has to be the same in all forwards of a trajectory."""
+
+    adapter: Any
+    tensors: tuple  # name, shape, dtype and device of each argument
+    inference: bool  # whether `torch.inference_mode` is on: its tensors cannot be used outside it
+    autocast: torch.dtype | None
+
+    def __str__(self) -> str:
+        tensors = ", ".join(f"{name} {list(shape)} {dtype} on {device}" for name, shape, dtype, device in self.tensors)
+        mode = ", in inference mode" if self.inference else ""
+        return (f"{self.adapter.describe()} with {tensors}{mode}"
+                + (f", under autocast in {self.autocast}" if self.autocast else ""))
 
 
 class GenericCache(Memory):
     """The memory of one trajectory: each branch's outputs in the last `history` forwards that computed it.
 
-    Outputs may have any shape, or be tuples. A branch has one for each of its calls in a forward. They are kept as they
-    are, not copied. It is used like `harmonica_kernels.FeatureCache`.
+    Outputs may have any shape, or be tuples. A branch has one for each of its calls in a forward. Copies are kept,
+    because a module may write into what it returned, and so may its caller. It is used like
+    `harmonica_kernels.FeatureCache`.
     """
 
     def reset(self) -> None:
         super().reset()
         self._outputs: dict[int, list[list[Output]]] = {}  # per branch and forward, newest first: its calls' outputs
-        self._meta: dict[nn.Module, Output] = {}  # meta tensors in place of the outputs of feeders that do not run
+        self._stand_ins: dict[nn.Module, Output] = {}  # for the outputs of modules that do not run
+        self._cut = False  # whether a gradient would have had to reach what is kept
 
     @property
     def nbytes(self) -> int:
@@ -45,8 +63,8 @@ class GenericCache(Memory):
 
     def copy_(self, other: "GenericCache") -> "GenericCache":
         """Becomes equal to `other`. Returns itself."""
-        self.history, self._of, self._open = other.history, other._of, other._open
-        self._outputs, self._meta = dict(other._outputs), dict(other._meta)
+        self.history, self._of, self._open, self._cut = other.history, other._of, other._open, other._cut
+        self._outputs, self._stand_ins = dict(other._outputs), dict(other._stand_ins)
         return self
 
     def commit(self) -> None:
@@ -56,14 +74,50 @@ class GenericCache(Memory):
         """Stores an output of branch k. first: whether it is the branch's first output in this forward."""
         if first:
             self._outputs[k] = [[], *self._outputs.get(k, ())][: self.history]
-        self._outputs[k][0].append(map_tensors(Tensor.detach, o))
+        self._outputs[k][0].append(map_tensors(copied, o))
+
+
+class GenericTrunkCache(Memory):
+    """The memory of one trajectory whose steps are computed whole or not at all: the trunk's last `history` states.
+
+    A state is what the last block returned, in a copy.
+    """
+
+    def reset(self) -> None:
+        super().reset()
+        self._states: list[Output] = []  # newest first
+        self._stand_ins: dict[nn.Module, Output] = {}
+        self._cut = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states held."""
+        return sum(t.nbytes for t in tensors_of(self._states))
+
+    @property
+    def filled(self) -> int:
+        """How many states the cache holds, 0 to `history`."""
+        return len(self._states)
+
+    def _store(self, state: Output) -> None:
+        self._states = [map_tensors(copied, state), *self._states][: self.history]
+
+
+def copied(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
+def stand_in(t: Tensor) -> Tensor:
+    """A tensor of the same kind that nobody's result depends on; it takes no memory."""
+    return torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
 
 
 def map_tensors(f: Callable, *outputs: Output) -> Output:
     """Applies f to the corresponding tensors of outputs of the same structure."""
     first = outputs[0]
     if isinstance(first, (tuple, list)):
-        return tuple(map_tensors(f, *parts) for parts in zip(*outputs, strict=True))
+        parts = [map_tensors(f, *parts) for parts in zip(*outputs, strict=True)]
+        return parts if isinstance(first, list) else tuple(parts)
     return None if first is None else f(*outputs)
 
 

@@ -8,23 +8,22 @@ from contextvars import ContextVar
 from torch import nn
 
 _current: ContextVar[Mapping[nn.Module, Callable] | None] = ContextVar("harmonica_replacements", default=None)
+call_name: ContextVar[str | None] = ContextVar("harmonica_call_name", default=None)  # by diffusers' `cache_context`
 _lock = threading.Lock()
-_users: dict[nn.Module, int] = {}  # how many blocks replace a module's forward now
-_originals: dict[nn.Module, Callable | None] = {}
+_installed: dict[nn.Module, "_Dispatch"] = {}
 
 
 @contextmanager
-def replace_forwards(replacements: Mapping[nn.Module, Callable]) -> Iterator[None]:
-    """Until the block ends, a call of `module` in this context returns `replacements[module](module, forward)`.
+def replace_forwards(replacements: Mapping[nn.Module, Callable], inside_hook: bool = False) -> Iterator[None]:
+    """Until the block ends, a module's call in this context is `replacements[module](module, forward, args, kwargs)`.
 
-    forward: calls the module's own forward with the call's arguments. Contexts are `contextvars`'; every thread has its
-    own.
+    forward: the module's own, compiled if the module is. Contexts are `contextvars`'; every thread has its own.
+    inside_hook: whether accelerate's hook on the module, which moves weights, runs around the replacement; else the
+        replacement decides whether it runs.
     """
     with _lock:
         for module in replacements:
-            _users[module] = _users.get(module, 0) + 1
-            if _users[module] == 1:
-                _originals[module] = _replace(module)
+            _enter(module, inside_hook)
     token = _current.set(replacements)
     try:
         yield
@@ -32,28 +31,90 @@ def replace_forwards(replacements: Mapping[nn.Module, Callable]) -> Iterator[Non
         _current.reset(token)
         with _lock:
             for module in replacements:
-                _users[module] -= 1
-                if not _users[module]:
-                    del _users[module]
-                    _restore(module, _originals.pop(module))
+                _leave(module)
 
 
-def _replace(module: nn.Module) -> Callable | None:
-    """Makes the module's forward look for a replacement in the current context. Returns `_restore`'s argument."""
-    forward, own = module.forward, module.__dict__.get("forward")  # accelerate's hooks have set one
+def install(module: nn.Module, replacement: Callable) -> Callable[[], None]:
+    """As `replace_forwards` with inside_hook, for every call from now on; until what it returns is called."""
+    with _lock:
+        dispatch = _enter(module, inside_hook=True)
+        dispatch.default = replacement
 
-    def dispatch(*args, **kwargs):
-        replacements = _current.get()
-        if replacements is None or module not in replacements:
-            return forward(*args, **kwargs)
-        return replacements[module](module, lambda: forward(*args, **kwargs))
+    def uninstall() -> None:
+        with _lock:
+            if dispatch.default is replacement:
+                dispatch.default = None
+                _leave(module)
 
-    module.__dict__["forward"] = dispatch
-    return own
+    return uninstall
 
 
-def _restore(module: nn.Module, own: Callable | None) -> None:
-    if own is None:
-        del module.__dict__["forward"]
-    else:
-        module.__dict__["forward"] = own
+def _enter(module: nn.Module, inside_hook: bool) -> "_Dispatch":
+    if module not in _installed:
+        _installed[module] = _Dispatch(module, inside_hook)
+    _installed[module].users += 1
+    return _installed[module]
+
+
+def _leave(module: nn.Module) -> None:
+    dispatch = _installed[module]
+    dispatch.users -= 1
+    if not dispatch.users:
+        del _installed[module]
+        dispatch.uninstall()
+
+
+class _Dispatch:
+    """Stands where calls enter a module, and looks for a replacement in the current context.
+
+    A module's calls enter at `forward`; at `_compiled_call_impl` where it has been compiled in place; and accelerate's
+    hook keeps what it wraps as `_old_forward`. A pipeline that offloads removes such a hook at the end of its calls and
+    sets it anew, which moves the dispatch from one attribute to another.
+    """
+
+    def __init__(self, module: nn.Module, inside_hook: bool):
+        attributes = vars(module)
+        name = "_compiled_call_impl" if module._compiled_call_impl is not None else "forward"
+        if inside_hook and "_old_forward" in attributes:
+            name = "_old_forward"
+        self.users, self.module, self.bare = 0, module, name not in attributes
+        self.default: Callable | None = None  # the replacement outside all contexts
+        self.forward = self.__wrapped__ = getattr(module, name)  # the second for inspect.signature
+        attributes[name] = self
+        if inside_hook and hasattr(module, "cache_context"):
+            attributes["cache_context"] = self._name_calls
+
+    def __call__(self, *args, **kwargs):
+        replacement = (_current.get() or {}).get(self.module, self.default)
+        if replacement is None:
+            return self.forward(*args, **kwargs)
+        return replacement(self.module, self.forward, args, kwargs)
+
+    @contextmanager
+    def _name_calls(self, name: str, **about) -> Iterator[None]:
+        token = call_name.set(name)
+        try:
+            with type(self.module).cache_context(self.module, name, **about):
+                yield
+        finally:
+            call_name.reset(token)
+
+    def __deepcopy__(self, memo):
+        """A copy of the module has its own forward."""
+        copied = memo[id(self.module)]
+        return type(copied).forward.__get__(copied)
+
+    def __reduce__(self):
+        raise TypeError("transformer: cannot be pickled while a cache is enabled on it; call "
+                        "harmonica_dit.disable_cache first")
+
+    def uninstall(self) -> None:
+        attributes = vars(self.module)
+        attributes.pop("cache_context", None)
+        for name in ("forward", "_old_forward", "_compiled_call_impl"):
+            if attributes.get(name) is not self:
+                continue
+            if self.bare and name == "forward":
+                del attributes[name]
+            else:
+                attributes[name] = self.forward

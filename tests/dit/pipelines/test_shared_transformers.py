@@ -7,14 +7,14 @@ import torch
 from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 
 import harmonica_dit
-from support.apply_checks import run_with_hooks
+from support.enable_checks import run_with_hooks
 from support.pipes import LINEAR, make_pipe, random_schedule, run, small_dit, small_pixart
 from support.tolerance import assert_close
 
 
 def test_the_transformer_must_not_be_used_inside_a_call(sigma):
     """It would be taken for a step."""
-    harmonica_dit.apply(sigma, random_schedule(sigma.transformer))
+    harmonica_dit.enable_cache(sigma, random_schedule(sigma.transformer))
     text = torch.randn(4, 9, 20)
 
     def callback(step, timestep, latents):
@@ -36,7 +36,7 @@ def test_pipelines_that_share_a_transformer():
     schedules = [random_schedule(transformer, seed=seed) for seed in range(2)]
     expected = [run_with_hooks(pipe, schedule) for pipe, schedule in zip(pipes, schedules)]
     for pipe, schedule in zip(pipes, schedules):
-        harmonica_dit.apply(pipe, schedule)
+        harmonica_dit.enable_cache(pipe, schedule)
     for _ in range(2):
         for pipe, image in zip(pipes, expected):
             assert_close(run(pipe), image)
@@ -44,7 +44,7 @@ def test_pipelines_that_share_a_transformer():
     late = PixArtSigmaPipeline.from_pipe(pipes[0])
     late.set_progress_bar_config(disable=True)
     assert late.transformer is transformer and torch.equal(run(late), plain)
-    harmonica_dit.remove(pipes[0])
+    harmonica_dit.disable_cache(pipes[0])
     assert torch.equal(run(pipes[0]), plain)
     assert_close(run(pipes[1]), expected[1])
 
@@ -53,8 +53,8 @@ def test_a_call_inside_a_call(sigma):
     """From a callback: of another pipeline with the same transformer, and of this one with a scheduler of its own."""
     other = make_pipe("sigma", transformer=sigma.transformer)
     schedules = [random_schedule(sigma.transformer, seed=seed) for seed in range(2)]
-    harmonica_dit.apply(sigma, schedules[0])
-    harmonica_dit.apply(other, schedules[1])
+    harmonica_dit.enable_cache(sigma, schedules[0])
+    harmonica_dit.enable_cache(other, schedules[1])
     expected, inner = run(sigma), run(other)
     found = []
 
@@ -64,9 +64,9 @@ def test_a_call_inside_a_call(sigma):
 
     assert torch.equal(run(sigma, callback=callback), expected)
     assert torch.equal(found[0], inner)
-    harmonica_dit.remove(sigma)
+    harmonica_dit.disable_cache(sigma)
     sigma.scheduler = DDIMScheduler(**LINEAR)  # which keeps no history
-    harmonica_dit.apply(sigma, schedules[0])
+    harmonica_dit.enable_cache(sigma, schedules[0])
     expected, inner = run(sigma), run(sigma, seed=3)
     found.clear()
 
@@ -83,7 +83,7 @@ def test_threads():
     transformer = small_dit()
     pipes = [make_pipe("dit", transformer=transformer) for _ in range(3)]
     for seed, pipe in enumerate(pipes[:2]):
-        harmonica_dit.apply(pipe, random_schedule(transformer, 8, seed=seed))
+        harmonica_dit.enable_cache(pipe, random_schedule(transformer, 8, seed=seed))
     jobs = [(pipe, seed, images) for pipe in pipes for seed in range(2) for images in (1, 2)]
     expected = [run(pipe, 8, seed, images) for pipe, seed, images in jobs]
     found, start = [None] * len(jobs), threading.Barrier(len(jobs))

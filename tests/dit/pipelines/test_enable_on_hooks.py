@@ -1,4 +1,4 @@
-"""`apply` on a transformer with hooks: offloading, casting, quantization."""
+"""`enable_cache` on a transformer with hooks: offloading, casting, quantization."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import DiTPipeline
 
 import harmonica_dit
-from support.apply_checks import check_refusal, last_output, run_with_hooks
+from support.enable_checks import check_refusal, last_output, run_with_hooks
 from support.pipes import HookedCache, make_pipe, random_schedule, run, small_dit, small_pixart
 from support.tolerance import assert_close
 
 
 def test_module_hooks_on_the_transformer_run(dit):
-    harmonica_dit.apply(dit, random_schedule(dit.transformer))
+    harmonica_dit.enable_cache(dit, random_schedule(dit.transformer))
     seen = []
     dit.transformer.register_forward_pre_hook(lambda module, args: seen.append("before"))
     dit.transformer.register_forward_hook(lambda module, args, output: seen.append("after"))
@@ -27,15 +27,15 @@ def test_model_offload_is_honoured(dit, first):
     expected = run_with_hooks(dit, schedule)
     plain = run(dit)
     if first == "apply":
-        harmonica_dit.apply(dit, schedule)
+        harmonica_dit.enable_cache(dit, schedule)
     _, hook = cpu_offload_with_hook(dit.transformer, "cpu")
     if first == "offload":
-        harmonica_dit.apply(dit, schedule)
+        harmonica_dit.enable_cache(dit, schedule)
     moved, pre_forward = [], hook.hook.pre_forward
     hook.hook.pre_forward = lambda module, *a, **k: moved.append(module) or pre_forward(module, *a, **k)
     assert_close(run(dit), expected)
     assert len(moved) == 6 and all(module is dit.transformer for module in moved)
-    harmonica_dit.remove(dit)
+    harmonica_dit.disable_cache(dit)
     assert torch.equal(run(dit), plain)
 
 
@@ -43,7 +43,7 @@ def test_the_hooks_of_offloading_are_set_anew_on_the_transformer_itself(dit, mon
     """diffusers does so at the end of a call, with whatever `pipe.transformer` is then."""
     seen = []
     monkeypatch.setattr(DiTPipeline, "maybe_free_model_hooks", lambda self: seen.append(self.transformer))
-    harmonica_dit.apply(dit, random_schedule(dit.transformer))
+    harmonica_dit.enable_cache(dit, random_schedule(dit.transformer))
     run(dit)
     assert len(seen) == 1 and seen[0] is vars(dit)["transformer"]
 
@@ -55,7 +55,7 @@ def test_offloading_of_single_modules(dit, sigma):
     for pipe in (dit, sigma):
         cpu_offload(pipe.transformer, "cpu")
     assert dit.transformer.proj_out_2.weight.is_meta
-    harmonica_dit.apply(dit, schedule)
+    harmonica_dit.enable_cache(dit, schedule)
     assert_close(run(dit), expected)
     check_refusal(sigma, ValueError, "transformer_blocks.0: has a replaced forward .*enable_model_cpu_offload",
                   random_schedule(sigma.transformer))
@@ -76,7 +76,7 @@ def test_layerwise_casting_is_honoured(sigma):
     assert sigma.transformer.transformer_blocks[0].ff.net[-1].weight.dtype == torch.float8_e4m3fn
     expected = run_with_hooks(sigma, schedule)
     assert not torch.equal(expected, exact)
-    harmonica_dit.apply(sigma, schedule)
+    harmonica_dit.enable_cache(sigma, schedule)
     assert_close(run(sigma), expected)
 
 
@@ -93,12 +93,12 @@ def test_quantized_by_torchao(kind, first):
         with HookedCache(transformer, schedule):
             exact = last_output(pipe)
         if first == "apply":
-            harmonica_dit.apply(pipe, schedule)
+            harmonica_dit.enable_cache(pipe, schedule)
         torchao.quantize_(transformer, config)
         if first == "quantize":
-            harmonica_dit.apply(pipe, schedule)
+            harmonica_dit.enable_cache(pipe, schedule)
         ours = last_output(pipe)
-        harmonica_dit.remove(pipe)
+        harmonica_dit.disable_cache(pipe)
         with HookedCache(transformer, schedule):
             theirs = last_output(pipe)
         error = (theirs - exact).norm()

@@ -1,4 +1,4 @@
-"""`apply` on DiTPipeline, PixArtAlphaPipeline and PixArtSigmaPipeline gives what a slow cache of hooks gives."""
+"""`enable_cache` on DiTPipeline, PixArtAlphaPipeline and PixArtSigmaPipeline gives what a slow cache of hooks gives."""
 
 import copy
 import warnings
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import harmonica_dit
 from harmonica_dit.sample import ReferenceDDIM
-from support.apply_checks import last_output, run_with_hooks, schedule_on
+from support.enable_checks import last_output, run_with_hooks, schedule_on
 from support.pipes import HookedCache, make_pipe, random_schedule, run
 from support.tolerance import assert_close
 
@@ -20,7 +20,7 @@ def test_equals_the_hooked_pipeline(kind):
     pipe = make_pipe(kind)
     schedule = random_schedule(pipe.transformer)
     plain, expected = run(pipe), run_with_hooks(pipe, schedule)
-    harmonica_dit.apply(pipe, schedule)
+    harmonica_dit.enable_cache(pipe, schedule)
     first, second = run(pipe), run(pipe)
     assert_close(first, expected)
     assert torch.equal(first, second)
@@ -38,7 +38,7 @@ def test_bfloat16_is_as_near_the_truth_as_diffusers(kind):
     for name, pipe in (("exact", exact), ("rounded", rounded)):
         with HookedCache(pipe.transformer, schedule):
             latents[name] = last_output(pipe)
-    harmonica_dit.apply(rounded, schedule)
+    harmonica_dit.enable_cache(rounded, schedule)
     ours = last_output(rounded)
     error = (latents["rounded"] - latents["exact"]).norm()
     assert 0 < error and (ours - latents["exact"]).norm() <= 2 * error
@@ -46,7 +46,7 @@ def test_bfloat16_is_as_near_the_truth_as_diffusers(kind):
 
 def test_only_computed_branches_are_called(pipe):
     schedule = random_schedule(pipe.transformer, share=0.4)
-    harmonica_dit.apply(pipe, schedule)
+    harmonica_dit.enable_cache(pipe, schedule)
     called = []
     for k, name in enumerate(schedule.branches):
         pipe.transformer.get_submodule(name).register_forward_hook(lambda *_, k=k: called.append(k))
@@ -58,7 +58,7 @@ def test_the_text_is_projected_once_a_trajectory(sigma):
     """Its keys and values too."""
     schedule = random_schedule(sigma.transformer, 40, forecast=False)
     expected = run_with_hooks(sigma, schedule, steps=40)
-    harmonica_dit.apply(sigma, schedule)
+    harmonica_dit.enable_cache(sigma, schedule)
     called = []
     names = ("caption_projection", "transformer_blocks.0.attn2.to_k", "transformer_blocks.1.attn2.to_v")
     for i, name in enumerate(names):
@@ -87,7 +87,7 @@ def test_nothing_is_read_back_while_the_transformer_runs(pipe):
                 reads.append(func)
             return func(*args, **kwargs or {})
 
-    harmonica_dit.apply(pipe, random_schedule(pipe.transformer))
+    harmonica_dit.enable_cache(pipe, random_schedule(pipe.transformer))
     pipe.transformer.register_forward_pre_hook(lambda *_: inside.append(1))
     pipe.transformer.register_forward_hook(lambda *_: inside.clear())
     with Reads():
@@ -102,7 +102,7 @@ def test_nothing_is_read_back_while_the_transformer_runs(pipe):
 def test_batches_and_guidance(pipe, call):
     schedule = random_schedule(pipe.transformer)
     expected = run_with_hooks(pipe, schedule, **call)
-    harmonica_dit.apply(pipe, schedule)
+    harmonica_dit.enable_cache(pipe, schedule)
     run(pipe)  # a call of another shape leaves nothing behind
     assert_close(run(pipe, **call), expected)
 
@@ -111,7 +111,7 @@ def test_batches_and_guidance(pipe, call):
 def test_image_sizes_and_images_per_prompt(sigma, call):
     schedule = random_schedule(sigma.transformer)
     expected = run_with_hooks(sigma, schedule, **call)
-    harmonica_dit.apply(sigma, schedule)
+    harmonica_dit.enable_cache(sigma, schedule)
     run(sigma)
     assert_close(run(sigma, **call), expected)
 
@@ -135,5 +135,5 @@ def test_a_prompt_through_t5():
     schedule = random_schedule(pipe.transformer, 4)
     with HookedCache(pipe.transformer, schedule):
         expected = call()
-    harmonica_dit.apply(pipe, schedule)
+    harmonica_dit.enable_cache(pipe, schedule)
     assert_close(call(), expected)

@@ -1,4 +1,4 @@
-"""What `apply` takes and what it refuses: routers, schedules and files, other models, other steps."""
+"""What `enable_cache` takes and what it refuses: routers, schedules and files, other models, other steps."""
 
 import dataclasses
 import warnings
@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 import harmonica_dit
 from harmonica_dit import HarmoniCaConfig, Router, Schedule
-from support.apply_checks import check_refusal, random_router, run_with_hooks, schedule_on, steps_of
+from support.enable_checks import check_refusal, random_router, run_with_hooks, schedule_on, steps_of
 from support.pipes import LINEAR, make_pipe, random_schedule, run, small_pixart
 from support.tolerance import assert_close
 
@@ -44,7 +44,7 @@ def test_the_fingerprint_goes_through_files(dit, tmp_path):
     schedule.save(tmp_path / "schedule")
     for found in (loaded, schedule, Schedule.load(tmp_path / "schedule")):
         assert {name: getattr(found, name) for name in made_for} == made_for and found.guidance == 3.0
-    assert harmonica_dit.apply(dit, tmp_path / "router").adapter.architecture == made_for["architecture"]
+    assert harmonica_dit.enable_cache(dit, tmp_path / "router").adapter.architecture == made_for["architecture"]
     for change in (dict(resolution=(8,)), dict(resolution=(8, 0)), dict(architecture={"K": [4]}), dict(architecture=4)):
         with pytest.raises((TypeError, ValueError), match=next(iter(change))):
             random_router(dit, **change)
@@ -99,15 +99,15 @@ def test_warns_once_of_what_the_router_was_not_trained_for(sigma):
     made = steps_of(sigma.scheduler, 6)
     others = tuple(t - 1 for t in made)
     schedule = random_schedule(sigma.transformer, timesteps=made, guidance=3.0, resolution=(8, 12))
-    harmonica_dit.apply(sigma, schedule)
+    harmonica_dit.enable_cache(sigma, schedule)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run(sigma)
     ours = warnings_of(lambda: [run(sigma, guidance=7.0, height=32) for _ in range(2)])
     assert len(ours) == 2 and "guidance_scale: this call's is 7, the router was trained with 3" in ours
     assert any("latents are (16, 12), the router was trained with (8, 12)" in text for text in ours)
-    harmonica_dit.remove(sigma)
-    harmonica_dit.apply(sigma, dataclasses.replace(schedule, timesteps=others, guidance=1.0))
+    harmonica_dit.disable_cache(sigma)
+    harmonica_dit.enable_cache(sigma, dataclasses.replace(schedule, timesteps=others, guidance=1.0))
     ours = warnings_of(lambda: [run(sigma, guidance=guidance) for guidance in (0.5, 1.0)])  # neither uses guidance
     assert len(ours) == 1 and ours[0].startswith("timesteps: this call's are")
 
@@ -136,13 +136,13 @@ def test_routers_for_other_models(dit, sigma, tmp_path):
     check_refusal(dit, ValueError, f"{no_fingerprint}: for 16 branches", no_fingerprint)
     named = dataclasses.replace(schedule, architecture=arch, model="facebook/DiT-XL-2-256")
     with pytest.warns(UserWarning, match="made for the model 'facebook/DiT-XL-2-256'"):
-        harmonica_dit.apply(dit, named)
+        harmonica_dit.enable_cache(dit, named)
     run(dit)
-    harmonica_dit.remove(dit)
+    harmonica_dit.disable_cache(dit)
     dit.register_to_config(_name_or_path="facebook/DiT-XL-2-256")  # as from_pretrained does
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        harmonica_dit.apply(dit, named)
+        harmonica_dit.enable_cache(dit, named)
 
 
 def test_other_bad_input(dit, sigma, tmp_path):
@@ -160,10 +160,10 @@ def test_other_bad_input(dit, sigma, tmp_path):
     sigma.transformer = None
     refused_none = random_schedule(small_pixart())
     with pytest.raises(TypeError, match="transformer: got NoneType"):
-        harmonica_dit.apply(sigma, refused_none)
+        harmonica_dit.enable_cache(sigma, refused_none)
 
 
 def test_a_pipeline_that_is_not_supported(dit):
     for pipe in (StableDiffusionPipeline.__new__(StableDiffusionPipeline), dit.transformer, None):
         with pytest.raises(TypeError, match=rf"pipe: got {type(pipe).__name__}, expected one of DiTPipeline"):
-            harmonica_dit.apply(pipe, "fashion-dit-2.0x")
+            harmonica_dit.enable_cache(pipe, "fashion-dit-2.0x")

@@ -1,4 +1,4 @@
-"""What several tests of `apply` do: run, compare with hooks, see that nothing is left behind."""
+"""What several tests of `enable_cache` do: run, compare with hooks, see that nothing is left behind."""
 
 import copy
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from support.pipes import HookedCache, names_of, run
 
 
 def run_with_hooks(pipe, schedule, **call):
-    """What `run` gives where hooks, instead of `apply`, replace the outputs that the schedule reuses."""
+    """What `run` gives where hooks, instead of `enable_cache`, replace the outputs that the schedule reuses."""
     with HookedCache(pipe.transformer, schedule):
         return run(pipe, **call)
 
@@ -34,9 +34,9 @@ def random_router(pipe, steps=6, **settings):
 @contextmanager
 def schedule_on(pipe, *args, **kwargs):
     """The schedule is applied inside the `with`, and removed after it."""
-    harmonica_dit.apply(pipe, *args, **kwargs)
+    harmonica_dit.enable_cache(pipe, *args, **kwargs)
     yield
-    harmonica_dit.remove(pipe)
+    harmonica_dit.disable_cache(pipe)
 
 
 def last_output(pipe):
@@ -56,9 +56,9 @@ def pipeline_state(pipe):
 
 
 def check_refusal(pipe, error, message, *args, **kwargs):
-    """`apply` with these arguments raises, and leaves the pipeline as it was."""
+    """`enable_cache` with these arguments raises, and leaves the pipeline as it was."""
     before = pipeline_state(pipe) if "transformer" in vars(pipe) else None
     with pytest.raises(error, match=message):
-        harmonica_dit.apply(pipe, *args, **kwargs)
+        harmonica_dit.enable_cache(pipe, *args, **kwargs)
     if before is not None:
         assert pipeline_state(pipe) == before

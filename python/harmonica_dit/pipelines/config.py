@@ -1,0 +1,81 @@
+"""What is to be done with a pipeline's calls: a speedup to reach, or a schedule that is there already."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+from harmonica_dit.fashion import find
+from harmonica_dit.files import load_tensors
+from harmonica_dit.router import Router
+from harmonica_dit.schedule import Schedule
+from harmonica_dit.validate import is_number
+
+MISMATCH = ("error", "resample")
+
+
+@dataclass(frozen=True)
+class HarmoniCaConfig:
+    """What `enable_cache` does; exactly one of `speedup` and `schedule`.
+
+    Args:
+        speedup: in FLOPs. Needs no training: of whatever number of steps a call has, as few are computed as reach it,
+            whole and as evenly spaced as they can be. At the others the trunk is forecast to first order; or the
+            branches, where a model's trunk cannot be reused.
+        schedule: a schedule, a router, a file of either, or the name of a bundled one.
+        threshold: τ of a router; None takes its own.
+        on_mismatch: what to do if a call's timesteps are not the schedule's. "error" refuses another number of them;
+            "resample" maps the schedule to them (`Schedule.resampled`).
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+
+    speedup: float | None = None
+    schedule: str | os.PathLike | Router | Schedule | None = None
+    threshold: float | None = None
+    on_mismatch: str = "error"
+
+    def __post_init__(self):
+        if (self.speedup is None) == (self.schedule is None):
+            raise ValueError(f"speedup, schedule: give exactly one of them, got {self.speedup!r} and {self.schedule!r}")
+        if self.speedup is not None and (not is_number(self.speedup) or self.speedup < 1):
+            raise ValueError(f"speedup: got {self.speedup!r}, expected a number from 1 on")
+        if self.on_mismatch not in MISMATCH:
+            raise ValueError(f"on_mismatch: got {self.on_mismatch!r}, expected one of {MISMATCH}")
+        if self.threshold is not None and (self.schedule is None or isinstance(self.schedule, Schedule)):
+            raise ValueError("threshold: is a router's, got it with " + (
+                "a speedup" if self.schedule is None else "a schedule, which has been decided already"))
+
+    @classmethod
+    def of(cls, wanted) -> "HarmoniCaConfig":
+        """The configuration in `enable_cache`'s second argument."""
+        if isinstance(wanted, cls):
+            return wanted
+        if isinstance(wanted, (int, float)) and not isinstance(wanted, bool):
+            return cls(speedup=wanted)
+        if isinstance(wanted, (str, os.PathLike, Router, Schedule)):
+            return cls(schedule=wanted)
+        raise TypeError(f"config: got {type(wanted).__name__}, expected a speedup, a HarmoniCaConfig, a Schedule, a "
+                        "Router or a file of one")
+
+    @property
+    def source(self) -> str:
+        """Where the schedule comes from, to begin error messages with."""
+        return f"{self.schedule}: " if isinstance(self.schedule, (str, os.PathLike)) else "schedule: "
+
+    @cached_property
+    def loaded(self) -> Schedule | None:
+        """The schedule; None if a speedup is wanted.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it holds something else, or τ is out of range.
+        """
+        found = self.schedule
+        if isinstance(found, (str, os.PathLike)):
+            path = find(found)
+            tensors, metadata = load_tensors(path)
+            cls = Schedule if metadata.get("kind") == "schedule" else Router
+            found = cls.from_tensors(tensors, metadata, path)
+            if self.threshold is not None and cls is Schedule:
+                raise ValueError(f"threshold: is a router's, {path} is a schedule, which has been decided already")
+        return found.schedule(self.threshold) if isinstance(found, Router) else found

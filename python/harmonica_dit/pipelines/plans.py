@@ -1,0 +1,216 @@
+"""What a transformer's calls are run by: its adapter, a forward's costs, and the schedule for a trajectory's steps."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from harmonica_dit.flops import Flops, count_call
+from harmonica_dit.methods.fora import fora
+from harmonica_dit.methods.trunk import trunk_forecast
+from harmonica_dit.methods.uncached import uncached
+from harmonica_dit.sample.schedulers import scheduler_name
+from harmonica_dit.schedule import Schedule
+from harmonica_dit.validate import check_fits, shorten
+
+from .adapters import adapt, has_fused_adapter, model_name
+from .adapters.fused import FusedAdapter
+from .adapters.generic import GenericAdapter
+from .config import HarmoniCaConfig
+from .streams import Planned, Streams, latents_of
+from .summary import Summary
+
+
+class Plans:
+    """Of one enabled cache, for its transformers.
+
+    Args:
+        config: what is wanted. source: of the pipeline's weights; "" if unknown.
+    """
+
+    def __init__(self, config: HarmoniCaConfig, source: str = ""):
+        self.config, self.source = config, source
+        self._traced: dict[tuple, GenericAdapter] = {}  # by transformer and shape of the latents
+        self._counted: dict[tuple, Flops] = {}  # likewise
+        self._planned: dict[tuple, Planned] = {}  # by the same, and the steps
+        self._warned: set[str] = set()
+        self._checked: WeakSet[nn.Module] = WeakSet()
+
+    def check(self, transformer: nn.Module, scheduler) -> None:
+        """Refuses, when a cache is enabled, what can be refused before a call.
+
+        Raises:
+            TypeError, ValueError: the transformer cannot be run so, or the schedule is not for it.
+        """
+        check_hooks(transformer)
+        if transformer in self._checked:
+            return
+        adapter, _ = self._adapter(transformer)
+        schedule, where = self.config.loaded, self.config.source
+        self._checked.add(transformer)
+        if schedule is None:
+            return
+        if self.config.on_mismatch == "resample" and schedule.timesteps is None:
+            raise ValueError("on_mismatch: this schedule does not say what timesteps it was made for, so it cannot be "
+                             "resampled")
+        check_fits(where, schedule, adapter)
+        if schedule.unit == "trunk":
+            width = adapter.architecture["D"]
+            schedule.check_forecaster(where, width, None if scheduler is None else scheduler_name(scheduler))
+        if isinstance(adapter, GenericAdapter):
+            if schedule.runs is not None:
+                raise ValueError(f"{where}decides on runs of branches, which needs a model with a fused adapter")
+            if schedule.unit == "trunk" and (schedule.forecaster.tokens is not None
+                                             or schedule.forecaster.condition is not None):
+                raise ValueError(f"{where}its forecaster was learned for a model that runs branch by branch; "
+                                 f"{type(transformer).__name__} has no fused adapter")
+            adapter.check(schedule.unit)
+
+    def streams(self, name: str, transformer: nn.Module, forward: Callable, args: tuple, kwargs: dict, *, steps: int,
+                timesteps: tuple[float, ...], hoist: bool, first: int, summary: Summary) -> Streams:
+        """Begins a trajectory of a transformer, with the first of its calls.
+
+        Args:
+            steps: T. timesteps: the scheduler's. hoist: whether the transformer is given these as they are.
+            first: the step of this call; not 0 for a second transformer, which goes on where another ended.
+
+        Raises:
+            ValueError: the schedule is not for such steps, or the speedup cannot be reached in so many.
+        """
+        check_hooks(transformer)
+        if self.config.loaded is not None:
+            first = 0  # a schedule is for all steps of a trajectory, whoever runs them
+        adapter, why = self._adapter(transformer)
+        latents = latents_of(transformer, args, kwargs)
+        key = id(transformer), *(tuple(t.shape) for t in latents)
+        adapter, flops = self._look(adapter, key, forward, args, kwargs)
+        key = *key, timesteps[first:]
+        if key not in self._planned:
+            size = adapter.trunk_size if isinstance(adapter, GenericAdapter) else adapter.trunk_values(latents[0])
+            self._planned[key] = Planned(self._schedule(adapter, flops, size, max(1, steps - first), timesteps[first:],
+                                                        first))
+        planned = self._planned[key]
+        schedule = planned.schedule
+        self._say(schedule.nothing_gained())
+        summary.steps, summary.schedule, summary.unit = steps, schedule.origin, schedule.unit
+        summary.path = "fused" if isinstance(adapter, FusedAdapter) else "generic" + (f" ({why})" if why else "")
+        if isinstance(adapter, GenericAdapter):
+            adapter.check(schedule.unit)
+            summary.left_out |= adapter.left_out if schedule.unit == "branch" else {}
+        return Streams(transformer, name, adapter, planned, flops, timesteps[first:] if hoist else None, first, summary)
+
+    def _look(self, adapter, key: tuple, forward: Callable, args: tuple, kwargs: dict):
+        """The adapter, and what a forward costs: the schedule knows it, or a forward is run to count it."""
+        schedule = self.config.loaded
+        if isinstance(adapter, GenericAdapter) and (schedule is None or schedule.unit == "trunk"):
+            known = self._traced.get(key)
+            if known is None or not known.is_current():
+                adapter._trace(forward, args, kwargs)
+                known = self._traced[key] = adapter
+            if schedule is not None and known.trunk_left_out:
+                raise ValueError(f"{self.config.source}forecasts the trunk, which {type(adapter.transformer).__name__} "
+                                 f"cannot reuse: {known.trunk_left_out}")
+            return known, known.flops if known.trunk_flops is None else known.trunk_flops
+        if schedule is not None:
+            return adapter, schedule.flops
+        if key not in self._counted:
+            self._counted[key] = count_call(adapter, lambda: adapter(*args, **kwargs))
+        return adapter, self._counted[key]
+
+    def _adapter(self, transformer: nn.Module):
+        """The adapter, and why it is not the fused one where there is one."""
+        why = ""
+        if has_fused_adapter(transformer):
+            try:
+                adapter = adapt(transformer)
+            except ValueError as error:
+                why = str(error)
+            else:
+                adapter.name = model_name(self.source or adapter.name)
+                return adapter, why
+        schedule = self.config.loaded
+        return GenericAdapter(transformer, None if schedule is None else schedule.branches), why
+
+    def _schedule(self, adapter, flops: Flops, size: int | None, steps: int, timesteps: tuple[float, ...],
+                  first: int) -> Schedule:
+        if self.config.loaded is not None:
+            return self._fitted(self.config.loaded, steps, timesteps)
+        net = _Costs(adapter, flops, size)
+        if steps == 1:
+            return uncached(net, 1)
+        try:
+            if size is None:
+                return fora(net, steps, speedup=self.config.speedup, order=1)
+            return trunk_forecast(net, steps, speedup=self.config.speedup)
+        except ValueError:
+            if not first:
+                raise
+            return uncached(net, steps)  # of a second transformer, which has too few steps left; the image is half made
+
+    def _fitted(self, schedule: Schedule, steps: int, timesteps: tuple[float, ...]) -> Schedule:
+        """The schedule that was given, for a call's timesteps."""
+        made, T = schedule.timesteps, schedule.steps
+        if steps == T and made in (None, timesteps):
+            return schedule
+        learned = schedule.unit == "trunk" and schedule.forecaster.order is None
+        if self.config.on_mismatch == "resample" and not learned:
+            return schedule.resampled(timesteps)
+        if steps != T:
+            raise ValueError(
+                f"num_inference_steps: this call has {steps} steps, the schedule is for T = {T}"
+                + (f" (timesteps {shorten(made)})" if made else "") + f"; use {T} steps, or a schedule made for {steps}"
+                + ("" if learned else ', or HarmoniCaConfig(schedule=…, on_mismatch="resample")'))
+        if learned:
+            raise ValueError(f"timesteps: this call's are {shorten(timesteps)}, the forecaster's weights belong to "
+                             f"{shorten(made)}; pass those as timesteps=, or use a forecaster for this scheduler")
+        self._say(f"timesteps: this call's are {shorten(timesteps)}, the schedule is for {shorten(made)}")
+        return schedule
+
+    def check_call(self, guidance, latents: Sequence[Tensor]) -> None:
+        """Warns, once for each, of guidance and resolution that the schedule was not made for."""
+        schedule = self.config.loaded
+        if schedule is None:
+            return
+        if guidance is not None and schedule.guidance not in (None, max(float(guidance), 1.0)):
+            self._say(f"guidance_scale: this call's is {max(float(guidance), 1.0):g}, the schedule is for "
+                      f"{schedule.guidance:g}")  # up to 1, pipelines run without guidance
+        size = tuple(latents[0].shape[-2:]) if latents else None
+        if schedule.resolution is not None and size not in (None, schedule.resolution):
+            self._say(f"resolution: this call's latents are {size}, the schedule is for {schedule.resolution}")
+
+    def _say(self, text: str | None) -> None:
+        """Warns, but only once of one thing."""
+        if text and text.split(":")[0] not in self._warned:
+            self._warned.add(text.split(":")[0])
+            warnings.warn(text, stacklevel=2)
+
+
+class _Costs:
+    """What a method needs to know of a transformer: in place of a denoiser."""
+
+    def __init__(self, adapter, flops: Flops, size: int | None):
+        self.branch_names, self.name, self.architecture = adapter.branch_names, adapter.name, adapter.architecture
+        self.flops, self.trunk_size = flops, size
+
+
+GROUP_OFFLOAD = "group_offloading"
+
+
+def check_hooks(transformer: nn.Module) -> None:
+    """Refuses what would be passed by, or would take part in deciding what is computed.
+
+    Raises:
+        ValueError: the message names it, and what to use instead.
+    """
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError("transformer: another cache is enabled on it, by its own enable_cache; call "
+                         "transformer.disable_cache() first")
+    if hasattr(transformer, "_orig_mod"):
+        raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside it; "
+                         "take transformer._orig_mod and call compile_repeated_blocks() on that")
+    for name, module in transformer.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and any(GROUP_OFFLOAD in hook for hook in registry.hooks):
+            raise ValueError(f"{name or 'transformer'}: is offloaded group by group, which loads a group while the one "
+                             "before it runs, and it may not run; use pipe.enable_model_cpu_offload()")
