@@ -42,7 +42,7 @@ COLUMNS = {
     "error": cell("error", "{:.3g}"),
     "ours  ": cell("our_error", "{:.3g}"),
 }
-CAPTION = """ours: harmonica_dit.apply with a schedule that skips the same branches at the same steps (2 lines).
+CAPTION = """ours: harmonica_dit.enable_cache with a schedule that skips the same branches at the same steps (2 lines).
 speedup: over the plain pipeline. overhead: a step's time outside the computed branches, minus that of the uncached run.
 error: of the final latents, root mean square relative to the uncached ones."""
 

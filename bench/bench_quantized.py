@@ -23,7 +23,7 @@ from bench.record import cell, installed_version
 from bench.replay import Measured
 from bench.timing import interleave, medians, quartiles, relative_error
 from harmonica_dit.flops import count_call
-from harmonica_dit.pipelines import apply
+from harmonica_dit.pipelines import enable_cache
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
 
@@ -157,7 +157,7 @@ class Pipeline:
                          negative_prompt_embeds=text[1:], negative_prompt_attention_mask=mask[1:])
         self.size = 8 * transformer.config.sample_size
         if schedule is not None:
-            apply(self.pipe, schedule)
+            enable_cache(self.pipe, schedule)
 
     def run(self, steps: int) -> Tensor:
         """The final latents."""

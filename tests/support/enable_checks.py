@@ -33,7 +33,7 @@ def random_router(pipe, steps=6, **settings):
 
 @contextmanager
 def schedule_on(pipe, *args, **kwargs):
-    """The schedule is applied inside the `with`, and removed after it."""
+    """The cache is enabled inside the `with`, and disabled after it."""
     harmonica_dit.enable_cache(pipe, *args, **kwargs)
     yield
     harmonica_dit.disable_cache(pipe)
@@ -50,7 +50,7 @@ def last_output(pipe):
 
 
 def pipeline_state(pipe):
-    """What `remove` has to give back: class and attributes of pipeline, transformer and all its modules."""
+    """What `disable_cache` has to give back: class and attributes of pipeline, transformer and all its modules."""
     modules = [(module, type(module), dict(vars(module))) for module in pipe.transformer.modules()]
     return type(pipe), {name: id(value) for name, value in vars(pipe).items()}, modules
 

@@ -39,7 +39,7 @@ class Oracle:
 
 
 def over(f, *outputs):
-    if isinstance(outputs[0], tuple):
+    if isinstance(outputs[0], (tuple, list)):
         return tuple(None if parts[0] is None else f(*parts) for parts in zip(*outputs))
     return f(*outputs)
 

@@ -50,9 +50,8 @@ def cached_class(base: type) -> type:
 
         def __reduce_ex__(self, protocol):
             """For copy, deepcopy and pickle: the copy is a plain pipeline, for a cache belongs to one."""
-            make, (_, *rest), state, *more = super().__reduce_ex__(protocol)
             warnings.warn("pipe: its copy has no cache; call harmonica_dit.enable_cache on the copy", stacklevel=2)
-            return make, (base, *rest), {name: value for name, value in state.items() if name != "_harmonica"}, *more
+            return base.__new__, (base,), {name: value for name, value in vars(self).items() if name != "_harmonica"}
 
     return _like(Cached, base)
 

@@ -117,17 +117,21 @@ class Enabled:
         """A copy of the target has no cache enabled on it: this one's target is the original."""
         return self
 
+    def __reduce__(self):
+        raise TypeError("transformer: cannot be pickled while a cache is enabled on it; call "
+                        "harmonica_dit.disable_cache first")
+
 
 class EnabledPipeline(Enabled):
     """A cache on a pipeline."""
 
     def __init__(self, pipe, config: HarmoniCaConfig):
-        super().__init__(pipe)
         names = [name for name, part in getattr(pipe, "components", {}).items()
                  if "transformer" in name and isinstance(part, nn.Module)]
         if not names or not hasattr(pipe, "scheduler"):
             raise TypeError(f"target: got {type(pipe).__name__}, expected a diffusers pipeline with a transformer and "
                             "a scheduler; or a transformer, with timesteps=")
+        super().__init__(pipe)
         self.config, self._names, self._last = config, names, [Summary()]
         self._plans = Plans(config, pipe.config.get("_name_or_path") or "")
         for name in names:

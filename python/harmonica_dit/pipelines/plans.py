@@ -17,6 +17,7 @@ from harmonica_dit.validate import check_fits, shorten
 from .adapters import adapt, has_fused_adapter, model_name
 from .adapters.fused import FusedAdapter
 from .adapters.generic import GenericAdapter
+from .adapters.replace_forwards import runs_its_own
 from .config import HarmoniCaConfig
 from .streams import Planned, Streams, latents_of
 from .summary import Summary
@@ -120,8 +121,8 @@ class Plans:
 
     def _adapter(self, transformer: nn.Module):
         """The adapter, and why it is not the fused one where there is one."""
-        why = ""
-        if has_fused_adapter(transformer):
+        why = "" if runs_its_own(transformer) else "the transformer's forward has been replaced"
+        if has_fused_adapter(transformer) and not why:
             try:
                 adapter = adapt(transformer)
             except ValueError as error:

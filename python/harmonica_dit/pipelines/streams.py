@@ -101,7 +101,8 @@ class Streams:
         stream = self._find(s, context, args, kwargs)
         planned, i = stream.decide(s)
         stream.last = s
-        schedule, device = planned.schedule, next(self.transformer.parameters()).device
+        # not where the weights are: while the model is offloaded they are elsewhere
+        schedule, device = planned.schedule, latents_of(self.transformer, args, kwargs)[0].device
         row, weights = schedule.rows[i], schedule.forecast_weights_on(device)[i]
         if self.planned.schedule.unit == "trunk" and schedule.unit == "branch":  # computed whole
             row = None

@@ -1,33 +1,38 @@
-"""`enable_cache` and `remove`: what is left behind, also by a call that raised, and what a copy keeps."""
+"""`enable_cache` and `disable_cache`: what is left behind, also by a call that raised, and what a copy keeps."""
 
 import copy
 import gc
 import inspect
+import pickle
 import weakref
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, PixArtSigmaPipeline
 
 import harmonica_dit
+from harmonica_dit.pipelines import cached_pipeline
+from harmonica_dit.pipelines.adapters.replace_forwards import dispatch_of
 from harmonica_kernels import FeatureCache
-from support.enable_checks import check_refusal, pipeline_state, run_with_hooks
+from support.enable_checks import check_refusal, pipeline_state, run_with_hooks, steps_of
 from support.pipes import make_pipe, random_schedule, run, small_dit
 from support.tolerance import assert_close
 
 
-def test_remove_restores_the_pipeline_to_the_bit(pipe):
+def test_disabling_restores_the_pipeline_to_the_bit(pipe):
     plain, before = run(pipe), pipeline_state(pipe)
     weights = copy.deepcopy(pipe.transformer.state_dict())
-    applied = harmonica_dit.enable_cache(pipe, random_schedule(pipe.transformer))
+    enabled = harmonica_dit.enable_cache(pipe, random_schedule(pipe.transformer))
     assert not torch.equal(run(pipe), plain)
-    applied.remove()
+    enabled.disable()
     assert pipeline_state(pipe) == before
     assert all(torch.equal(value, weights[name]) for name, value in pipe.transformer.state_dict().items())
     assert torch.equal(run(pipe), plain)
-    with pytest.raises(ValueError, match="no schedule is applied"):
-        harmonica_dit.disable_cache(pipe)
-    harmonica_dit.enable_cache(pipe, random_schedule(pipe.transformer))  # and it can be applied again
+    harmonica_dit.disable_cache(pipe)  # nothing happens
+    enabled.disable()
+    with pytest.raises(ValueError, match="no cache is enabled"):
+        harmonica_dit.summary(pipe)
+    harmonica_dit.enable_cache(pipe, random_schedule(pipe.transformer))  # and it can be enabled again
     harmonica_dit.disable_cache(pipe)
     assert pipeline_state(pipe) == before
 
@@ -45,17 +50,41 @@ def test_the_pipeline_stays_what_it_is(pipe, tmp_path):
         assert torch.equal(loaded.transformer.proj_out_2.weight, transformer.proj_out_2.weight)
 
 
-def test_a_copy_of_the_pipeline_stands_alone(sigma):
-    schedule = random_schedule(sigma.transformer)
-    harmonica_dit.enable_cache(sigma, schedule)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
+def test_a_copy_is_a_plain_pipeline_and_says_so(sigma, copied):
+    plain, schedule = run(sigma), random_schedule(sigma.transformer)
+    enabled = harmonica_dit.enable_cache(sigma, schedule)
     expected = run(sigma)
-    other = copy.deepcopy(sigma)
-    for p in sigma.transformer.parameters():
-        p.data.zero_()
-    assert torch.equal(run(other), expected)
+    with pytest.warns(UserWarning, match="its copy has no cache; call harmonica_dit.enable_cache on the copy"):
+        other = copied(sigma)
+    other.set_progress_bar_config(disable=True)
+    assert type(other) is PixArtSigmaPipeline and torch.equal(run(other), plain)
     harmonica_dit.disable_cache(other)
-    with pytest.raises(ValueError, match="applied already"):
-        harmonica_dit.enable_cache(sigma, schedule)
+    enabled_there = harmonica_dit.enable_cache(other, schedule)
+    assert torch.equal(run(other), expected) and torch.equal(run(sigma), expected)
+    enabled.disable()
+    assert torch.equal(run(other), expected) and torch.equal(run(sigma), plain)
+    enabled_there.disable()
+    assert torch.equal(run(other), plain)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_transformer_is_plain(dit):
+    x = torch.randn(2, 4, 8, 8), torch.tensor([900, 900]), torch.tensor([1, 1000])
+    schedule = random_schedule(dit.transformer)
+    harmonica_dit.enable_cache(dit.transformer, schedule, timesteps=[900, 700, 500, 300, 200, 100])
+    other = copy.deepcopy(dit.transformer)
+    dit.transformer(*x)
+    with pytest.raises(TypeError, match="cannot be pickled while a cache is enabled"):
+        pickle.dumps(dit.transformer)
+    harmonica_dit.disable_cache(other)
+    for p in dit.transformer.parameters():
+        p.zero_()
+    assert other(*x).sample.any() and not dit.transformer(*x).sample.any()
+    with pytest.raises(ValueError, match="transformer: no cache is enabled"):
+        harmonica_dit.summary(other)
+    harmonica_dit.disable_cache(dit.transformer)
+    pickle.dumps(dit.transformer)
 
 
 def test_a_subclass_is_supported():
@@ -73,38 +102,57 @@ def test_a_subclass_is_supported():
     assert type(pipe) is Mine
 
 
-def test_a_second_apply(dit):
-    schedule = random_schedule(dit.transformer)
+def test_enabling_again_replaces_and_an_old_handle_does_nothing(dit):
+    plain = run(dit)
+    old = harmonica_dit.enable_cache(dit, random_schedule(dit.transformer))
+    first = run(dit)
+    new = harmonica_dit.enable_cache(dit, random_schedule(dit.transformer, seed=1))
+    second = run(dit)
+    assert not torch.equal(first, second)
+    old.disable()
+    assert torch.equal(run(dit), second)
+    check_refusal(dit, ValueError, "for 16 branches", "fashion-dit-2.0x")  # what is refused replaces nothing
+    assert torch.equal(run(dit), second)
+    new.disable()
+    assert torch.equal(run(dit), plain) and type(dit) is DiTPipeline
+
+
+def test_parts_changed_after_enabling(dit):
+    """They are used, or refused."""
+    schedule = random_schedule(dit.transformer, timesteps=steps_of(dit.scheduler, 6))
     harmonica_dit.enable_cache(dit, schedule)
-    expected = run(dit)
-    check_refusal(dit, ValueError, "applied already .*remove", random_schedule(dit.transformer, seed=1))
-    assert torch.equal(run(dit), expected)
-
-
-def test_parts_changed_after_apply(dit):
-    harmonica_dit.enable_cache(dit, random_schedule(dit.transformer))
     expected, scheduler, transformer = run(dit), dit.scheduler, dit.transformer
-    dit.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    with pytest.raises(ValueError, match="was a DDIMScheduler when .* is a DPMSolverMultistepScheduler now.*remove"):
-        run(dit)
-    dit.scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-    with pytest.raises(ValueError, match="DDIMScheduler .* is one of another configuration now"):
-        run(dit)
-    dit.scheduler = DDIMScheduler.from_config(scheduler.config)
+    str(dit.scheduler)  # which adds to the scheduler's configuration
     assert torch.equal(run(dit), expected)
-    dit.transformer = small_dit()
-    with pytest.raises(ValueError, match="pipe.transformer: is another module"):
+    dit.scheduler = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    with pytest.warns(UserWarning, match="timesteps: this call's are"):
+        run(dit)
+    dit.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+    changed = run(dit)
+    harmonica_dit.disable_cache(dit)
+    assert_close(changed, run_with_hooks(dit, schedule))
+    harmonica_dit.enable_cache(dit, schedule)
+    dit.scheduler = scheduler
+    dit.transformer = small_dit(num_layers=3)
+    with pytest.raises(ValueError, match="for 4 branches .* has 6"):
         run(dit)
     dit.transformer = transformer
-    transformer.transformer_blocks[1].compile(backend="eager")
-    with pytest.raises(ValueError, match="transformer_blocks.1: has been compiled"):
+    transformer.transformer_blocks[1].ff = small_dit().transformer_blocks[0].ff
+    swapped = run(dit)
+    harmonica_dit.disable_cache(dit)
+    assert_close(swapped, run_with_hooks(dit, schedule))
+
+
+def test_compiled_after_enabling(dit):
+    schedule = random_schedule(dit.transformer)
+    harmonica_dit.enable_cache(dit, schedule)
+    dit.transformer.transformer_blocks[1].compile(backend="eager")
+    with pytest.raises(ValueError, match="transformer_blocks.1: has been compiled.*ff.compile|attn1.compile"):
         run(dit)
-    transformer.transformer_blocks[1]._compiled_call_impl = None
-    transformer.compile(backend="eager")
+    dit.transformer.transformer_blocks[1]._compiled_call_impl = None
+    dit.transformer.compile(backend="eager")
     with pytest.raises(ValueError, match="transformer: has been compiled"):
         run(dit)
-    transformer._compiled_call_impl = None
-    assert torch.equal(run(dit), expected)
 
 
 class Stop(Exception):
@@ -128,7 +176,7 @@ def test_a_call_that_raised_leaves_nothing_behind(pipe, at):
     with pytest.raises(Stop):
         run(pipe)
     handle.remove()
-    assert not pipe._harmonica._trajectories
+    assert dispatch_of(pipe.transformer) is None and not cached_pipeline._users
     assert torch.equal(run(pipe), expected)
 
 

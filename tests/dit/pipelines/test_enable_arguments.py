@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 import harmonica_dit
 from harmonica_dit import HarmoniCaConfig, Router, Schedule
 from support.enable_checks import check_refusal, random_router, run_with_hooks, schedule_on, steps_of
-from support.pipes import LINEAR, make_pipe, random_schedule, run, small_pixart
+from support.pipes import LINEAR, make_pipe, random_schedule, run
 from support.tolerance import assert_close
 
 
@@ -23,11 +23,10 @@ def test_router_schedule_file_and_config_are_the_same(sigma, tmp_path):
             ("router", router, None), ("path", tmp_path / "router.safetensors", None), ("0.6", router, 0.6),
             ("text", str(tmp_path / "router.safetensors"), 0.6), ("schedule", router.schedule(0.6), None),
             ("schedule path", tmp_path / "schedule.safetensors", None)):
-        config = HarmoniCaConfig(given, threshold)
-        applied = config.enable(sigma)
-        assert isinstance(applied.schedule, Schedule)
-        images[name] = run(sigma)
-        config.disable(sigma)
+        config = HarmoniCaConfig(schedule=given, threshold=threshold)
+        assert isinstance(config.loaded, Schedule)
+        with schedule_on(sigma, config):
+            images[name] = run(sigma)
     assert torch.equal(images["path"], images["router"])
     for name in ("text", "schedule", "schedule path"):
         assert torch.equal(images[name], images["0.6"])
@@ -44,7 +43,7 @@ def test_the_fingerprint_goes_through_files(dit, tmp_path):
     schedule.save(tmp_path / "schedule")
     for found in (loaded, schedule, Schedule.load(tmp_path / "schedule")):
         assert {name: getattr(found, name) for name in made_for} == made_for and found.guidance == 3.0
-    assert harmonica_dit.enable_cache(dit, tmp_path / "router").adapter.architecture == made_for["architecture"]
+    harmonica_dit.enable_cache(dit, tmp_path / "router")
     for change in (dict(resolution=(8,)), dict(resolution=(8, 0)), dict(architecture={"K": [4]}), dict(architecture=4)):
         with pytest.raises((TypeError, ValueError), match=next(iter(change))):
             random_router(dit, **change)
@@ -56,7 +55,7 @@ def test_the_fingerprint_goes_through_files(dit, tmp_path):
 
 @pytest.mark.parametrize("kind", ["dit", "sigma"])
 def test_another_number_of_steps(kind):
-    """Refused with the numbers, before anything runs; on request each step takes the nearest row."""
+    """Refused with the numbers, before anything runs; on request the schedule is resampled."""
     pipe = make_pipe(kind)
     made = steps_of(pipe.scheduler, 6)
     schedule = random_schedule(pipe.transformer, timesteps=made)
@@ -68,14 +67,9 @@ def test_another_number_of_steps(kind):
         assert not calls
         run(pipe)
         assert len(calls) == 6
-    for steps in (1, 3, 9, 20):
-        timesteps = steps_of(pipe.scheduler, steps)
-        nearest = [min(range(6), key=lambda s, t=t: (abs(made[s] - t), s)) for t in timesteps]
-        by_hand = Schedule(torch.stack([schedule.compute[s] if i else torch.ones_like(schedule.compute[0])
-                                        for i, s in enumerate(nearest)]),
-                           schedule.branches, schedule.flops, torch.stack([schedule.extrapolation[s] for s in nearest]))
-        expected = run_with_hooks(pipe, by_hand, steps=steps)
-        with schedule_on(pipe, schedule, on_mismatch="resample"):
+    for steps in (3, 9, 20):
+        expected = run_with_hooks(pipe, schedule.resampled(steps_of(pipe.scheduler, steps)), steps=steps)
+        with schedule_on(pipe, HarmoniCaConfig(schedule=schedule, on_mismatch="resample")):
             assert_close(run(pipe, steps=steps), expected)
     with schedule_on(pipe, random_schedule(pipe.transformer)):
         with pytest.raises(ValueError, match="T = 6; use 6 steps"):
@@ -104,8 +98,8 @@ def test_warns_once_of_what_the_router_was_not_trained_for(sigma):
         warnings.simplefilter("error", UserWarning)
         run(sigma)
     ours = warnings_of(lambda: [run(sigma, guidance=7.0, height=32) for _ in range(2)])
-    assert len(ours) == 2 and "guidance_scale: this call's is 7, the router was trained with 3" in ours
-    assert any("latents are (16, 12), the router was trained with (8, 12)" in text for text in ours)
+    assert len(ours) == 2 and "guidance_scale: this call's is 7, the schedule is for 3" in ours
+    assert any("latents are (16, 12), the schedule is for (8, 12)" in text for text in ours)
     harmonica_dit.disable_cache(sigma)
     harmonica_dit.enable_cache(sigma, dataclasses.replace(schedule, timesteps=others, guidance=1.0))
     ours = warnings_of(lambda: [run(sigma, guidance=guidance) for guidance in (0.5, 1.0)])  # neither uses guidance
@@ -113,11 +107,11 @@ def test_warns_once_of_what_the_router_was_not_trained_for(sigma):
 
 
 def warnings_of(call):
-    """What a call says of the router."""
+    """What a call says of the schedule."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(warning.message) for warning in caught if "the router" in str(warning.message)]
+    return [str(warning.message) for warning in caught if "the schedule" in str(warning.message)]
 
 
 def test_routers_for_other_models(dit, sigma, tmp_path):
@@ -126,7 +120,7 @@ def test_routers_for_other_models(dit, sigma, tmp_path):
     check_refusal(sigma, ValueError, "for 4 branches of .*PixArtTransformer2DModel.* has 6", schedule)
     for change, message in ((arch | {"class": "PixArtTransformer2DModel"}, "Pix.*is .*DiTTransformer2DModel"),
                             (arch | {"D": 1152}, "1152.* is .*24"), (arch | {"K": 56}, "56.* is .*'K': 4")):
-        check_refusal(dit, ValueError, f"router: for the architecture .*{message}",
+        check_refusal(dit, ValueError, f"schedule: for the architecture .*{message}",
                       dataclasses.replace(schedule, architecture=change))
     names = ("blocks.0.attn", *schedule.branches[1:])
     check_refusal(dit, ValueError,
@@ -150,20 +144,37 @@ def test_other_bad_input(dit, sigma, tmp_path):
     check_refusal(dit, FileNotFoundError, "no file at .*nothing.safetensors", tmp_path / "nothing.safetensors")
     (tmp_path / "text").write_text("no router")
     check_refusal(dit, ValueError, "text is not a whole safetensors file", tmp_path / "text")
-    check_refusal(dit, TypeError, "router: got Tensor", torch.zeros(6, 4))
-    check_refusal(dit, ValueError, "threshold: a schedule has been decided", schedule, threshold=0.2)
-    check_refusal(dit, ValueError, "threshold: got 2", random_router(dit), threshold=2)
-    check_refusal(dit, ValueError, "on_mismatch: got 'nearest'", schedule, on_mismatch="nearest")
-    check_refusal(dit, ValueError, "on_mismatch: .*what timesteps", schedule, on_mismatch="resample")
-    dit.transformer.transformer_blocks[0].register_forward_hook(lambda *_: None)
-    check_refusal(dit, ValueError, "transformer_blocks.0: has hooks", schedule)
+    check_refusal(dit, TypeError, "config: got Tensor, expected a speedup, ", torch.zeros(6, 4))
+    check_refusal(dit, ValueError, "threshold: got 2", HarmoniCaConfig(schedule=random_router(dit), threshold=2))
+    check_refusal(dit, ValueError, "on_mismatch: .*what timesteps",
+                  HarmoniCaConfig(schedule=schedule, on_mismatch="resample"))
+    check_refusal(dit, ValueError, "timesteps: is for a transformer without its pipeline", schedule, timesteps=[1, 0])
+    schedule.save(tmp_path / "schedule")
+    check_refusal(dit, ValueError, "threshold: is a router's, .*schedule is a schedule",
+                  HarmoniCaConfig(schedule=tmp_path / "schedule", threshold=0.2))
     sigma.transformer = None
-    refused_none = random_schedule(small_pixart())
-    with pytest.raises(TypeError, match="transformer: got NoneType"):
-        harmonica_dit.enable_cache(sigma, refused_none)
+    with pytest.raises(TypeError, match="target: got PixArtSigmaPipeline, expected .* with a transformer"):
+        harmonica_dit.enable_cache(sigma, 2.0)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (dict(), "speedup, schedule: give exactly one"), (dict(speedup=2, schedule="x"), "speedup, schedule: give exactly"),
+    (dict(speedup=0.5), "speedup: got 0.5, expected a number from 1 on"), (dict(speedup="2x"), "speedup: got '2x'"),
+    (dict(speedup=2, on_mismatch="nearest"), "on_mismatch: got 'nearest'"),
+    (dict(speedup=2, threshold=0.1), "threshold: is a router's, got it with a speedup")])
+def test_bad_configurations(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        HarmoniCaConfig(**arguments)
+
+
+def test_a_threshold_for_a_schedule(dit):
+    with pytest.raises(ValueError, match="threshold: .* a schedule, which has been decided already"):
+        HarmoniCaConfig(schedule=random_schedule(dit.transformer), threshold=0.2)
 
 
 def test_a_pipeline_that_is_not_supported(dit):
-    for pipe in (StableDiffusionPipeline.__new__(StableDiffusionPipeline), dit.transformer, None):
-        with pytest.raises(TypeError, match=rf"pipe: got {type(pipe).__name__}, expected one of DiTPipeline"):
-            harmonica_dit.enable_cache(pipe, "fashion-dit-2.0x")
+    for pipe in (StableDiffusionPipeline.__new__(StableDiffusionPipeline), None, 3):
+        with pytest.raises(TypeError, match=f"target: got {type(pipe).__name__}, expected a diffusers pipeline"):
+            harmonica_dit.enable_cache(pipe, 2.0)
+    with pytest.raises(ValueError, match="timesteps: a transformer needs them"):
+        harmonica_dit.enable_cache(dit.transformer, 2.0)

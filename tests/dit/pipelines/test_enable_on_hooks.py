@@ -3,10 +3,11 @@
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from diffusers import DiTPipeline
+from diffusers import FirstBlockCacheConfig
 
 import harmonica_dit
 from support.enable_checks import check_refusal, last_output, run_with_hooks
+from support.many_pipes import PIPES
 from support.pipes import HookedCache, make_pipe, random_schedule, run, small_dit, small_pixart
 from support.tolerance import assert_close
 
@@ -39,32 +40,25 @@ def test_model_offload_is_honoured(dit, first):
     assert torch.equal(run(dit), plain)
 
 
-def test_the_hooks_of_offloading_are_set_anew_on_the_transformer_itself(dit, monkeypatch):
-    """diffusers does so at the end of a call, with whatever `pipe.transformer` is then."""
-    seen = []
-    monkeypatch.setattr(DiTPipeline, "maybe_free_model_hooks", lambda self: seen.append(self.transformer))
-    harmonica_dit.enable_cache(dit, random_schedule(dit.transformer))
-    run(dit)
-    assert len(seen) == 1 and seen[0] is vars(dit)["transformer"]
-
-
 def test_offloading_of_single_modules(dit, sigma):
-    """accelerate's sequential offload: DiT's weights lie in layers that are called; PixArt's blocks own some."""
+    """accelerate's sequential offload: DiT's weights lie in layers that are called; PixArt's blocks own some, so that
+    its fused path refuses."""
     schedule = random_schedule(dit.transformer)
     expected = run_with_hooks(dit, schedule)
-    for pipe in (dit, sigma):
-        cpu_offload(pipe.transformer, "cpu")
+    cpu_offload(dit.transformer, "cpu")
     assert dit.transformer.proj_out_2.weight.is_meta
     harmonica_dit.enable_cache(dit, schedule)
     assert_close(run(dit), expected)
-    check_refusal(sigma, ValueError, "transformer_blocks.0: has a replaced forward .*enable_model_cpu_offload",
-                  random_schedule(sigma.transformer))
+    harmonica_dit.enable_cache(dit, 1.5)
+    assert run(dit).isfinite().all() and harmonica_dit.summary(dit).unit == "trunk"
+    cpu_offload(sigma.transformer, "cpu")
+    harmonica_dit.enable_cache(sigma, random_schedule(sigma.transformer))  # on the generic path
 
 
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
 def test_diffusers_group_offload_is_refused(sigma, level):
     sigma.transformer.enable_group_offload(torch.device("cpu"), offload_type=level, num_blocks_per_group=1)
-    check_refusal(sigma, ValueError, "transformer_blocks.*: has a replaced forward|its forward has been replaced",
+    check_refusal(sigma, ValueError, "offloaded group by group.*use pipe.enable_model_cpu_offload",
                   random_schedule(sigma.transformer))
 
 
@@ -109,6 +103,31 @@ def test_quantized_by_torchao(kind, first):
             assert (ours - exact).norm() <= 1.5 * error
 
 
-def test_another_replaced_forward_is_refused(dit):
-    dit.transformer.forward = dit.transformer.forward
-    check_refusal(dit, ValueError, "pipe.transformer: its forward has been replaced", random_schedule(dit.transformer))
+def test_another_replaced_forward_runs(dit):
+    """The fused path would pass it by."""
+    schedule, forward, calls = random_schedule(dit.transformer), dit.transformer.forward, []
+    expected = run_with_hooks(dit, schedule)
+    dit.transformer.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    harmonica_dit.enable_cache(dit, schedule)
+    assert_close(run(dit), expected)
+    assert len(calls) == 6 and harmonica_dit.summary(dit).path.startswith("generic (")
+
+
+def test_hooks_on_a_block_run(dit):
+    schedule, calls = random_schedule(dit.transformer), []
+    expected = run_with_hooks(dit, schedule)
+    dit.transformer.transformer_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    harmonica_dit.enable_cache(dit, schedule)
+    assert_close(run(dit), expected)
+    assert len(calls) == 6 and "transformer_blocks.0: has hooks" in harmonica_dit.summary(dit).path
+
+
+def test_another_cache_on_the_transformer_is_refused():
+    entry = PIPES["flux"]
+    pipe = entry.pipe()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="another cache is enabled on it.*transformer.disable_cache()"):
+        harmonica_dit.enable_cache(pipe, 1.8)
+    pipe.transformer.disable_cache()
+    harmonica_dit.enable_cache(pipe, 1.8)
+    entry.call(pipe)

@@ -2,28 +2,34 @@
 
 import threading
 
-import pytest
 import torch
 from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 
 import harmonica_dit
+from harmonica_dit.pipelines import cached_pipeline
+from harmonica_dit.pipelines.adapters.replace_forwards import dispatch_of
 from support.enable_checks import run_with_hooks
 from support.pipes import LINEAR, make_pipe, random_schedule, run, small_dit, small_pixart
 from support.tolerance import assert_close
 
 
-def test_the_transformer_must_not_be_used_inside_a_call(sigma):
-    """It would be taken for a step."""
+def test_the_transformer_used_inside_a_call(sigma):
+    """From a callback, with other conditioning: it is computed, and the pipeline's own calls do not see it."""
     harmonica_dit.enable_cache(sigma, random_schedule(sigma.transformer))
-    text = torch.randn(4, 9, 20)
+    text, found = torch.randn(4, 9, 20), []
+    expected = run(sigma)
+
+    def arguments(latents, timestep):
+        return dict(hidden_states=torch.cat([latents] * 2), encoder_hidden_states=text, timestep=timestep.expand(4))
 
     def callback(step, timestep, latents):
         if step == 2:
-            sigma.transformer(torch.cat([latents] * 2), encoder_hidden_states=text, timestep=timestep.expand(4))
+            given = arguments(latents, timestep)
+            found.extend((given, sigma.transformer(**given).sample))
 
-    with pytest.raises(RuntimeError, match="call 7 of the transformer; the scheduler lists 6"):
-        run(sigma, callback=callback)
-    run(sigma)
+    assert torch.equal(run(sigma, callback=callback), expected)
+    with torch.no_grad():
+        assert_close(found[1], sigma.transformer(**found[0]).sample)
 
 
 def test_pipelines_that_share_a_transformer():
@@ -100,4 +106,4 @@ def test_threads():
         thread.join()
     for got, image in zip(found, expected):
         assert torch.equal(got, image)
-    assert not any(pipe._harmonica._trajectories for pipe in pipes[:2])
+    assert dispatch_of(pipe.transformer) is None and not cached_pipeline._users

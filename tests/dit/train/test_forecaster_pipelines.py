@@ -30,9 +30,9 @@ def test_train_save_apply_sample(kind, target, request, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     harmonica_dit.enable_cache(pipe, tmp_path / "forecast.safetensors")
     noise = image_noise(1, 0, 2, net.sample_shape)
+    size = dict(height=64, width=64, use_resolution_binning=False) if kind == "pixart" else {}
     if kind == "pixart":
-        latents = pipe(prompts, num_inference_steps=4, latents=noise, output_type="latent", height=64, width=64,
-                       use_resolution_binning=False).images
+        latents = pipe(prompts, num_inference_steps=4, latents=noise, output_type="latent", **size).images
         assert_close(latents, expected, tolerance=1e-4)
     else:
         generator = torch.Generator().manual_seed(0)
@@ -42,8 +42,8 @@ def test_train_save_apply_sample(kind, target, request, tmp_path):
             decoded = pipe.vae.decode(expected / pipe.vae.config.scaling_factor).sample
         wanted = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         torch.testing.assert_close(torch.from_numpy(images), wanted, rtol=0, atol=1e-3)
-    with pytest.raises(ValueError, match="5 steps, the router is for T = 4"):
-        pipe(prompts, num_inference_steps=5)
+    with pytest.raises(ValueError, match="5 steps, the schedule is for T = 4"):
+        pipe(prompts, num_inference_steps=5, **size)
 
 
 def sample_from(net, labels, schedule, noise):

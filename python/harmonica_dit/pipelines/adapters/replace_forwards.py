@@ -10,7 +10,7 @@ from torch import nn
 _current: ContextVar[Mapping[nn.Module, Callable] | None] = ContextVar("harmonica_replacements", default=None)
 call_name: ContextVar[str | None] = ContextVar("harmonica_call_name", default=None)  # by diffusers' `cache_context`
 _lock = threading.Lock()
-_installed: dict[nn.Module, "_Dispatch"] = {}
+ENTRIES = ("forward", "_old_forward", "_compiled_call_impl")  # attributes where calls enter a module, see _Dispatch
 
 
 @contextmanager
@@ -22,16 +22,15 @@ def replace_forwards(replacements: Mapping[nn.Module, Callable], inside_hook: bo
         replacement decides whether it runs.
     """
     with _lock:
-        for module in replacements:
-            _enter(module, inside_hook)
+        entered = [_enter(module, inside_hook) for module in replacements]
     token = _current.set(replacements)
     try:
         yield
     finally:
         _current.reset(token)
         with _lock:
-            for module in replacements:
-                _leave(module)
+            for dispatch in entered:
+                _leave(dispatch)
 
 
 def install(module: nn.Module, replacement: Callable) -> Callable[[], None]:
@@ -44,23 +43,33 @@ def install(module: nn.Module, replacement: Callable) -> Callable[[], None]:
         with _lock:
             if dispatch.default is replacement:
                 dispatch.default = None
-                _leave(module)
+                _leave(dispatch)
 
     return uninstall
 
 
+def runs_its_own(module: nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward, if need be inside accelerate's hook."""
+    dispatch, attributes = dispatch_of(module), vars(module)
+    forward = dispatch.forward if dispatch else attributes.get("_old_forward", attributes.get("forward"))
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
+def dispatch_of(module: nn.Module) -> "_Dispatch | None":
+    """What stands in a module's entry now, if anything does."""
+    entries = (vars(module).get(name) for name in ENTRIES)
+    return next((entry for entry in entries if isinstance(entry, _Dispatch) and entry.users), None)
+
+
 def _enter(module: nn.Module, inside_hook: bool) -> "_Dispatch":
-    if module not in _installed:
-        _installed[module] = _Dispatch(module, inside_hook)
-    _installed[module].users += 1
-    return _installed[module]
+    dispatch = dispatch_of(module) or _Dispatch(module, inside_hook)
+    dispatch.users += 1
+    return dispatch
 
 
-def _leave(module: nn.Module) -> None:
-    dispatch = _installed[module]
+def _leave(dispatch: "_Dispatch") -> None:
     dispatch.users -= 1
     if not dispatch.users:
-        del _installed[module]
         dispatch.uninstall()
 
 
@@ -104,14 +113,10 @@ class _Dispatch:
         copied = memo[id(self.module)]
         return type(copied).forward.__get__(copied)
 
-    def __reduce__(self):
-        raise TypeError("transformer: cannot be pickled while a cache is enabled on it; call "
-                        "harmonica_dit.disable_cache first")
-
     def uninstall(self) -> None:
         attributes = vars(self.module)
         attributes.pop("cache_context", None)
-        for name in ("forward", "_old_forward", "_compiled_call_impl"):
+        for name in ENTRIES:
             if attributes.get(name) is not self:
                 continue
             if self.bare and name == "forward":

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from harmonica_dit import apply, remove, scheduled
+from harmonica_dit import disable_cache, enable_cache, summary
 from harmonica_dit.flops import Flops
 from harmonica_dit.forecaster import TrunkForecaster, taylor
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
-from support.pipes import make_pipe, names_of, run, small_dit
+from support.pipes import make_pipe, names_of, run
 from support.tolerance import assert_close
 
 COMPUTED = [True, False, True, False, False, True]
@@ -99,7 +99,7 @@ def test_a_forecast_step_runs_no_block(kind):
     calls, queries = [], [block.attn1.to_q for block in pipe.transformer.transformer_blocks]
     for linear in queries:
         linear.register_forward_hook(lambda *_: calls.append(1))
-    apply(pipe, schedule)
+    enable_cache(pipe, schedule)
     run(pipe, steps=6)
     assert len(calls) == sum(COMPUTED) * len(queries)
 
@@ -110,18 +110,19 @@ def test_a_pipeline_gives_what_the_hook_gives(kind):
     schedule = trunk_schedule(pipe.transformer, random_forecaster(pipe.transformer.inner_dim))
     with TrunkHook(pipe.transformer, schedule.forecaster):
         expected = run(pipe, steps=6)
-    apply(pipe, schedule)
+    enable_cache(pipe, schedule)
     assert_close(run(pipe, steps=6), expected)
     assert_close(run(pipe, steps=6), expected)  # the second call starts afresh
-    remove(pipe)
+    disable_cache(pipe)
 
 
 def test_other_timesteps_are_refused():
     pipe = make_pipe("dit")
-    apply(pipe, trunk_schedule(pipe.transformer, timesteps=(900, 700, 500, 300, 200, 0)))
+    forecaster = random_forecaster(pipe.transformer.inner_dim)
+    enable_cache(pipe, trunk_schedule(pipe.transformer, forecaster, timesteps=(900, 700, 500, 300, 200, 0)))
     with pytest.raises(ValueError, match="the forecaster's weights belong to"):
         run(pipe, steps=6)
-    with pytest.raises(ValueError, match="this call has 5 steps, the router is for T = 6"):
+    with pytest.raises(ValueError, match="this call has 5 steps, the schedule is for T = 6"):
         run(pipe, steps=5)
 
 
@@ -135,12 +136,22 @@ def test_a_forecaster_of_another_scheduler_or_width_is_refused(change, message):
     made_for = {name: change.pop(name) for name in ("scheduler",) if name in change}
     forecaster = TrunkForecaster(**dict(states=torch.zeros(6, 2, 24)) | change)
     with pytest.raises(ValueError, match=message):
-        apply(pipe, trunk_schedule(pipe.transformer, forecaster, **made_for))
-    apply(pipe, trunk_schedule(pipe.transformer, scheduler="DDIMScheduler"))
-    remove(pipe)
+        enable_cache(pipe, trunk_schedule(pipe.transformer, forecaster, **made_for))
+    enable_cache(pipe, trunk_schedule(pipe.transformer, scheduler="DDIMScheduler"))
+    disable_cache(pipe)
 
 
-def test_a_model_that_does_not_run_branch_by_branch_is_refused():
-    model = small_dit()
-    with pytest.raises(ValueError, match="forecasts the trunk"), scheduled(model, trunk_schedule(model)):
-        pass
+@pytest.mark.parametrize("kind", ["dit", "sigma"])
+def test_the_generic_path_forecasts_the_trunk_alike(kind):
+    """It is taken where the blocks are compiled; a forecaster that weighs the tokens cannot be followed there."""
+    pipe = make_pipe(kind)
+    schedule = trunk_schedule(pipe.transformer)
+    with TrunkHook(pipe.transformer, schedule.forecaster):
+        expected = run(pipe, steps=6)
+    for block in pipe.transformer.transformer_blocks:
+        block.compile(backend="eager")
+    enable_cache(pipe, schedule)
+    assert_close(run(pipe, steps=6), expected)
+    assert summary(pipe).path.startswith("generic (transformer_blocks.0: has been compiled")
+    with pytest.raises(ValueError, match="its forecaster was learned for a model that runs branch by branch"):
+        enable_cache(pipe, trunk_schedule(pipe.transformer, random_forecaster(pipe.transformer.inner_dim)))
