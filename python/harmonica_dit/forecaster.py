@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from harmonica_kernels import TrunkWeights
 from harmonica_kernels.cache import HISTORY
 
 MEAN = (0.5 - 12**-0.5, 0.5 + 12**-0.5)  # of a polynomial up to degree 3 over a step: at these two points (Gauss)
+
+
+class Rule(NamedTuple):
+    """What Taylor's or Adams's weights are made by, for any computed steps: see `taylor`."""
+
+    order: int
+    adams: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,11 @@ class BranchForecaster:
     @property
     def origin(self) -> str:
         return f"Taylor of order {self.order}, branch by branch"
+
+    @property
+    def rule(self) -> Rule:
+        """What the weights are made by."""
+        return Rule(self.order)
 
     @property
     def history(self) -> int:
@@ -78,6 +91,7 @@ class TrunkForecaster:
         condition: what is added to the embedded timesteps and labels, float32 [T, D], or None.
         size: values of one image's trunk state, N·D, to count FLOPs by.
         origin: the method, in words.
+        rule: what `taylor` made the weights by; None if they are others, such as learned ones.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or not finite; the message names it.
@@ -89,6 +103,7 @@ class TrunkForecaster:
     condition: Tensor | None = None
     size: int = 0
     origin: str = ""
+    rule: Rule | None = None
     unit = "trunk"
 
     def __post_init__(self):
@@ -108,6 +123,10 @@ class TrunkForecaster:
             if not table.isfinite().all():
                 raise ValueError(f"forecaster.{name}: has entries that are not finite")
             object.__setattr__(self, name, table.detach().cpu())
+        if self.rule is not None:
+            if not isinstance(self.rule, Rule) or not isinstance(self.rule.adams, bool):
+                raise TypeError(f"forecaster.rule: got {self.rule!r:.80}, expected a Rule")
+            check_order(self.rule.order)
 
     def check_width(self, where: str, width: int) -> None:
         """Raises ValueError, which begins with `where`, unless the weights are for states of this width D."""
@@ -173,6 +192,31 @@ def check_order(order) -> None:
         raise ValueError(f"order: got {order!r}, expected a whole number from 0 to {HISTORY - 1}")
 
 
+def reached_order(compute: Sequence[bool], order: int, adams: bool = False) -> int:
+    """The highest order that a forecast reaches, at most `order`; that is the result also where nothing is forecast.
+
+    Order p takes p + 1 steps that have been computed. compute: [T], whether a step is computed. adams: computed steps
+    are corrected too, each with its own state.
+    """
+    counts = [sum(compute[: s + 1]) for s in range(len(compute)) if adams or not compute[s]]
+    return max((min(order, count - 1) for count in counts), default=order)
+
+
+def describe_order(compute: Sequence[bool], order: int, adams: bool = False) -> str:
+    """The order of the forecasts in words, and the one that was asked for if too few steps are computed for it."""
+    reached = reached_order(compute, order, adams)
+    return f"order {reached}" + (f" ({order} asked for)" if reached < order else "")
+
+
+def lowered_order(compute: Tensor, rule: Rule) -> str | None:
+    """In words, that no branch is forecast to the order of `rule`; None if one is. compute: bool [T, K]."""
+    reached = max((reached_order(column, *rule) for column in compute.T.tolist() if rule.adams or not all(column)),
+                  default=rule.order)
+    if reached == rule.order:
+        return None
+    return f"forecasts to order {reached}, not {rule.order}: too few steps are computed before those that are forecast"
+
+
 def lagrange(compute: Sequence[bool], s: int, order: int, at: Sequence[float] = (0.0,)) -> list[float]:
     """Weights of the last computed steps up to s, at most order + 1, the newest first: Lagrange's at s, or after it.
 
@@ -186,7 +230,8 @@ def taylor(compute: Sequence[bool], order: int, size: int = 0, adams: bool = Fal
     """Lagrange extrapolation of the trunk through its last order + 1 computed steps; order 0 repeats.
 
     Args:
-        compute: [T], whether a step is computed; the steps may be unevenly spaced.
+        compute: [T], whether a step is computed; the steps may be unevenly spaced. Where fewer have been computed, the
+            order is lower.
         size: as in `TrunkForecaster`.
         adams: in place of the extrapolation at a step its mean until the next one, also at computed steps. Where steps
             are even this makes a solver of first order (DDIM, Euler) one of order + 1, Adams and Bashforth's: the
@@ -205,7 +250,8 @@ def taylor(compute: Sequence[bool], order: int, size: int = 0, adams: bool = Fal
         if computed:  # corrected: the others count by what they differ from its own
             w = w[1:]
         states[s, : len(w), 0] = torch.tensor(w)
-    return TrunkForecaster(states, size=size, origin=f"{'Adams' if adams else 'Taylor'} of order {order}")
+    origin = f"{'Adams' if adams else 'Taylor'} of {describe_order(compute, order, adams)}"
+    return TrunkForecaster(states, size=size, origin=origin, rule=Rule(order, adams))
 
 
 def forecast_ratios(compute: Tensor) -> Tensor:
@@ -236,8 +282,10 @@ def forecaster_content(forecaster: BranchForecaster | TrunkForecaster) -> tuple[
     """What a schedule's file holds of its forecaster: tensors and metadata."""
     fields = ("order",) if forecaster.unit == "branch" else ("size", "origin")
     tables = {name: getattr(forecaster, short, None) for name, short in zip(FORECASTER_TABLES, TABLES)}
-    return ({name: table for name, table in tables.items() if table is not None},
-            {name: getattr(forecaster, name) for name in fields})
+    about = {name: getattr(forecaster, name) for name in fields}
+    if forecaster.unit == "trunk" and forecaster.rule is not None:
+        about["taylor"] = forecaster.rule._asdict()  # older files lack it, and older versions pass over it
+    return {name: table for name, table in tables.items() if table is not None}, about
 
 
 def make_forecaster(tables: dict[str, Tensor | None], about: dict) -> BranchForecaster | TrunkForecaster:
@@ -248,5 +296,6 @@ def make_forecaster(tables: dict[str, Tensor | None], about: dict) -> BranchFore
     """
     if "order" in about:
         return BranchForecaster(about["order"])
+    rule = about.get("taylor")
     return TrunkForecaster(**{short: tables[name] for name, short in zip(FORECASTER_TABLES, TABLES)},
-                           size=about["size"], origin=about["origin"])
+                           size=about["size"], origin=about["origin"], rule=None if rule is None else Rule(**rule))

@@ -11,9 +11,8 @@ from harmonica_dit.evaluate import rmse
 from harmonica_dit.fashion import FORECASTS
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
-from harmonica_dit.forecaster import TrunkForecaster, taylor
+from harmonica_dit.forecaster import Rule, TrunkForecaster, taylor
 from harmonica_dit.methods import trunk_forecast
-from harmonica_dit.methods.trunk import spread
 from harmonica_dit.schedule import Schedule
 
 WHOLE = [True, False, True, False, False, True]
@@ -114,8 +113,15 @@ def test_a_schedule_that_does_not_fit_its_forecaster_is_refused():
         replace(make(), compute=compute)
     with pytest.raises(ValueError, match="give one of both"):
         make(extrapolation=torch.ones(6, 2))
-    with pytest.raises(ValueError, match="cannot be mapped"):
-        make(timesteps=(9, 8, 7, 6, 5, 4)).resampled((9, 5))
+
+
+@pytest.mark.parametrize("compute, order, adams, origin", [
+    ("1010", 2, False, "Taylor of order 1 (2 asked for)"), ("1000", 1, False, "Taylor of order 0 (1 asked for)"),
+    ("1001", 1, False, "Taylor of order 0 (1 asked for)"), ("11010", 2, False, "Taylor of order 2"),
+    ("1001", 1, True, "Adams of order 1"), ("1111", 3, True, "Adams of order 3"), ("1", 1, True,
+     "Adams of order 0 (1 asked for)"), ("1111", 1, False, "Taylor of order 1"), ("10", 0, False, "Taylor of order 0")])
+def test_the_origin_tells_the_order_that_is_reached(compute, order, adams, origin):
+    assert taylor([c == "1" for c in compute], order, adams=adams).origin == origin
 
 
 @pytest.mark.parametrize("kind", ["taylor", "learned"])
@@ -127,6 +133,7 @@ def test_a_file_gives_the_schedule_back(tmp_path, kind):
     found = Schedule.load(tmp_path / "s.safetensors")
     assert (found.rows, found.timesteps, found.speedup) == (schedule.rows, schedule.timesteps, schedule.speedup)
     assert (found.forecaster.size, found.forecaster.origin) == (5, forecaster.origin)
+    assert found.forecaster.rule == forecaster.rule == (Rule(2) if kind == "taylor" else None)
     for name in ("states", "tokens", "own", "condition"):
         mine, theirs = getattr(found.forecaster, name), getattr(forecaster, name)
         assert (mine is None and theirs is None) or torch.equal(mine, theirs)
@@ -134,6 +141,9 @@ def test_a_file_gives_the_schedule_back(tmp_path, kind):
 
 @pytest.mark.parametrize("change, message", [
     (dict(format=1), "expected format version 2, got 1"), (dict(forecaster={}), "its forecaster has no 'size'"),
+    (dict(forecaster=dict(size=0, origin="", taylor=dict(order=4, adams=False))), "order: got 4"),
+    (dict(forecaster=dict(size=0, origin="", taylor=dict(order=1, adams=1))), "rule: got Rule"),
+    (dict(forecaster=dict(size=0, origin="", taylor=dict(other=1))), "other"),
     (dict(forecaster=None), "expected format version")])
 def test_a_damaged_file_is_refused(tmp_path, change, message):
     make().save(tmp_path / "s.safetensors")
@@ -144,29 +154,6 @@ def test_a_damaged_file_is_refused(tmp_path, change, message):
     save_tensors(tmp_path / "s.safetensors", tensors, metadata)
     with pytest.raises(ValueError, match=message):
         Schedule.load(tmp_path / "s.safetensors")
-
-
-def test_computed_steps_are_spread_evenly():
-    assert spread(10, 3) == [s in (0, 3, 6) for s in range(10)] and all(spread(7, 7)) and spread(5, 1) == [True] + 4 * [
-        False]
-
-
-@pytest.mark.parametrize("speedup", [1.5, 2.0, 2.8, 4.0])
-def test_a_speedup_is_met_by_as_few_steps_as_it_takes(speedup):
-    net = load("fashion-dit")
-    schedule = trunk_forecast(net, 20, speedup=speedup)
-    computed = int(schedule.compute[:, 0].sum())
-    more = Schedule(torch.tensor(spread(20, computed + 1))[:, None].repeat(1, 16), net.branch_names, schedule.flops)
-    assert schedule.speedup >= speedup > more.speedup * 0.99
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (dict(every=0), "every: got 0"), (dict(), "give exactly one of them"), (dict(every=2, speedup=2.0), "exactly one"),
-    (dict(speedup=0.5), "speedup: got 0.5"), (dict(speedup=1000.0), "expected at most"),
-    (dict(every=2, order=4), "order: got 4")])
-def test_what_cannot_be_forecast_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        trunk_forecast(load("fashion-dit"), 20, **arguments)
 
 
 BUNDLED = sorted(file.stem for file in FORECASTS.glob("*.safetensors"))
