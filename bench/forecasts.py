@@ -34,7 +34,7 @@ from harmonica_dit.fashion.classifier import JUDGES
 from harmonica_dit.files import replacement
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.methods import fora, trunk_forecast, uncached
-from harmonica_dit.methods.trunk import spread
+from harmonica_dit.methods.spacing import spread
 from harmonica_dit.sample.schedulers import NOISE, make_scheduler
 from harmonica_dit.schedule import Schedule
 

@@ -24,11 +24,43 @@ class Flops:
 
 
 def count_flops(net) -> Flops:
-    """Counts a denoiser's forward of batch 1: matrix products and convolutions. A branch's are those in its body."""
+    """FLOPs of a forward of batch 1: matrix products and convolutions. A branch's are those in its body.
+
+    net: a denoiser, whose forward is counted; or a traced adapter, for which `trace` has counted one.
+
+    Raises:
+        TypeError: net is neither. ValueError: the adapter has not been traced.
+    """
+    if not is_denoiser(net):
+        return _traced(net, "flops")
     parameter = next(net.parameters())
     x = torch.zeros(1, *net.sample_shape, dtype=parameter.dtype, device=parameter.device)
     zero = torch.zeros(1, dtype=torch.long, device=parameter.device)
     return count_call(net, lambda: net(x, zero, zero))
+
+
+def trunk_size(net) -> int:
+    """Values of one image's trunk state, N·D. net: a denoiser, or a traced adapter.
+
+    Raises:
+        ValueError: the adapter has not been traced.
+    """
+    return net.tokens * net.width if is_denoiser(net) else _traced(net, "trunk_size")
+
+
+def is_denoiser(net) -> bool:
+    """Whether this is called with latents, timesteps and labels alone. An adapter takes its transformer's arguments."""
+    return hasattr(net, "sample_shape")
+
+
+def _traced(adapter, name: str):
+    if not hasattr(adapter, "branch_names"):
+        raise TypeError(f"net: got {type(adapter).__name__}, expected a denoiser or an adapter")
+    found = getattr(adapter, name, None)
+    if found is None:
+        raise ValueError("adapter: has not been traced; call adapter.trace(...) with the arguments of one forward "
+                         "first")
+    return found
 
 
 def count_call(net, call: Callable[[], object]) -> Flops:

@@ -3,31 +3,36 @@
 import torch
 
 from harmonica_dit.flops import count_flops
-from harmonica_dit.forecaster import BranchForecaster, check_order
+from harmonica_dit.forecaster import BranchForecaster, check_order, describe_order
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_whole
+
+from .spacing import space
 
 
-def fora(net, steps: int, every: int, order: int = 0) -> Schedule:
+def fora(net, steps: int, every: int | None = None, order: int = 0, *, speedup: float | None = None) -> Schedule:
     """Computes every branch at the steps 0, n, 2n, … and reuses every branch at the others.
 
     Args:
-        net: a denoiser.
+        net: a denoiser, or a traced adapter.
         steps: T.
-        every: n ≥ 1; 1 caches nothing.
-        order: of the forecast of each branch, 0 to 3; 0 repeats (FORA), the others are TaylorSeer's.
+        every, speedup: exactly one. every: n ≥ 1; 1 caches nothing. speedup: in place of every n-th step as few as it
+            takes for at least this speedup in FLOPs, as evenly spaced as they can be.
+        order: of the forecast of each branch, 0 to 3; 0 repeats (FORA), the others are TaylorSeer's. It is lower where
+            too few steps have been computed.
 
     Raises:
-        ValueError: an argument is out of range; the message names it.
+        ValueError: an argument is out of range, or the adapter has not been traced; the message names it.
 
     Source: FORA (Selvaraju et al., 2024, arXiv 2407.01425); TaylorSeer (Liu et al., 2025, arXiv 2503.06923).
     """
-    for name, value in (("steps", steps), ("every", every)):
-        check_whole(name, value, 1)
     check_order(order)
-    K = len(net.branch_names)
-    compute = (torch.arange(steps) % every == 0)[:, None].repeat(1, K)
-    coefficients = torch.full((steps, K), float(order == 1))  # which every executor knows; they are the first order
-    return Schedule(compute, net.branch_names, count_flops(net), coefficients, model=net.name,
-                    origin=f"FORA, every {every}" + (f", forecast of order {order}" if order else ""),
-                    forecaster=BranchForecaster(order) if order > 1 else None)
+    K, flops = len(net.branch_names), count_flops(net)
+
+    def make(computed: list[bool], which: str) -> Schedule:
+        coefficients = torch.full((steps, K), float(order == 1))  # which every executor knows; they are the first order
+        forecast = f", forecast of {describe_order(computed, order)}" if order else ""
+        return Schedule(torch.tensor(computed)[:, None].repeat(1, K), net.branch_names, flops, coefficients,
+                        model=net.name, origin=f"FORA, {which}{forecast}",
+                        forecaster=BranchForecaster(order) if order > 1 else None)
+
+    return space(steps, flops, make, every=every, speedup=speedup)

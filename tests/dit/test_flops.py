@@ -1,0 +1,63 @@
+"""FLOPs and the trunk's size: counted on a denoiser, and of an adapter what its trace found."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from harmonica_dit.flops import Flops, count_flops, trunk_size
+from harmonica_dit.methods import fora, trunk_forecast, uncached
+from harmonica_dit.models.dit import DiT
+from harmonica_dit.pipelines.adapters.generic import GenericAdapter
+from support.generic_models import make
+
+METHODS = [lambda net: fora(net, 6, 2, 1), lambda net: fora(net, 6, speedup=1.5),
+           lambda net: trunk_forecast(net, 6, every=2), lambda net: trunk_forecast(net, 6, speedup=1.5),
+           lambda net: uncached(net, 6)]
+
+
+@pytest.fixture(params=["stand-in", "GenericAdapter"])
+def adapter(request):
+    """Traced."""
+    if request.param == "stand-in":
+        return SimpleNamespace(branch_names=("a", "b"), name="it", architecture={}, flops=Flops((300.0, 500.0), 1.0),
+                               trunk_size=7)
+    transformer, arguments = make("WanTransformer3DModel")
+    found = GenericAdapter(transformer)
+    found.flops, found.trunk_size = found.trace(**arguments), 12 * 24
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_takes_a_traced_adapter(adapter, method):
+    made = method(adapter)
+    assert (made.flops, made.branches, made.model) == (adapter.flops, adapter.branch_names, adapter.name)
+    assert made.steps == 6 and (made.unit == "branch" or made.forecaster.size == adapter.trunk_size)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("found", [{}, dict(flops=None, trunk_size=None)])
+def test_an_adapter_that_has_not_been_traced_is_refused(method, found):
+    adapter = GenericAdapter(make("WanTransformer3DModel")[0])
+    vars(adapter).update(found)
+    with pytest.raises(ValueError, match=r"adapter: has not been traced; call adapter.trace\(...\) with the arguments"):
+        method(adapter)
+
+
+def test_the_trunk_of_an_adapter_without_its_size_is_refused(adapter):
+    adapter.trunk_size = None
+    assert fora(adapter, 6, 2).steps == 6
+    with pytest.raises(ValueError, match="adapter: has not been traced"):
+        trunk_forecast(adapter, 6, every=2)
+
+
+def test_a_transformer_is_neither():
+    with pytest.raises(TypeError, match="net: got Linear, expected a denoiser or an adapter"):
+        count_flops(torch.nn.Linear(2, 2))
+
+
+def test_a_denoiser_is_counted():
+    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=4)
+    assert trunk_size(net) == 4 * 16 and len(count_flops(net).branches) == 4
+    net.flops = Flops((1.0,) * 4, 0.0)  # of a denoiser nothing is believed
+    assert count_flops(net) != net.flops
