@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -21,6 +21,7 @@ from harmonica_dit.forecaster import (
     forecaster_content,
     make_forecaster,
 )
+from harmonica_dit.resample import resample
 from harmonica_dit.validate import (
     FORMAT,
     WITH_FORECASTER,
@@ -219,26 +220,15 @@ class Schedule:
         return tuple(rows)
 
     def resampled(self, timesteps: tuple[float, ...]) -> "Schedule":
-        """This schedule for other timesteps, any number of them: each step takes the row of the nearest timestep.
+        """This schedule for other timesteps, any number of them: each branch keeps its share of computed steps.
 
-        Row 0 computes everything.
+        The first step computes everything. Warns if the CUR moves by more than 0.05. See `harmonica_dit.resample`.
 
         Raises:
-            ValueError: this schedule does not say what timesteps it was made for.
+            ValueError: this schedule does not say what timesteps it was made for, or its forecaster was learned for
+                them; or the new ones neither fall nor rise, or move against the schedule's.
         """
-        if self.unit == "trunk":
-            raise ValueError("schedule: its forecaster's weights belong to its own timesteps and cannot be mapped to "
-                             "others")
-        if self.timesteps is None:
-            raise ValueError("schedule: does not say what timesteps it was made for, so its rows cannot be mapped to "
-                             "others")
-        timesteps = check_timesteps(timesteps, len(timesteps))
-        made, wanted = (torch.tensor(values, dtype=torch.float64) for values in (self.timesteps, timesteps))
-        rows = (wanted[:, None] - made).abs().argmin(1)  # of two equally near ones the noisier
-        compute = self.compute[rows]
-        compute[0] = True
-        return replace(self, compute=compute, extrapolation=self.extrapolation[rows], timesteps=timesteps,
-                       origin=f"{self.origin}, resampled from {self.steps} steps")
+        return resample(self, timesteps)
 
     def forecast_weights_on(self, device: torch.device) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
         """`forecast_weights` with tensors on a device, where they stay."""

@@ -15,8 +15,8 @@ ORDER = {
     "harmonica_kernels": (("__main__", "_command"), ("__init__",), ("graphs",), ("forward",), ("checks",),
                           ("cache", "trunk"), ("ops", "_info"), ("triton_kernels",)),
     "harmonica_dit": (("cli",), ("demo",), ("__init__",), ("published_routers",), ("load",), ("train",), ("evaluate",),
-                      ("pipelines",), ("sample",), ("methods",), ("router",), ("schedule",), ("fashion",),
-                      ("forecaster",), ("validate",), ("models",), ("files", "progress"), ("flops",)),
+                      ("pipelines",), ("sample",), ("methods",), ("router",), ("schedule",), ("resample",),
+                      ("fashion",), ("forecaster",), ("validate",), ("models",), ("files", "progress"), ("flops",)),
 }
 COMPILED = {"harmonica_kernels._C"}  # has no Python file
 LINES = 350

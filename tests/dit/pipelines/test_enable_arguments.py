@@ -68,9 +68,11 @@ def test_another_number_of_steps(kind):
         run(pipe)
         assert len(calls) == 6
     for steps in (3, 9, 20):
-        expected = run_with_hooks(pipe, schedule.resampled(steps_of(pipe.scheduler, steps)), steps=steps)
-        with schedule_on(pipe, HarmoniCaConfig(schedule=schedule, on_mismatch="resample")):
-            assert_close(run(pipe, steps=steps), expected)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "schedule: made for 6 steps with CUR")
+            expected = run_with_hooks(pipe, schedule.resampled(steps_of(pipe.scheduler, steps)), steps=steps)
+            with schedule_on(pipe, HarmoniCaConfig(schedule=schedule, on_mismatch="resample")):
+                assert_close(run(pipe, steps=steps), expected)
     with schedule_on(pipe, random_schedule(pipe.transformer)):
         with pytest.raises(ValueError, match="T = 6; use 6 steps"):
             run(pipe, steps=9)
