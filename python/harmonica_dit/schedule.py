@@ -16,9 +16,11 @@ from harmonica_dit.flops import Flops
 from harmonica_dit.forecaster import (
     FORECASTER_TABLES,
     BranchForecaster,
+    Rule,
     TrunkForecaster,
     forecast_ratios,
     forecaster_content,
+    lowered_order,
     make_forecaster,
 )
 from harmonica_dit.resample import resample
@@ -229,6 +231,13 @@ class Schedule:
                 them; or the new ones neither fall nor rise, or move against the schedule's.
         """
         return resample(self, timesteps)
+
+    def nothing_gained(self) -> str | None:
+        """What this schedule was made to gain and does not, in words, for a warning; None if there is nothing such."""
+        if self.compute.all() and all(step is None for step in self.forecast_weights):
+            return "reuses nothing: every branch is computed at every step"
+        rule = Rule(int(self.extrapolation[~self.compute].any())) if self.forecaster is None else self.forecaster.rule
+        return None if rule is None else lowered_order(self.compute, rule)
 
     def forecast_weights_on(self, device: torch.device) -> tuple[tuple[float, ...] | hk.TrunkWeights | None, ...]:
         """`forecast_weights` with tensors on a device, where they stay."""

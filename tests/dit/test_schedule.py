@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops, count_flops
-from harmonica_dit.forecaster import BranchForecaster, forecast_ratios
-from harmonica_dit.methods import fora, uncached
+from harmonica_dit.forecaster import BranchForecaster, TrunkForecaster, forecast_ratios
+from harmonica_dit.methods import fora, trunk_forecast, uncached
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
@@ -211,6 +211,29 @@ def test_fora_refuses(net, arguments, name):
 def test_uncached_computes_everything(net):
     schedule = uncached(net, 3)
     assert schedule.cur == 0 and schedule.speedup == 1
+
+
+def test_nothing_gained_is_said(net):
+    """Nothing reused, nothing forecast, or to a lower order than was asked for."""
+    nothing = "reuses nothing: every branch is computed at every step"
+    for schedule in (uncached(net, 3), fora(net, 1, 2), fora(net, 4, 1, order=2), trunk_forecast(net, 1, every=2),
+                     trunk_forecast(net, 4, every=1), trunk_forecast(net, 1, every=1, adams=True)):
+        assert schedule.nothing_gained() == nothing
+    for schedule in (fora(net, 4, 2), fora(net, 9, 9), fora(net, 4, 2, 1), fora(net, 12, 3, 3), trunk_forecast(
+            net, 4, every=2), trunk_forecast(net, 4, every=4, order=0), trunk_forecast(net, 4, every=1, adams=True),
+            trunk_forecast(net, 3, every=2, adams=True)):
+        assert schedule.nothing_gained() is None
+    for schedule, reached, order in [
+            (fora(net, 2, 2, 1), 0, 1), (fora(net, 9, 9, 1), 0, 1), (fora(net, 3, 2, 1), 0, 1),
+            (fora(net, 9, 3, 3), 2, 3), (trunk_forecast(net, 2, every=2), 0, 1),
+            (trunk_forecast(net, 6, every=2, order=3), 2, 3), (trunk_forecast(net, 2, every=2, adams=True), 0, 1),
+            (trunk_forecast(net, 5, every=3, order=2, adams=True), 1, 2)]:
+        assert schedule.nothing_gained() == (f"forecasts to order {reached}, not {order}: too few steps are computed "
+                                             "before those that are forecast")
+    mixed = Schedule(table("11", "11", "10", "01"), NAMES, FLOPS, forecaster=BranchForecaster(2))
+    assert mixed.nothing_gained() is None  # branch a has been computed three times before it is forecast
+    learned = dataclasses.replace(trunk_forecast(net, 2, every=2), forecaster=TrunkForecaster(torch.zeros(2, 1, 1)))
+    assert learned.nothing_gained() is None
 
 
 def test_check_names_what_does_not_fit(net):
