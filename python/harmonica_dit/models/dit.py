@@ -5,6 +5,7 @@ Parameters are named as in facebookresearch/DiT, so its checkpoints load as they
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 import harmonica_kernels as hk
 
+from .adaln import add_block, linear_of
 from .feed_forward import linear_gelu
+from .plain_modules import BlockPart, has_own_forward, is_steady, write_linear
 
 HOISTED = 256 << 20  # at most so many bytes of modulation rows are computed ahead of their steps
 CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
@@ -62,8 +65,9 @@ class Attention(nn.Module):
     def forward(self, h: Tensor, context=None) -> Tensor:
         return self.proj(self.mix(h))
 
-    def forward_out(self, h: Tensor, context, out: Tensor) -> None:
-        _linear_out(self.proj, self.mix(h), out)
+    def forward_out(self, h: Tensor, out: Tensor) -> None:
+        """Writes forward(h) into `out`, a cache buffer."""
+        write_linear(self.proj, self.mix(h), out)
 
 
 class Mlp(nn.Module):
@@ -75,13 +79,9 @@ class Mlp(nn.Module):
     def forward(self, h: Tensor, context=None) -> Tensor:
         return self.fc2(linear_gelu(self.fc1, h))
 
-    def forward_out(self, h: Tensor, context, out: Tensor) -> None:
-        _linear_out(self.fc2, linear_gelu(self.fc1, h), out)
-
-
-def _linear_out(linear: nn.Linear, h: Tensor, out: Tensor) -> None:
-    """Writes linear(h) straight into `out`, a cache buffer."""
-    torch.addmm(linear.bias, h.flatten(0, 1), linear.weight.t(), out=out.flatten(0, 1))
+    def forward_out(self, h: Tensor, out: Tensor) -> None:
+        """Writes forward(h) into `out`, a cache buffer."""
+        write_linear(self.fc2, linear_gelu(self.fc1, h), out)
 
 
 class Block(nn.Module):
@@ -90,6 +90,21 @@ class Block(nn.Module):
         self.attn = Attention(width, heads, back_end)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+
+class Body(BlockPart):
+    """The body of a branch: a block's `attn` or `mlp`."""
+
+    def __call__(self, h: Tensor, context=None) -> Tensor:
+        return self.module(h)
+
+    def write(self, h: Tensor, context, out: Tensor) -> None:
+        """Writes the output into `out`, a cache buffer. It is copied there if something has been put on the module."""
+        module = self.module
+        if type(module) in (Attention, Mlp) and has_own_forward(module):
+            module.forward_out(h, out)
+        else:
+            out.copy_(module(h))
 
 
 class FinalLayer(nn.Module):
@@ -108,7 +123,9 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         rates = torch.exp(-math.log(10000) * torch.arange(self.half, dtype=torch.float32, device=t.device) / self.half)
         angles = t[:, None].float() * rates  # [B, 128]
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
+        # not mlp[0].weight.dtype: a quantized layer's may be integers, or no tensor at all
+        dtype = next((p.dtype for p in self.mlp.parameters() if p.is_floating_point()), torch.float32)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(dtype))
 
 
 class PatchEmbedder(nn.Module):
@@ -132,6 +149,10 @@ class LabelEmbedder(nn.Module):
 class DiT(nn.Module):
     """A class-conditional diffusion transformer; two branches a block, attention and feed-forward.
 
+    What is put on its parts is honoured with every cache and schedule: LoRA, quantization and hooks on `attn`, `mlp`,
+    `adaLN_modulation` and what is inside them, and other modules or blocks in their places. Only a hook on a block or
+    on `final_layer` never runs, because these are not called as modules.
+
     Args:
         input_size: side of the square image or latent.
         patch_size: side of a patch; N = (input_size / patch_size)² tokens.
@@ -145,6 +166,7 @@ class DiT(nn.Module):
     """
 
     guidance, guidance_channels, scheduler = 1.5, 3, "ddim"  # the reference's; the defaults of trajectories
+    branches: list[hk.Branch]
 
     def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
                  depth: int = 28, num_heads: int = 16, mlp_ratio: float = 4.0, num_classes: int = 1000,
@@ -163,8 +185,12 @@ class DiT(nn.Module):
         back_end = attention_back_end(attention)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, back_end) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
-        self.branches = [branch for block in self.blocks for branch in (
-            hk.Branch(block.attn, block.attn.forward_out), hk.Branch(block.mlp, block.mlp.forward_out))]
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if name == "blocks":  # their bodies find modules in this very list
+            bodies = [Body(value, i, part) for i in range(len(value)) for part in ("attn", "mlp")]
+            self.branches = [hk.Branch(body, body.write) for body in bodies]
 
     @property
     def branch_names(self) -> tuple[str, ...]:
@@ -180,11 +206,16 @@ class DiT(nn.Module):
         row, forecast_weights, cache, threshold: as in `harmonica_kernels.cached_forward`.
         modulation: the one that `hoist` computed for t, y and row; None computes it here.
         condition: [D], added to the embedded timestep and label; see `harmonica_dit.forecaster.TrunkForecaster`.
+
+        Raises:
+            ValueError: blocks have been added or removed. Or an argument is not as it should be.
         """
+        if 2 * len(self.blocks) != len(self.branches):
+            raise ValueError(f"blocks: the list has {len(self.blocks)} now, but had {len(self.branches) // 2} when it "
+                             "was set; set a new one, net.blocks = nn.ModuleList(...)")
         if modulation is None:
             embedded = self.t_embedder(t) + self.y_embedder(y)
-            [modulation] = self.modulations(F.silu(embedded if condition is None else embedded + condition)[None],
-                                            [row])
+            [modulation] = self.modulations((embedded if condition is None else embedded + condition)[None], [row])
         tokens = hk.cached_forward(self.branches, self.embed(x), modulation, row=row,
                                    forecast_weights=forecast_weights, cache=cache, threshold=threshold)
         return self.head(tokens)
@@ -207,6 +238,9 @@ class DiT(nn.Module):
         of these layers are a third of the model's.) If the modulation rows of all steps would take more than HOISTED
         bytes, the steps are cut into slices, and each slice is computed when its first step is asked for.
 
+        If something has been put on these layers that may change between two steps (LoRA, a hook, another module),
+        nothing is computed ahead; each forward computes its own modulation.
+
         Args:
             t: [T] timesteps. y: [B] labels, the same at every step.
             rows: the T hard rows, None where everything is computed, False where the trunk is forecast.
@@ -215,13 +249,16 @@ class DiT(nn.Module):
         Yields:
             Further arguments of `forward`, step by step.
         """
+        if not all(map(is_steady, (self.t_embedder, self.y_embedder, *self._adaln()))):
+            yield from ({} if condition is None else {"condition": condition[s]} for s in range(len(rows)))
+            return
         embedded = self.y_embedder(y)
         step_bytes = (3 * len(self.branches) + 2) * embedded.nbytes
         at_once = max(1, HOISTED // step_bytes)
         for first in range(0, len(rows), at_once):
             part = slice(first, first + at_once)
             times = self.t_embedder(t[part]) if condition is None else self.t_embedder(t[part]) + condition[part]
-            for modulation in self.modulations(F.silu(times[:, None] + embedded), rows[part]):
+            for modulation in self.modulations(times[:, None] + embedded, rows[part]):
                 yield {"modulation": modulation}
 
     def modulation_table(self, t: Tensor, y: Tensor, condition: Tensor) -> hk.Modulation:
@@ -229,44 +266,37 @@ class DiT(nn.Module):
 
         A device-gated trajectory takes each step's rows from them. condition: [T, D], as in `hoist`.
         """
-        activated = F.silu((self.t_embedder(t) + condition)[:, None] + self.y_embedder(y))
-        parts = [part for block in self.blocks for part in block.adaLN_modulation[1](activated).chunk(6, 2)]
-        final = self.final_layer.adaLN_modulation[1](activated).chunk(2, 2)
+        embedded = (self.t_embedder(t) + condition)[:, None] + self.y_embedder(y)
+        activated, *layers = F.silu(embedded), *self._adaln()
+        made = [layer(embedded) if (linear := linear_of(layer)) is None else linear(activated) for layer in layers]
+        parts, final = [part for six in made[:-1] for part in six.chunk(6, 2)], made[-1].chunk(2, 2)
         return hk.Modulation([*parts[::3], final[0]], [*parts[1::3], final[1]], parts[2::3])
 
     def modulations(self, condition: Tensor,
                     rows: Sequence[Sequence[bool] | Tensor | bool | None]) -> list[hk.Modulation]:
-        """The adaLN-Zero modulations of S steps, from their activated conditions [S, B, D] and decision rows.
+        """The adaLN-Zero modulations of S steps, from their embedded conditions [S, B, D] and decision rows.
 
         Where a hard row reuses a branch, shift and scale are None; only the gate is computed. Where the trunk is
         forecast (False), only the final norm's rows are.
         """
-        (S, _, D), K = condition.shape, len(self.branches)
-        found = [hk.Modulation([], [], []) for _ in rows]
-        for k in range(K):
-            # branch k's part of the layer's output ends at `end`; it is shift, scale and gate, D wide each
-            linear, end = self.blocks[k // 2].adaLN_modulation[1], 3 * D * (k % 2 + 1)
-            for s in range(S):
-                if rows[s] is False:
-                    for part in found[s]:
-                        part.append(None)
-            for skip in (False, True):
-                steps = [s for s in range(S) if rows[s] is not False and _reuses(rows[s], k, K) == skip]
-                if not steps:
-                    continue
-                first = end - D if skip else end - 3 * D
-                # slices are stacked, because a list of indices would have to be copied to the device
-                chosen = condition if len(steps) == S else torch.stack([condition[s] for s in steps])
-                parts = F.linear(chosen, linear.weight[first:end], linear.bias[first:end]).split(D, 2)
-                for i, s in enumerate(steps):
-                    found[s].shift.append(None if skip else parts[-3][i])
-                    found[s].scale.append(None if skip else parts[-2][i])
-                    found[s].gate.append(parts[-1][i])
-        shift, scale = self.final_layer.adaLN_modulation[1](condition).chunk(2, 2)
-        for s in range(S):
-            found[s].shift.append(shift[s])
-            found[s].scale.append(scale[s])
-        return found
+        S, K, activated = len(rows), len(self.branches), F.silu(condition)
+        made = [hk.Modulation([None] * K, [None] * K, [None] * K) for _ in rows]
+        run = [s for s in range(S) if rows[s] is not False]
+        of_run, activated_of_run = condition, activated
+        if len(run) < S and run:
+            of_run, activated_of_run = (torch.stack([part[s] for s in run]) for part in (condition, activated))
+        *layers, final = self._adaln()
+        for i, layer in enumerate(layers if run else ()):
+            computed = [[j for j, s in enumerate(run) if not _reuses(rows[s], k, K)] for k in (2 * i, 2 * i + 1)]
+            add_block(made, i, run, computed, linear_of(layer), activated_of_run, partial(layer, of_run))
+        for modulation, (shift, scale) in zip(made, zip(*final(condition).chunk(2, 2))):
+            modulation.shift.append(shift)
+            modulation.scale.append(scale)
+        return made
+
+    def _adaln(self) -> list[nn.Module]:
+        """The layers that make the modulation, each with its activation: the blocks', and the final layer's."""
+        return [*(block.adaLN_modulation for block in self.blocks), self.final_layer.adaLN_modulation]
 
 
 def _reuses(row: Sequence[bool] | Tensor | None, k: int, K: int) -> bool:

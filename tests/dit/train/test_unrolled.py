@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import layer_norm, silu
+from torch.nn.functional import layer_norm
 
 import harmonica_kernels as hk
 from harmonica_dit.forecaster import taylor
@@ -89,7 +89,7 @@ def test_the_error_in_the_models_own_features(net):
     found = feature_error(trajectory, images, targets)
     errors, t = [], torch.full((2,), trajectory.timesteps[-2])
     with torch.no_grad():
-        [mod] = net.modulations(silu(net.t_embedder(t) + net.y_embedder(torch.tensor([1, 3])))[None], [None])
+        [mod] = net.modulations((net.t_embedder(t) + net.y_embedder(torch.tensor([1, 3])))[None], [None])
         a, b = net.embed(images), net.embed(targets)
         for k, branch in enumerate(net.branches):
             h, wanted = (layer_norm(x, (net.width,), eps=branch.eps) * (1 + mod.scale[k][:, None])
