@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
+from harmonica_dit.models.plain_modules import has_own_forward
+
 
 def adapt(transformer):
     """The adapter of a diffusers transformer: fused for DiT and PixArt, the generic one for every other class.
@@ -14,6 +16,9 @@ def adapt(transformer):
     module itself, unchanged), `branches` (fused adapters only), `branch_names` (submodules' names in execution order),
     `architecture` (a fingerprint), `name` and `new_cache(history)`.
 
+    transformer: also one in a `peft.PeftModel`. The adapter then runs the transformer inside, with its LoRA; what peft
+    would do around a forward (other LoRAs for single images of a batch, `adapter_names`) it does not.
+
     Raises:
         TypeError: the class is not supported. ValueError: the configuration is not supported, or hooks or compiled
             code would not run; the message names them.
@@ -22,9 +27,11 @@ def adapt(transformer):
         raise TypeError(f"transformer: got {type(transformer).__name__}, expected a diffusers transformer")
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
-    if hasattr(transformer, "_orig_mod"):  # the adapters themselves refuse what was compiled in place
+    if "_orig_mod" in dict(transformer.named_children()):  # the adapters themselves refuse what was compiled in place
         raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside it; "
                          "compile its branches instead, for example block.ff.compile()")
+    if hasattr(type(transformer), "get_base_model"):
+        return adapt(_unwrap(transformer))
     if isinstance(transformer, DiTTransformer2DModel):
         from .dit import DiTAdapter
 
@@ -47,6 +54,18 @@ def has_fused_adapter(transformer: nn.Module) -> bool:
 def base_model(transformer: nn.Module) -> nn.Module:
     """The model inside peft's wrapper, if there is one."""
     return transformer.get_base_model() if hasattr(transformer, "get_base_model") else transformer
+
+
+def _unwrap(peft_model: nn.Module) -> nn.Module:
+    """The transformer in a `PeftModel`, in whose layers peft has put what it learned.
+
+    Raises:
+        ValueError: a hook or compiled code on the wrapper would not run.
+    """
+    if not has_own_forward(peft_model):
+        raise ValueError(f"transformer: the {type(peft_model).__name__} around it has hooks or compiled code, which "
+                         "would not run; put them on the transformer inside, transformer.get_base_model()")
+    return peft_model.get_base_model()
 
 
 def model_name(source: str) -> str:

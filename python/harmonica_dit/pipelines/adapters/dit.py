@@ -1,28 +1,25 @@
 """diffusers' `DiTTransformer2DModel` (DiT, Peebles & Xie, ICCV 2023) through `cached_forward`: two branches a block."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 
 import harmonica_kernels as hk
+from harmonica_dit.models.adaln import add_block
 from harmonica_dit.models.dit import HOISTED
+from harmonica_dit.models.plain_modules import is_plain_linear, is_steady
 
-from .fused import (
-    AttentionBody,
-    Context,
-    FeedForwardBody,
-    FusedAdapter,
-    attention_options,
-    finish,
-    is_plain_linear,
-    unpatchify,
-)
+from .fused import AttentionBody, Context, FeedForwardBody, FusedAdapter, attention_options, finish, unpatchify
 
 
 class DiTAdapter(FusedAdapter):
+    _bypassed = {"norm1": AdaLayerNormZero, "norm1.norm": nn.LayerNorm, "norm1.silu": nn.SiLU, "norm3": nn.LayerNorm}
+
     def __call__(self, hidden_states: Tensor, timestep: Tensor | None = None, class_labels: Tensor | None = None,
                  cross_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True, *,
                  row: Sequence[bool] | Tensor | bool | None = None,
@@ -34,6 +31,7 @@ class DiTAdapter(FusedAdapter):
         modulation: this step's from `hoist`. With it, timestep and label are not needed.
         condition: [D], added to every embedded timestep and label, or None.
         """
+        self._check_blocks()
         model = self.transformer
         height, width = (side // model.patch_size for side in hidden_states.shape[-2:])
         x = model.pos_embed(hidden_states)
@@ -55,9 +53,15 @@ class DiTAdapter(FusedAdapter):
 
         condition: [T, D], added to the embedded timesteps and labels, or None.
 
-        If they would take more than HOISTED bytes, the steps are cut into slices, as in `harmonica_dit.models.DiT`.
+        If they would take more than HOISTED bytes, the steps are cut into slices, as in `harmonica_dit.models.DiT`. And
+        as there, nothing is computed ahead if something has been put on the layers that may change between two steps.
         """
-        B, D, dtype = len(hidden_states), self.transformer.inner_dim, hidden_states.dtype
+        model = self.transformer
+        layers = [layer for block in self._blocks for layer in (block.norm1.emb, block.norm1.linear)]
+        if not all(map(is_steady, (*layers, model.proj_out_1))):
+            yield from ({} if condition is None else dict(condition=condition[s]) for s in range(len(rows)))
+            return
+        B, D, dtype = len(hidden_states), model.inner_dim, hidden_states.dtype
         at_once = max(1, HOISTED // ((3 * len(self.branches) + 2) * B * D * dtype.itemsize))
         times = torch.tensor(timesteps, device=hidden_states.device)
         for first in range(0, len(rows), at_once):
@@ -68,13 +72,11 @@ class DiTAdapter(FusedAdapter):
                         self._modulations(times[part].repeat_interleave(B), labels, dtype, rows[part],
                                           None if condition is None else condition[part]))
 
-    def _branches(self, block: nn.Module):
-        attention, feed_forward = AttentionBody(block.attn1), FeedForwardBody(block.ff)
+    def _branches(self, i: int):
+        block = self._blocks[i]
+        attention, feed_forward = AttentionBody(self._blocks, i, "attn1"), FeedForwardBody(self._blocks, i, "ff")
         return (("attn1", hk.Branch(attention, attention.write, eps=block.norm1.norm.eps)),
                 ("ff", hk.Branch(feed_forward, feed_forward.write, eps=block.norm3.eps)))
-
-    def _bypassed_modules(self, block: nn.Module) -> tuple[str, ...]:
-        return "norm1", "norm1.norm", "norm1.silu", "norm3"
 
     def _modulations(self, timestep: Tensor, labels: Tensor, dtype: torch.dtype,
                      rows: Sequence[Sequence[bool] | bool | None],
@@ -84,24 +86,22 @@ class DiTAdapter(FusedAdapter):
         timestep, labels: [T·B], step after step. rows: the T hard rows; where the trunk is forecast (False), only the
         final norm's modulation is computed. added: [T, D] to what each block embeds, or None.
         """
-        blocks, K = self.transformer.transformer_blocks, len(self.branches)
+        blocks, K = self._blocks, len(self.branches)
         made = [hk.Modulation([None] * K, [None] * K, [None] * K) for _ in rows]
         run = [s for s, row in enumerate(rows) if row is not False]  # the others run no block
         batch = len(timestep) // len(rows)
-        of_run = torch.tensor([s * batch + b for s in run for b in range(batch)], device=timestep.device)
+        times, classes, mine = timestep, labels, added
+        if 0 < len(run) < len(rows):
+            # slices are joined, because a list of indices would have to be copied to the device
+            times, classes = (torch.cat([t[s * batch : (s + 1) * batch] for s in run]) for t in (timestep, labels))
+            mine = None if added is None else torch.stack([added[s] for s in run])
         for i, block in enumerate(blocks if run else ()):
-            some = len(run) < len(rows)
-            times, classes = (timestep[of_run], labels[of_run]) if some else (timestep, labels)
             embedded = block.norm1.emb(times, classes, hidden_dtype=dtype).unflatten(0, (len(run), -1))
-            condition = F.silu(embedded if added is None else embedded + added[run, None].to(dtype))
-            branches = 2 * i, 2 * i + 1
-            computed = [[j for j, s in enumerate(run) if rows[s] is None or rows[s][k]] for k in branches]
-            for k, steps, (shift_scale, gates) in zip(branches, computed,
-                                                      adaln_rows(block.norm1.linear, condition, computed)):
-                for j, rows_of_step in zip(steps, shift_scale):
-                    made[run[j]].shift[k], made[run[j]].scale[k] = rows_of_step.chunk(2, 1)
-                for s, gate in zip(run, gates):
-                    made[s].gate[k] = gate
+            activated = F.silu(embedded if mine is None else embedded + mine[:, None].to(dtype))
+            computed = [[j for j, s in enumerate(run) if rows[s] is None or rows[s][k]] for k in (2 * i, 2 * i + 1)]
+            linear = block.norm1.linear
+            add_block(made, i, run, computed, linear if is_plain_linear(linear) else None, activated,
+                      partial(linear, activated))
         embedded = blocks[0].norm1.emb(timestep, labels, hidden_dtype=dtype)
         condition = F.silu(embedded if added is None else embedded + added.to(dtype).repeat_interleave(batch, 0))
         for modulation, final in zip(made, self.transformer.proj_out_1(condition).unflatten(0, (len(rows), -1))):
@@ -109,28 +109,3 @@ class DiTAdapter(FusedAdapter):
             modulation.shift.append(shift)
             modulation.scale.append(scale)
         return made
-
-
-def adaln_rows(linear: nn.Module, condition: Tensor, computed: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
-    """A block's adaLN modulation for T conditions [T, B, D]. computed: for each branch the steps that compute it.
-
-    Returns, for each branch, shift and scale [·, B, 2·D] of these steps, and the gates [T, B, D] of all steps. If the
-    layer is a plain linear one, it computes nothing else.
-    """
-    D = condition.shape[-1]
-    if not is_plain_linear(linear):
-        parts = linear(condition).split(3 * D, 2)
-        return [(part[steps][..., : 2 * D], part[..., 2 * D :]) for part, steps in zip(parts, computed)]
-
-    def part(x: Tensor, start: int, end: int) -> Tensor:
-        return F.linear(x, linear.weight[start:end], None if linear.bias is None else linear.bias[start:end])
-
-    made = []
-    for branch, steps in enumerate(computed):
-        # of the layer's output, first:last is the branch's shift and scale, last:end its gate
-        first, last, end = 3 * D * branch, 3 * D * branch + 2 * D, 3 * D * (branch + 1)
-        if len(steps) == len(condition):
-            made.append(part(condition, first, end).split((2 * D, D), 2))
-        else:
-            made.append((part(condition[steps], first, last), part(condition, last, end)))
-    return made

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GELU
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 import harmonica_kernels as hk
 from harmonica_dit.models.feed_forward import linear_gelu
+from harmonica_dit.models.plain_modules import BlockPart, has_own_forward, is_linear, is_plain_linear, write_linear
 
 
 class Context(NamedTuple):
@@ -31,63 +32,77 @@ class Context(NamedTuple):
     keys_values: dict[Attention, tuple[Tensor, Tensor]] = {}
 
 
-class AttentionBody:
+class AttentionBody(BlockPart):
     """Self- or cross-attention of a block."""
 
-    def __init__(self, attn: Attention, cross: bool = False):
-        self.attn, self.cross = attn, cross
+    def __init__(self, blocks: nn.ModuleList, i: int, name: str, cross: bool = False):
+        super().__init__(blocks, i, name)
+        self.cross = cross
 
     def __call__(self, h: Tensor, context: Context) -> Tensor:
         text, mask = self._source(context)
-        return self.attn(h, encoder_hidden_states=text, attention_mask=mask, **context.options)
+        return self.module(h, encoder_hidden_states=text, attention_mask=mask, **context.options)
 
     def write(self, h: Tensor, context: Context, out: Tensor) -> None:
         """Writes o into `out`. In a plain attention the last linear layer writes there itself; else o is copied."""
         text, mask = self._source(context)
-        source = h if text is None else text
-        if not self.is_plain(source, mask, context):
+        source, attn = h if text is None else text, self.module
+        if not is_plain_attention(attn, source, mask, context):
             out.copy_(self(h, context))
             return
-        q = self._heads(self.attn.to_q, h)
-        k, v = context.keys_values.get(self.attn) or self.keys_values(source)
+        q = _heads(attn, attn.to_q, h)
+        k, v = context.keys_values.get(attn) or keys_values_of(attn, source)
         mask = None if mask is None else mask[:, None]  # over the heads
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        write_linear(self.attn.to_out[0], mixed.transpose(1, 2).flatten(2), out)
+        write_linear(attn.to_out[0], mixed.transpose(1, 2).flatten(2), out)
 
-    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the tokens attended to, [B, heads, tokens, width of a head] each."""
-        return self._heads(self.attn.to_k, source), self._heads(self.attn.to_v, source)
+    def hoistable(self, text: Tensor) -> Attention | None:
+        """The attention, if this is a cross-attention whose keys and values of the text are the same at every step.
 
-    def _heads(self, linear: nn.Module, tokens: Tensor) -> Tensor:
-        return linear(tokens).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+        They need not be where something has been put on their linear layers: the scale of a LoRA may change.
+        """
+        attn = self.module
+        steady = self.cross and is_plain_attention(attn, text, None, Context())
+        return attn if steady and is_linear(attn.to_k) and is_linear(attn.to_v) else None
 
     def _source(self, context: Context) -> tuple[Tensor | None, Tensor | None]:
         return (context.text, context.text_mask) if self.cross else (None, context.mask)
 
-    def is_plain(self, source: Tensor, mask: Tensor | None, context: Context) -> bool:
-        """Whether a call of the attention does exactly what `write` does without it."""
-        attn = self.attn
-        linear, dropout = attn.to_out
-        return (type(attn) is Attention and type(attn.processor) is AttnProcessor2_0 and has_own_forward(attn)
-                and is_plain_linear(linear) and has_own_forward(dropout) and not (dropout.training and dropout.p)
-                and not context.options and (mask is None or mask.shape[-1] == source.shape[1]))
+
+def is_plain_attention(attn: nn.Module, source: Tensor, mask: Tensor | None, context: Context) -> bool:
+    """Whether a call of the attention does exactly what `AttentionBody.write` does without it."""
+    if type(attn) is not Attention:
+        return False
+    linear, dropout = attn.to_out
+    more = attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k, attn.residual_connection
+    return (type(attn.processor) is AttnProcessor2_0 and has_own_forward(attn) and is_plain_linear(linear)
+            and has_own_forward(dropout) and not (dropout.training and dropout.p)
+            and not any(more) and attn.rescale_output_factor == 1  # another attention may stand in the block's place
+            and not context.options and (mask is None or mask.shape[-1] == source.shape[1]))
 
 
-class FeedForwardBody:
+def keys_values_of(attn: Attention, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the tokens attended to, [B, heads, tokens, width of a head] each."""
+    return _heads(attn, attn.to_k, source), _heads(attn, attn.to_v, source)
+
+
+def _heads(attn: Attention, linear: nn.Module, tokens: Tensor) -> Tensor:
+    return linear(tokens).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+class FeedForwardBody(BlockPart):
     """The feed-forward of a block."""
 
-    def __init__(self, ff: FeedForward):
-        self.ff = ff
-
     def __call__(self, h: Tensor, context: Context) -> Tensor:
-        return self.ff(h)
+        return self.module(h)
 
     def write(self, h: Tensor, context: Context, out: Tensor) -> None:
         """Writes o into `out`. In a plain feed-forward the last linear layer writes there itself; else o is copied."""
-        first, *hidden, last = self.ff.net
-        if not (type(self.ff) is FeedForward and has_own_forward(self.ff) and is_plain_linear(last)):
-            out.copy_(self.ff(h))
+        ff = self.module
+        if not (type(ff) is FeedForward and has_own_forward(ff) and is_plain_linear(ff.net[-1])):
+            out.copy_(ff(h))
             return
+        first, *hidden, last = ff.net
         h = linear_gelu(first.proj, h) if _is_linear_gelu(first) else first(h)
         for module in hidden:
             h = module(h)
@@ -97,9 +112,14 @@ class FeedForwardBody:
 class FusedAdapter:
     """Runs a diffusers transformer of `BasicTransformerBlock`s through `cached_forward`.
 
-    Subclasses define `hoist`, `__call__`, `_branches(block)` (a block's branches with their names) and
-    `_bypassed_modules(block)` (the names of its submodules that fused calls replace).
+    What is put on the modules that it calls is honoured: LoRA, quantization and hooks on attentions, feed-forwards,
+    embedders, adaLN's linear layers and what is inside them, and other modules or blocks in their places.
+
+    Subclasses define `hoist`, `__call__`, `_branches(i)` (block i's branches with their names) and `_bypassed` (the
+    submodules of a block that fused calls replace, and their classes).
     """
+
+    _bypassed: dict[str, type[nn.Module]]
 
     def __init__(self, transformer: nn.Module):
         config = transformer.config
@@ -107,16 +127,16 @@ class FusedAdapter:
             if config.get(setting, only) != only:
                 raise ValueError(f"transformer: its configuration has {setting}={config[setting]!r}, this adapter "
                                  f"knows {only!r} only")
-        self.transformer = transformer
+        self.transformer, self._blocks = transformer, transformer.transformer_blocks
+        self._check_bypassed()
         self.name = type(transformer).__name__  # a caller who knows the weights' repository may put its name here
         self.branches: list[hk.Branch] = []
         names = []
-        for i, block in enumerate(transformer.transformer_blocks):
-            for part, branch in self._branches(block):
+        for i in range(len(self._blocks)):
+            for part, branch in self._branches(i):
                 self.branches.append(branch)
                 names.append(f"transformer_blocks.{i}.{part}")
-        self.branch_names = tuple(names)
-        self.check()
+        self.branch_names, self._depth = tuple(names), len(self._blocks)
 
     @property
     def architecture(self) -> dict[str, str | int]:
@@ -143,61 +163,60 @@ class FusedAdapter:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Refuses hooks and compiled code on modules that the adapter does not call: they would silently not run.
+        """Refuses what has been put on modules that the adapter does not call: it would silently not run.
 
         The transformer's own hooks are allowed. Whoever calls the adapter instead of the transformer has to run them.
 
         Raises:
-            ValueError: the message names the module and its hooks or compiled code.
+            ValueError: such a module has hooks, compiled code or another class; the message names it. Or the blocks
+                are not those that the adapter was made for.
         """
-        transformer = self.transformer
-        bypassed = [("transformer_blocks", transformer.transformer_blocks), ("norm_out", transformer.norm_out)]
-        for i, block in enumerate(transformer.transformer_blocks):
-            prefix = f"transformer_blocks.{i}"
-            bypassed.append((prefix, block))
-            bypassed += ((f"{prefix}.{part}", block.get_submodule(part)) for part in self._bypassed_modules(block))
-        refused = [(name, module) for name, module in bypassed if not has_own_forward(module)]
-        if transformer._compiled_call_impl is not None:
-            refused.insert(0, ("transformer", transformer))
-        if refused:
-            name, module = refused[0]
-            raise ValueError(
-                f"{name}: has {_describe_changes(module)}, which would not run: the adapter calls the branches, not "
-                "their blocks. Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
-                "enable_model_cpu_offload")
+        self._check_blocks()
+        self._check_bypassed()
+        eps = [branch.eps for i in range(len(self._blocks)) for _, branch in self._branches(i)]
+        if eps != [branch.eps for branch in self.branches]:
+            raise ValueError("transformer_blocks: a block has other branches, or norms of another eps, than when the "
+                             "adapter was made; adapt the transformer again")
+
+    def _check_bypassed(self) -> None:
+        if self.transformer._compiled_call_impl is not None:
+            raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside "
+                             "it; compile its branches instead (attn1, attn2, ff)")
+        for name, cls in self._bypassed_modules():
+            module = self.transformer.get_submodule(name)
+            if type(module) is not cls or not has_own_forward(module):
+                raise ValueError(
+                    f"{name}: has {_describe_changes(module, cls)}, which would not run: the adapter calls the "
+                    "branches, not their blocks. Compile or hook the branches (attn1, attn2, ff) instead; to offload "
+                    "the model, use enable_model_cpu_offload")
+
+    def _bypassed_modules(self) -> Iterator[tuple[str, type[nn.Module]]]:
+        """Names and classes of the modules that are not called, from the outside in."""
+        yield from (("transformer_blocks", nn.ModuleList), ("norm_out", nn.LayerNorm))
+        for i in range(len(self._blocks)):
+            yield f"transformer_blocks.{i}", BasicTransformerBlock
+            yield from ((f"transformer_blocks.{i}.{part}", cls) for part, cls in self._bypassed.items())
+
+    def _check_blocks(self) -> None:
+        """Raises if the list of blocks is not the one whose modules the bodies look up."""
+        blocks = self.transformer.transformer_blocks
+        if blocks is not self._blocks or len(blocks) != self._depth:
+            raise ValueError("transformer_blocks: is another list, or of another length, than when the adapter was "
+                             "made; adapt the transformer again")
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks or module._compiled_call_impl is not None
-                or "forward" in module.__dict__)  # accelerate's and diffusers' hooks set one
-
-
-def _describe_changes(module: nn.Module) -> str:
+def _describe_changes(module: nn.Module, cls: type[nn.Module]) -> str:
     if module._compiled_call_impl is not None:
         return "been compiled"
+    if type(module) is not cls:
+        return f"another class ({type(module).__name__})"
     return "a replaced forward (offloading or another hook)" if "forward" in module.__dict__ else "hooks"
-
-
-def is_plain_linear(linear: nn.Module) -> bool:
-    """Whether this is exactly nn.Linear (no LoRA, quantization or hook), so that its weight may be used directly."""
-    return type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and has_own_forward(linear)
 
 
 def _is_linear_gelu(module: nn.Module) -> bool:
     """Whether this is exactly a linear layer with bias and the tanh form of the GELU."""
     return (type(module) is GELU and module.approximate == "tanh" and has_own_forward(module)
             and is_plain_linear(module.proj) and module.proj.bias is not None)
-
-
-def write_linear(linear: nn.Linear, h: Tensor, out: Tensor) -> None:
-    """Writes linear(h), with h [B, N, ·], straight into `out`, a contiguous cache buffer."""
-    h, out = h.flatten(0, 1), out.flatten(0, 1)
-    if linear.bias is None:
-        torch.mm(h, linear.weight.t(), out=out)
-    else:
-        torch.addmm(linear.bias, h, linear.weight.t(), out=out)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:

@@ -10,11 +10,23 @@ import torch
 from torch import Tensor, nn
 
 import harmonica_kernels as hk
+from harmonica_dit.models.plain_modules import is_steady
 
-from .fused import AttentionBody, Context, FeedForwardBody, FusedAdapter, attention_options, finish, unpatchify
+from .fused import (
+    AttentionBody,
+    Context,
+    FeedForwardBody,
+    FusedAdapter,
+    attention_options,
+    finish,
+    keys_values_of,
+    unpatchify,
+)
 
 
 class PixArtAdapter(FusedAdapter):
+    _bypassed = {"norm1": nn.LayerNorm, "norm2": nn.LayerNorm}
+
     def __call__(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
                  timestep: Tensor | None = None, added_cond_kwargs: dict[str, Tensor] | None = None,
                  cross_attention_kwargs: dict[str, Any] | None = None, attention_mask: Tensor | None = None,
@@ -32,6 +44,7 @@ class PixArtAdapter(FusedAdapter):
         Raises:
             ValueError: the model wants micro-conditions and `added_cond_kwargs` is None.
         """
+        self._check_blocks()
         model = self.transformer
         if model.use_additional_conditions and added_cond_kwargs is None:
             raise ValueError("added_cond_kwargs: got None, but this model is conditioned on resolution and aspect "
@@ -57,42 +70,44 @@ class PixArtAdapter(FusedAdapter):
     def hoist(self, rows: Sequence[Sequence[bool] | bool | None], timesteps: Sequence[float], hidden_states: Tensor,
               encoder_hidden_states: Tensor | None = None, *_, condition: Tensor | None = None,
               **__) -> Iterator[dict[str, Any]]:
-        """The projected text, its keys and values for each cross-attention that a row computes, and the conditions."""
-        text, added = self._text(encoder_hidden_states, len(hidden_states)), [{}] * len(rows)
-        if condition is not None:
-            added = [dict(condition=row) for row in condition]
-        if text is None:
+        """The projected text, its keys and values for each cross-attention that a row computes, and the conditions.
+
+        Keys and values, or the text, are left out where something has been put on the layers that make them and may
+        change between two steps, as the scale of a LoRA does.
+        """
+        added = [{}] * len(rows) if condition is None else [dict(condition=row) for row in condition]
+        project = self.transformer.caption_projection
+        if encoder_hidden_states is None or not (project is None or is_steady(project)):
             yield from added
             return
+        text = self._text(encoder_hidden_states, len(hidden_states))
         bodies = [branch.body for k, branch in enumerate(self.branches)
                   if any(row is None or (row is not False and row[k]) for row in rows)]
-        keys_values = {body.attn: body.keys_values(text) for body in bodies
-                       if isinstance(body, AttentionBody) and body.cross and body.is_plain(text, None, Context())}
-        yield from (dict(text=text, keys_values=keys_values) | one for one in added)
+        hoisted = [body.hoistable(text) for body in bodies if isinstance(body, AttentionBody)]
+        made = {attn: keys_values_of(attn, text) for attn in hoisted if attn is not None}
+        yield from (dict(text=text, keys_values=made) | one for one in added)
 
     def _text(self, states: Tensor | None, batch: int) -> Tensor | None:
         """The text states [B, tokens, D] that cross-attention takes."""
         project = self.transformer.caption_projection
         return states if project is None else project(states).view(batch, -1, self.transformer.inner_dim)
 
-    def _branches(self, block: nn.Module):
-        attention, feed_forward = AttentionBody(block.attn1), FeedForwardBody(block.ff)
+    def _branches(self, i: int):
+        block = self._blocks[i]
+        attention, feed_forward = AttentionBody(self._blocks, i, "attn1"), FeedForwardBody(self._blocks, i, "ff")
         branches = [("attn1", hk.Branch(attention, attention.write, eps=block.norm1.eps)),
                     ("ff", hk.Branch(feed_forward, feed_forward.write, eps=block.norm2.eps))]
         if block.attn2 is not None:
-            cross = AttentionBody(block.attn2, cross=True)
+            cross = AttentionBody(self._blocks, i, "attn2", cross=True)
             branches.insert(1, ("attn2", hk.Branch(cross, cross.write, norm=False, gate=False)))
         return branches
-
-    def _bypassed_modules(self, block: nn.Module) -> tuple[str, ...]:
-        return "norm1", "norm2"
 
     def _modulation(self, shared: Tensor, embedded: Tensor) -> hk.Modulation:
         """adaLN-single: all blocks share a step's values `shared` [B, 6·D], and each block adds its own table [6, D].
 
         The final norm adds its table [2, D] to `embedded` [B, D], the embedded timestep.
         """
-        blocks = self.transformer.transformer_blocks
+        blocks = self._blocks
         tables = torch.stack([block.scale_shift_table for block in blocks])
         shift, scale, gate = [], [], []
         for block, six in zip(blocks, (tables[:, None] + shared.unflatten(1, (6, -1))).unbind()):  # [B, 6, D] each

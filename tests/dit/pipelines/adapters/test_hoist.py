@@ -9,12 +9,13 @@ from support.pipes import random_schedule, small_dit, small_pixart
 from support.tolerance import assert_close
 
 
-@pytest.mark.parametrize("plain", [True, False])
-def test_hoisted_modulation_is_the_steps_own(plain):
-    """Any steps of a trajectory at once, also where an adaLN's linear has a hook and is evaluated whole."""
+@pytest.mark.parametrize("put_on", [None, "norm1.linear", "norm1.emb.timestep_embedder.linear_2", "proj_out_1"])
+def test_hoisted_modulation_is_the_steps_own(put_on):
+    """Any steps of a trajectory at once. If a layer has a hook, it is evaluated whole, and at each step."""
     model = small_dit()
-    if not plain:
-        model.transformer_blocks[1].norm1.linear.register_forward_hook(lambda module, args, output: output * 2)
+    if put_on is not None:
+        inside = model if put_on == "proj_out_1" else model.transformer_blocks[1]
+        inside.get_submodule(put_on).register_forward_hook(lambda module, args, output: output * 2)
     adapter, inputs = adapt(model), dit_inputs(model)
     schedule, timesteps = random_schedule(model, 7, 0.4), (999, 800, 650, 500, 310, 100, 3)
     results = []
@@ -31,6 +32,8 @@ def test_hoisted_modulation_is_the_steps_own(plain):
                                        forecast_weights=schedule.forecast_weights[s]).sample)
                 if hoisted:
                     assert_close(results[-1], results[s])
+                    assert ("modulation" in more) == (put_on is None)
+                if hoisted and put_on is None:
                     for k, compute in enumerate(schedule.rows[s]):
                         assert (more["modulation"].shift[k] is None) == (not compute)
 
@@ -40,7 +43,10 @@ def test_modulation_is_hoisted_in_slices(monkeypatch):
     model = small_dit()
     adapter, inputs = adapt(model), dit_inputs(model)
     steps, embedded = 5, []
-    model.transformer_blocks[0].norm1.emb.register_forward_hook(lambda module, args, _: embedded.append(len(args[0])))
+    emb = model.transformer_blocks[0].norm1.emb
+    forward = type(emb).forward  # a hook on the module would be asked at each step
+    monkeypatch.setattr(type(emb), "forward", lambda self, t, *args, **options: (
+        (embedded.append(len(t)) if self is emb else None) or forward(self, t, *args, **options)))
     row_bytes = (3 * 4 + 2) * 3 * 24 * 4  # of a step: K = 4 branches, B = 3, D = 24, float32
     for at_once, slices in ((2, [2, 2, 1]), (0, [1] * 5), (5, [5])):
         monkeypatch.setattr("harmonica_dit.pipelines.adapters.dit.HOISTED", at_once * row_bytes)
