@@ -39,13 +39,20 @@ def count_flops(net) -> Flops:
     return count_call(net, lambda: net(x, zero, zero))
 
 
-def trunk_size(net) -> int:
-    """Values of one image's trunk state, N·D. net: a denoiser, or a traced adapter.
+def trunk_costs(net) -> tuple[Flops, int]:
+    """FLOPs of a forward whose trunk is computed or forecast as a whole, and the values of the trunk's state, N·D.
+
+    net: a denoiser, or a traced adapter, for which both are of the traced forward.
 
     Raises:
-        ValueError: the adapter has not been traced.
+        TypeError: net is neither. ValueError: the adapter has not been traced, or its trunk cannot be reused.
     """
-    return net.tokens * net.width if is_denoiser(net) else _traced(net, "trunk_size")
+    if is_denoiser(net):
+        return count_flops(net), net.tokens * net.width
+    flops = _traced(net, "flops")
+    if getattr(net, "trunk_size", None) is None:
+        raise ValueError(f"adapter: the trunk of this model cannot be reused: {net.trunk_left_out}")
+    return net.trunk_flops or flops, net.trunk_size
 
 
 def is_denoiser(net) -> bool:

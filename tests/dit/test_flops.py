@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harmonica_dit.flops import Flops, count_flops, trunk_size
+from harmonica_dit.flops import Flops, count_flops, trunk_costs
 from harmonica_dit.methods import fora, trunk_forecast, uncached
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
@@ -21,10 +21,10 @@ def adapter(request):
     """Traced."""
     if request.param == "stand-in":
         return SimpleNamespace(branch_names=("a", "b"), name="it", architecture={}, flops=Flops((300.0, 500.0), 1.0),
-                               trunk_size=7)
+                               trunk_costs=7)
     transformer, arguments = make("WanTransformer3DModel")
     found = GenericAdapter(transformer)
-    found.flops, found.trunk_size = found.trace(**arguments), 12 * 24
+    found.flops, found.trunk_costs = found.trace(**arguments), 12 * 24
     return found
 
 
@@ -32,11 +32,11 @@ def adapter(request):
 def test_a_method_takes_a_traced_adapter(adapter, method):
     made = method(adapter)
     assert (made.flops, made.branches, made.model) == (adapter.flops, adapter.branch_names, adapter.name)
-    assert made.steps == 6 and (made.unit == "branch" or made.forecaster.size == adapter.trunk_size)
+    assert made.steps == 6 and (made.unit == "branch" or made.forecaster.size == adapter.trunk_costs)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("found", [{}, dict(flops=None, trunk_size=None)])
+@pytest.mark.parametrize("found", [{}, dict(flops=None, trunk_costs=None)])
 def test_an_adapter_that_has_not_been_traced_is_refused(method, found):
     adapter = GenericAdapter(make("WanTransformer3DModel")[0])
     vars(adapter).update(found)
@@ -45,7 +45,7 @@ def test_an_adapter_that_has_not_been_traced_is_refused(method, found):
 
 
 def test_the_trunk_of_an_adapter_without_its_size_is_refused(adapter):
-    adapter.trunk_size = None
+    adapter.trunk_costs = None
     assert fora(adapter, 6, 2).steps == 6
     with pytest.raises(ValueError, match="adapter: has not been traced"):
         trunk_forecast(adapter, 6, every=2)
@@ -58,6 +58,6 @@ def test_a_transformer_is_neither():
 
 def test_a_denoiser_is_counted():
     net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=4)
-    assert trunk_size(net) == 4 * 16 and len(count_flops(net).branches) == 4
+    assert trunk_costs(net) == (count_flops(net), 4 * 16) and len(count_flops(net).branches) == 4
     net.flops = Flops((1.0,) * 4, 0.0)  # of a denoiser nothing is believed
     assert count_flops(net) != net.flops

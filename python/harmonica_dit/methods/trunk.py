@@ -2,7 +2,7 @@
 
 import torch
 
-from harmonica_dit.flops import Flops, count_flops, trunk_size
+from harmonica_dit.flops import Flops, trunk_costs
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_flops
@@ -19,11 +19,13 @@ def trunk_forecast(net, steps: int, *, every: int | None = None, speedup: float 
         steps, every, speedup, order, adams: as in `whole_steps`.
 
     Raises:
-        ValueError: an argument is out of range, or the adapter has not been traced; the message names it.
+        ValueError: an argument is out of range, or the adapter has not been traced, or its trunk cannot be reused; the
+            message says which.
 
     Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923), which forecasts branch by branch.
     """
-    return whole_steps(steps, count_flops(net), trunk_size(net), every=every, speedup=speedup, order=order, adams=adams,
+    flops, size = trunk_costs(net)
+    return whole_steps(steps, flops, size, every=every, speedup=speedup, order=order, adams=adams,
                        names=net.branch_names, model=net.name)
 
 

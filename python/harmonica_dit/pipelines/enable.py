@@ -169,7 +169,7 @@ class EnabledPipeline(Enabled):
         with listen(calls), replace_forwards(transformers, inside_hook=True):
             yield
         self._last = calls.summaries or [Summary()]
-        if all(not s.reused for summary in self._last for s in summary.streams):
+        if calls.plans_to_reuse and not any(s.reused for summary in self._last for s in summary.streams):
             warnings.warn(f"pipe: the cache reused nothing in this call: {self.summary()}", stacklevel=4)
 
 

@@ -6,7 +6,6 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from harmonica_dit.flops import Flops, count_call
 from harmonica_dit.methods.fora import fora
 from harmonica_dit.methods.trunk import trunk_forecast
 from harmonica_dit.methods.uncached import uncached
@@ -32,9 +31,8 @@ class Plans:
 
     def __init__(self, config: HarmoniCaConfig, source: str = ""):
         self.config, self.source = config, source
-        self._traced: dict[tuple, GenericAdapter] = {}  # by transformer and shape of the latents
-        self._counted: dict[tuple, Flops] = {}  # likewise
-        self._planned: dict[tuple, Planned] = {}  # by the same, and the steps
+        self._adapters: dict[tuple, GenericAdapter | FusedAdapter] = {}  # traced, by transformer and latents' shape
+        self._planned: dict[tuple, Planned] = {}  # by these and the timesteps
         self._warned: set[str] = set()
         self._checked: WeakSet[nn.Module] = WeakSet()
 
@@ -83,41 +81,36 @@ class Plans:
         if self.config.loaded is not None:
             first = 0  # a schedule is for all steps of a trajectory, whoever runs them
         adapter, why = self._adapter(transformer)
-        latents = latents_of(transformer, args, kwargs)
-        key = id(transformer), *(tuple(t.shape) for t in latents)
-        adapter, flops = self._look(adapter, key, forward, args, kwargs)
-        key = *key, timesteps[first:]
+        key = id(transformer), *(tuple(t.shape) for t in latents_of(transformer, args, kwargs))
+        adapter, flops = self._traced(adapter, key, forward, args, kwargs)
+        timesteps = timesteps[first:]
+        key = *key, timesteps
         if key not in self._planned:
-            size = adapter.trunk_size if isinstance(adapter, GenericAdapter) else adapter.trunk_values(latents[0])
-            self._planned[key] = Planned(self._schedule(adapter, flops, size, max(1, steps - first), timesteps[first:],
-                                                        first))
+            self._planned[key] = Planned(self._schedule(adapter, max(1, steps - first), timesteps, first))
+            self._say(self._planned[key].schedule.nothing_gained())
         planned = self._planned[key]
         schedule = planned.schedule
-        self._say(schedule.nothing_gained())
         summary.steps, summary.schedule, summary.unit = steps, schedule.origin, schedule.unit
         summary.path = "fused" if isinstance(adapter, FusedAdapter) else "generic" + (f" ({why})" if why else "")
         if isinstance(adapter, GenericAdapter):
             adapter.check(schedule.unit)
             summary.left_out |= adapter.left_out if schedule.unit == "branch" else {}
-        return Streams(transformer, name, adapter, planned, flops, timesteps[first:] if hoist else None, first, summary)
+        return Streams(transformer, name, adapter, planned, flops, timesteps if hoist else None, first, summary)
 
-    def _look(self, adapter, key: tuple, forward: Callable, args: tuple, kwargs: dict):
-        """The adapter, and what a forward costs: the schedule knows it, or a forward is run to count it."""
+    def _traced(self, adapter, key: tuple, forward: Callable, args: tuple, kwargs: dict):
+        """The adapter, and what a forward costs: the schedule knows it, or a forward is traced."""
         schedule = self.config.loaded
-        if isinstance(adapter, GenericAdapter) and (schedule is None or schedule.unit == "trunk"):
-            known = self._traced.get(key)
-            if known is None or not known.is_current():
-                adapter._trace(forward, args, kwargs)
-                known = self._traced[key] = adapter
-            if schedule is not None and known.trunk_left_out:
-                raise ValueError(f"{self.config.source}forecasts the trunk, which {type(adapter.transformer).__name__} "
-                                 f"cannot reuse: {known.trunk_left_out}")
-            return known, known.flops if known.trunk_flops is None else known.trunk_flops
-        if schedule is not None:
+        generic_trunk = isinstance(adapter, GenericAdapter) and schedule is not None and schedule.unit == "trunk"
+        if schedule is not None and not generic_trunk:
             return adapter, schedule.flops
-        if key not in self._counted:
-            self._counted[key] = count_call(adapter, lambda: adapter(*args, **kwargs))
-        return adapter, self._counted[key]
+        known = self._adapters.get(key)
+        if type(known) is not type(adapter) or not known.is_current():
+            adapter.trace_call(forward, args, kwargs)
+            known = self._adapters[key] = adapter
+        if generic_trunk and known.trunk_left_out:
+            raise ValueError(f"{self.config.source}forecasts the trunk, which {type(adapter.transformer).__name__} "
+                             f"cannot reuse: {known.trunk_left_out}")
+        return known, known.flops if known.trunk_flops is None else known.trunk_flops
 
     def _adapter(self, transformer: nn.Module):
         """The adapter, and why it is not the fused one where there is one."""
@@ -133,28 +126,27 @@ class Plans:
         schedule = self.config.loaded
         return GenericAdapter(transformer, None if schedule is None else schedule.branches), why
 
-    def _schedule(self, adapter, flops: Flops, size: int | None, steps: int, timesteps: tuple[float, ...],
-                  first: int) -> Schedule:
+    def _schedule(self, adapter, steps: int, timesteps: tuple[float, ...], first: int) -> Schedule:
         if self.config.loaded is not None:
             return self._fitted(self.config.loaded, steps, timesteps)
-        net = _Costs(adapter, flops, size)
         if steps == 1:
-            return uncached(net, 1)
+            return uncached(adapter, 1)
         try:
-            if size is None:
-                return fora(net, steps, speedup=self.config.speedup, order=1)
-            return trunk_forecast(net, steps, speedup=self.config.speedup)
+            if adapter.trunk_size is None:
+                return fora(adapter, steps, speedup=self.config.speedup, order=1)
+            return trunk_forecast(adapter, steps, speedup=self.config.speedup)
         except ValueError:
             if not first:
                 raise
-            return uncached(net, steps)  # of a second transformer, which has too few steps left; the image is half made
+            # of a second transformer, which has too few steps left; the image is half made
+            return uncached(adapter, steps)
 
     def _fitted(self, schedule: Schedule, steps: int, timesteps: tuple[float, ...]) -> Schedule:
         """The schedule that was given, for a call's timesteps."""
         made, T = schedule.timesteps, schedule.steps
         if steps == T and made in (None, timesteps):
             return schedule
-        learned = schedule.unit == "trunk" and schedule.forecaster.order is None
+        learned = schedule.unit == "trunk" and schedule.forecaster.rule is None
         if self.config.on_mismatch == "resample" and not learned:
             return schedule.resampled(timesteps)
         if steps != T:
@@ -185,14 +177,6 @@ class Plans:
         if text and text.split(":")[0] not in self._warned:
             self._warned.add(text.split(":")[0])
             warnings.warn(text, stacklevel=2)
-
-
-class _Costs:
-    """What a method needs to know of a transformer: in place of a denoiser."""
-
-    def __init__(self, adapter, flops: Flops, size: int | None):
-        self.branch_names, self.name, self.architecture = adapter.branch_names, adapter.name, adapter.architecture
-        self.flops, self.trunk_size = flops, size
 
 
 GROUP_OFFLOAD = "group_offloading"

@@ -60,15 +60,15 @@ class Stream:
             why = f"the schedule has {schedule.steps} steps"
         elif first is None:
             why = "there was nothing to reuse yet"
-        elif schedule.unit == "trunk" and schedule.forecaster.order is None:
+        elif schedule.unit == "trunk" and schedule.forecaster.rule is None:
             why = "steps were missed, and learned weights are for all of them"
         else:
             wanted = [now or not any(row[k] for row in self.table) for k, now in enumerate(planned.computed[s])]
             table = [*self.table[first:], wanted]
             changes: dict[str, Any] = dict(extrapolation=schedule.extrapolation[first : s + 1])
             if schedule.unit == "trunk":
-                old = schedule.forecaster
-                changes["forecaster"] = taylor([row[0] for row in table], old.order, old.size, old.adams)
+                order, adams = schedule.forecaster.rule
+                changes["forecaster"] = taylor([row[0] for row in table], order, schedule.forecaster.size, adams)
             return Planned(replace(schedule, compute=torch.tensor(table), timesteps=None, **changes)), len(table) - 1
         self.summary.fallbacks[why] += 1
         return Planned(replace(schedule, compute=torch.ones(1, K, dtype=torch.bool), extrapolation=None, timesteps=None,

@@ -29,6 +29,7 @@ class PipelineCalls(Listener):
             raise ValueError(f"pipe.scheduler: {type(pipe.scheduler).__name__} takes {order} evaluations a step, at "
                              "different latents; use a scheduler of one a step, or harmonica_dit.disable_cache(pipe)")
         self.summaries: list[Summary] = []
+        self.plans_to_reuse = False  # by a schedule that has been followed
         self.begin()
 
     def begin(self) -> None:
@@ -52,6 +53,7 @@ class PipelineCalls(Listener):
             self.running[module] = self.plans.streams(
                 name, module, forward, args, kwargs, steps=len(timesteps), timesteps=timesteps, hoist=self.hoist,
                 first=self.s, summary=self.summaries[-1])
+            self.plans_to_reuse |= not all(map(all, self.running[module].planned.computed))
         return self.running[module].run(self.s, call_name.get(), forward, args, kwargs)
 
     def _timesteps(self) -> tuple[float, ...]:

@@ -11,6 +11,8 @@ from harmonica_dit.flops import Flops
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
 from support.generic_models import make, random_row, state
 
+pytestmark = pytest.mark.filterwarnings("ignore:forecasts to order 0, not 1", "ignore:reuses nothing")  # of a few steps
+
 
 def schedule_of(adapter, T, history=2):
     K = len(adapter.branch_names)

@@ -1,6 +1,6 @@
 """The common part of the fused adapters: the bodies of diffusers' `BasicTransformerBlock`, and the checks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 import harmonica_kernels as hk
+from harmonica_dit.flops import Flops, count_call
 from harmonica_dit.models.feed_forward import linear_gelu
 from harmonica_dit.models.plain_modules import BlockPart, has_own_forward, is_linear, is_plain_linear, write_linear
 
@@ -130,6 +131,9 @@ class FusedAdapter:
         self.transformer, self._blocks = transformer, transformer.transformer_blocks
         self._check_bypassed()
         self.name = type(transformer).__name__  # a caller who knows the weights' repository may put its name here
+        self.flops: Flops | None = None  # of the traced forward
+        self.trunk_flops: Flops | None = None
+        self.trunk_size: int | None = None
         self.branches: list[hk.Branch] = []
         names = []
         for i in range(len(self._blocks)):
@@ -147,11 +151,27 @@ class FusedAdapter:
         """A cache for one trajectory."""
         return hk.FeatureCache(history)
 
-    def trunk_values(self, latents: Tensor) -> int:
-        """Values of the trunk's state of a forward with these latents [B, C, H, W]."""
-        B, _, height, width = latents.shape
-        return B * (height // self.transformer.config.patch_size) * (width // self.transformer.config.patch_size) \
-            * self.transformer.inner_dim
+    def trace(self, *args, **kwargs) -> Flops:
+        """Runs one forward and counts what it costs, branch by branch; the arguments are the transformer's own.
+
+        Sets `flops`, `trunk_flops` (the same) and `trunk_size`, the values of the trunk's state.
+        """
+        return self.trace_call(self.transformer, args, kwargs)
+
+    def trace_call(self, forward: Callable, args: tuple, kwargs: dict) -> Flops:
+        """`trace`; the adapter runs in the place of `forward`, which is not called."""
+        states: list[Tensor] = []
+        handle = self.transformer.pos_embed.register_forward_hook(lambda module, args, tokens: states.append(tokens))
+        try:
+            self.flops = self.trunk_flops = count_call(self, lambda: self(*args, **kwargs))
+        finally:
+            handle.remove()
+        self.trunk_size = states[0].numel()
+        return self.flops
+
+    def is_current(self) -> bool:
+        """Whether this adapter still knows the transformer: it follows its modules, whatever they are now."""
+        return True
 
     def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float],
               *args, **kwargs) -> Iterator[dict[str, Any]]:

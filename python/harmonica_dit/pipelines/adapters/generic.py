@@ -117,9 +117,9 @@ class GenericAdapter:
         Raises:
             TypeError: no branch is left.
         """
-        return self._trace(self.transformer, args, kwargs)
+        return self.trace_call(self.transformer, args, kwargs)
 
-    def _trace(self, forward: Callable, args: tuple, kwargs: dict) -> Flops:
+    def trace_call(self, forward: Callable, args: tuple, kwargs: dict) -> Flops:
         """`trace`, but `forward` is called in place of the transformer."""
         run = Trace(self)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), flop_counter() as counter:

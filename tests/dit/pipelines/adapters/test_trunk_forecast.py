@@ -18,7 +18,7 @@ def trunk_schedule(transformer, forecaster=None, **made_for):
     names = names_of(transformer)
     compute = torch.tensor(COMPUTED)[:, None].repeat(1, len(names))
     return Schedule(compute, names, Flops((1.0,) * len(names), 1.0), **made_for,
-                    forecaster=forecaster or taylor(COMPUTED, 2))
+                    forecaster=forecaster or taylor(COMPUTED, 1))
 
 
 def random_forecaster(width, seed=0):
