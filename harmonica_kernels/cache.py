@@ -1,8 +1,9 @@
 """The feature cache: each branch's latest output, and those before it where a schedule forecasts."""
 
+import weakref
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +51,39 @@ class Forward(NamedTuple):
         return f"{self.branches} branches and x of shape {tuple(self.shape)}, {self.dtype} on {self.device}"
 
 
+class Whose:
+    """Which model a cache's forwards are of. It does not keep the model alive; copied with the model, it is the copy's.
+    """
+
+    def __init__(self, model: Any):
+        self.model = weakref.ref(model)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Whose) and self.model() is other.model() is not None
+
+    def __hash__(self) -> int:
+        return id(self.model())
+
+    def __deepcopy__(self, memo: dict) -> "Whose":
+        model = self.model()
+        return self if model is None else Whose(memo.get(id(model), model))
+
+    def __str__(self) -> str:
+        model = self.model()
+        name = getattr(model, "name", None)
+        what = f"{type(model).__name__} {name!r}" if isinstance(name, str) else type(model).__name__
+        return "a model that is gone" if model is None else f"{what} at {id(model):#x}"
+
+
+class Setting(NamedTuple):
+    """What else has to be the same in all forwards of a trajectory: the model, None if it is not said, and autocast."""
+
+    whose: Whose | None
+    autocast: torch.dtype | None
+
+
 class Memory:
-    """What the caches share: they serve one trajectory, whose forwards are alike and all end."""
+    """What the caches share: they serve one trajectory, whose forwards are alike, are of one model, and all end."""
 
     def __init__(self, history: int = 1):
         check_history(history)
@@ -61,23 +93,49 @@ class Memory:
     def reset(self) -> None:
         """Forgets everything and frees its memory; the next trajectory may have any shape."""
         self._of: tuple | None = None  # every forward must match
+        self._setting: Setting | None = None  # and this; None until a forward begins
         self._open = False  # a forward has begun and not ended
 
-    def _check(self, of: tuple) -> None:
-        """Raises if this cache cannot serve such a forward."""
+    def _held(self) -> Sequence[Tensor]:
+        """The tensors that another forward would read or write."""
+        return ()
+
+    def _check(self, of: tuple, model: Any = None, autocast: torch.dtype | None = None) -> None:
+        """Raises if this cache cannot serve such a forward. model: whose it is, if known. autocast: its dtype."""
         if self._open:
             raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
                                "call cache.reset() and start the trajectory again")
         if self._of is not None and self._of != of:
             raise ValueError(f"cache: holds a forward of {self._of}, got {of}; another trajectory, such as that of the "
                              "calls without prompt, needs a cache of its own, or cache.reset() before it")
+        if self._setting is not None:
+            whose, before = self._setting
+            if whose is not None and model is not None and whose.model() is not model:
+                raise ValueError(f"cache: holds a forward of {whose}, got one of {Whose(model)}, another model; it "
+                                 "needs a cache of its own, or cache.reset() before its first step")
+            if before != autocast:
+                raise ValueError(f"cache: holds a forward {_under(before)}, got one {_under(autocast)}; run all steps "
+                                 "of a trajectory alike, or call cache.reset() before the first one")
+        if torch.compiler.is_compiling():
+            return  # torch.compile knows neither of the two questions
+        if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in self._held()):
+            mode = "with grad enabled" if torch.is_grad_enabled() else "under torch.no_grad()"
+            raise ValueError(f"cache: holds a forward under torch.inference_mode(), got one {mode}, where such memory "
+                             "cannot be written to; run all steps of a trajectory in one mode, or call cache.reset() "
+                             "before the first one")
 
-    def _begin(self, of: tuple) -> None:
+    def _begin(self, of: tuple, model: Any = None, autocast: torch.dtype | None = None) -> None:
         """Begins a forward that `_check` has accepted; `_end` ends it."""
+        if self._setting is None or (self._setting.whose is None and model is not None):
+            self._setting = Setting(None if model is None else Whose(model), autocast)
         self._of, self._open = of, True
 
     def _end(self) -> None:
         self._open = False
+
+
+def _under(autocast: torch.dtype | None) -> str:
+    return "without autocast" if autocast is None else f"under autocast to {autocast}"
 
 
 class FeatureCache(Memory):
@@ -108,12 +166,15 @@ class FeatureCache(Memory):
         # Renewals that wait for a backward: entry, output, score, threshold.
         self._pending: list[tuple[int, Tensor, Tensor | None, float]] = []
 
+    def _held(self) -> Sequence[Tensor]:
+        return () if self._arena is None else (self._arena,)
+
     def rewind(self) -> None:
         """Forgets the outputs but keeps the memory, for another trajectory of the same shapes."""
         self._filled = [0] * len(self._slots)
         for slots in self._slots:
             slots.sort(key=lambda slot: slot.data_ptr())  # the order of the arena
-        self._pending, self._open = [], False
+        self._pending, self._open, self._setting = [], False, None
 
     @property
     def nbytes(self) -> int:
@@ -151,7 +212,8 @@ class FeatureCache(Memory):
         Calls `other.commit()` first, so the backward through `other`'s last forward must be done.
         """
         other.commit()
-        if (self._of, self.history, self.runs, self.dtype) != (other._of, other.history, other.runs, other.dtype):
+        unlike = (self._of, self.history, self.runs, self.dtype) != (other._of, other.history, other.runs, other.dtype)
+        if unlike or (not torch.is_inference_mode_enabled() and any(t.is_inference() for t in self._held())):
             self.history, self.runs = other.history, other.runs
             self.reset()
             self._of = other._of
@@ -161,6 +223,7 @@ class FeatureCache(Memory):
             for slot in range(filled):
                 mine[slot].copy_(theirs[slot])
         self._filled, self._pending, self._open = list(other._filled), [], other._open
+        self._setting = other._setting
         return self
 
     def commit(self) -> None:
@@ -214,11 +277,12 @@ class FeatureCache(Memory):
         """The state that a recorded forward relies on, buffer addresses included; None before there are buffers."""
         if self._arena is None:
             return None
-        return self._of, self._open, tuple(self._filled), tuple(slots[0].data_ptr() for slots in self._slots)
+        newest = tuple(slots[0].data_ptr() for slots in self._slots)
+        return self._of, self._setting, self._open, tuple(self._filled), newest
 
     def _restore(self, state: tuple) -> None:
         """Goes to a `_state` of the same buffers; the values in them stay as they are."""
-        self._of, self._open, filled, newest = state
+        self._of, self._setting, self._open, filled, newest = state
         self._filled = list(filled)
         for slots, address in zip(self._slots, newest, strict=True):
             newest = [slot.data_ptr() for slot in slots].index(address)

@@ -17,7 +17,12 @@ def is_host(device: str) -> bool:
     return device in HOST
 
 
-def check_forward(branches, x, mod, row, forecast_weights, cache, threshold) -> Sequence[bool]:
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of the autocast that is on for such a device, or None."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def check_forward(branches, x, mod, row, forecast_weights, cache, threshold, model) -> Sequence[bool]:
     """Raises on wrong arguments, before anything is changed. Returns for each entry whether it is computed."""
     K = len(branches)
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
@@ -31,7 +36,7 @@ def check_forward(branches, x, mod, row, forecast_weights, cache, threshold) -> 
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: got {threshold}, expected a number from 0 to 1")
     if cache is not None:
-        cache._check(Forward(x.shape, x.dtype, x.device, K))
+        cache._check(Forward(x.shape, x.dtype, x.device, K), model, autocast_dtype(x.device.type))
     if isinstance(cache, TrunkCache):
         check_trunk(row, forecast_weights, cache, x)
         return (row is not False,) * K

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cache import FeatureCache, Forward, run_spans
-from .checks import check_forward, check_output, is_host
+from .checks import autocast_dtype, check_forward, check_output, is_host
 from .ops import Term, blend_residual_norm, residual_norm
 from .trunk import TrunkCache, TrunkWeights, base_and_terms
 
@@ -54,7 +54,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
                    row: Sequence[bool] | Tensor | bool | None = None,
                    forecast_weights: Sequence[float | Sequence[float]] | Tensor | TrunkWeights | None = None,
                    cache: FeatureCache | TrunkCache | None = None,
-                   threshold: float = 0.1, context: Any = None, eps: float = 1e-6) -> Tensor:
+                   threshold: float = 0.1, context: Any = None, eps: float = 1e-6, model: Any = None) -> Tensor:
     """Runs K residual branches and the final modulated norm: y = LN(x_K)·(1 + scale_K) + shift_K.
 
     Args:
@@ -69,13 +69,17 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
             tensor [K] is differentiable; an entry has no effect while the cache holds fewer than two outputs. With a
             hard row an entry may also be the weights (w_0, w_1, …) of the branch's last outputs, the newest first:
             reuse = Σ w_i·output_i.
-        cache: one per trajectory; its first forward, with row=None, fills it. Where a `FeatureCache` holds runs of
+        cache: one per trajectory; its first forward, with row=None, fills it. All forwards of a trajectory have x of
+            one shape and dtype, one model and one autocast; and if the first runs in `torch.inference_mode`, so do the
+            others. Grad may be turned on and off between them. Where a `FeatureCache` holds runs of
             branches, row and forecast_weights have an entry for each run in place of K. With a `TrunkCache` the step is
             computed whole (row=None) or forecast (row=False, then mod needs the final norm's rows alone), and
             forecast_weights are `TrunkWeights`: a forecast's, or a computed step's correction.
         threshold: τ of a soft row; a hard row does not use it.
         context: whatever the bodies need beside h; every body gets it as it is.
         eps: of the final norm.
+        model: whose forward it is, such as the module itself. A cache that holds a forward of another model is refused;
+            None is not compared.
 
     Returns:
         y [B, N, D], in the autocast dtype where autocast is on, else in x's.
@@ -91,17 +95,15 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     Source: HarmoniCa (Huang et al., ICML 2025), section 3; forecasts after TaylorSeer (Liu et al., 2025), first order.
     """
     K = len(branches)
-    compute = check_forward(branches, x, mod, row, forecast_weights, cache, threshold)
-    soft = isinstance(row, Tensor)
+    compute = check_forward(branches, x, mod, row, forecast_weights, cache, threshold, model)
+    soft, device, autocast = isinstance(row, Tensor), x.device.type, autocast_dtype(x.device.type)
     if cache is not None:
-        cache._begin(Forward(x.shape, x.dtype, x.device, K))
+        cache._begin(Forward(x.shape, x.dtype, x.device, K), model, autocast)
 
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
     trunk = cache if isinstance(cache, TrunkCache) else None
     cache = None if trunk else cache  # of the branches
-    in_place_bodies = cache is not None and not soft and not autocast and not torch.is_grad_enabled()
-    stream = _Stream(x, torch.get_autocast_dtype(device) if autocast else x.dtype)
+    in_place_bodies = cache is not None and not soft and autocast is None and not torch.is_grad_enabled()
+    stream = _Stream(x, x.dtype if autocast is None else autocast)
     if row is False:
         branches = ()
     for i, (k, end) in enumerate(run_spans(None if cache is None else cache.runs, len(branches))):

@@ -46,10 +46,13 @@ class TrunkCache(Memory):
 
     rewind = reset
 
+    def _held(self) -> Sequence[Tensor]:
+        return [t for pair in self._kept for t in pair]
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.nbytes for pair in self._kept for t in pair)
+        return sum(t.nbytes for t in self._held())
 
     @property
     def filled(self) -> int:

@@ -71,14 +71,14 @@ def test_what_is_pending_counts():
 
 
 def test_body_out_is_passed_over_where_the_cache_has_another_dtype():
-    """An arena filled under autocast goes on in its dtype; the fused call stores and converts."""
+    """Memory that was filled under autocast stays in its dtype after a rewind; the fused call stores and converts."""
     toy, cache = Toy(dtype=torch.float32), hk.FeatureCache()
     toy.context = toy.context.bfloat16()  # so that the bodies' outputs are bfloat16 under autocast
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             toy(toy.x, cache=cache)
-        toy.calls.clear()
-        toy(toy.x, row=(True, True, True, False), cache=cache)
+        toy.calls.clear(), cache.rewind()
+        toy(toy.x, cache=cache)
     assert cache.dtype == torch.bfloat16 and {kind for _, kind in toy.calls} == {"body"}
 
 

@@ -217,7 +217,7 @@ class DiT(nn.Module):
             embedded = self.t_embedder(t) + self.y_embedder(y)
             [modulation] = self.modulations((embedded if condition is None else embedded + condition)[None], [row])
         tokens = hk.cached_forward(self.branches, self.embed(x), modulation, row=row,
-                                   forecast_weights=forecast_weights, cache=cache, threshold=threshold)
+                                   forecast_weights=forecast_weights, cache=cache, threshold=threshold, model=self)
         return self.head(tokens)
 
     def embed(self, x: Tensor) -> Tensor:

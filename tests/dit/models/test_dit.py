@@ -1,6 +1,7 @@
 """The DiT through `cached_forward` equals the plain one, and loads facebookresearch's layout."""
 
 import argparse
+import copy
 import sys
 import types
 
@@ -13,10 +14,11 @@ import harmonica_dit
 import harmonica_kernels as hk
 import harmonica_kernels.ops as ops
 from harmonica_dit.files import save_tensors
-from harmonica_dit.flops import count_flops
+from harmonica_dit.flops import count_flops, replace_bodies
 from harmonica_dit.load import read_weights
 from harmonica_dit.models import DiT, dit
 from harmonica_dit.sample import Trajectory, denoise
+from harmonica_dit.train.frozen_model import checkpoint_bodies
 from support.plain_dit import PlainDiT
 
 SMALL = dict(input_size=8, patch_size=2, in_channels=2, hidden_size=24, depth=3, num_heads=3, num_classes=5)
@@ -70,6 +72,23 @@ def test_a_reused_branch_keeps_its_new_gate():
     again = net(x, t - 1, y, cache=cache, row=(False,) * 6)
     assert (now - other).abs().max() > 1e-3
     torch.testing.assert_close(again, now, rtol=1e-4, atol=1e-4)  # the outputs computed a line ago, the same row's
+
+
+@torch.no_grad()
+def test_a_cache_of_another_dit():
+    """Refused, also of a copy; bodies that are replaced for a while are no other model."""
+    (_, a), (_, b), cache, row = pair(), pair(), hk.FeatureCache(), (False,) * 6
+    step = inputs()
+    expected = a(*step, cache=cache)
+    for other in (b, copy.deepcopy(a)):
+        for options in (dict(row=row), {}):
+            with pytest.raises(ValueError, match="cache: holds a forward of DiT 'DiT' at .*, got one of DiT 'DiT' at"):
+                other(*step, cache=cache, **options)
+    for replaced in (checkpoint_bodies(a), replace_bodies(a, lambda k, body: lambda h, context: body(h, context))):
+        with replaced:
+            assert torch.equal(a(*step, cache=cache, row=row), expected)
+    count_flops(a)
+    assert torch.equal(a(*step, cache=cache, row=row), expected)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100])

@@ -94,3 +94,25 @@ def test_a_recording_that_fails_changes_nothing(recorder):
     assert cache._state() == before and executor.graphs == 0
     other = hk.FeatureCache(2).copy_(cache)
     assert torch.equal(net(x, cache=cache, row=row), net(x, cache=other, row=row))
+
+
+def test_a_recorded_call_of_another_model_is_refused(recorder):
+    """Neither is the graph of one replayed on the other's features."""
+    a, b = ThreeBranches(), ThreeBranches()
+    cache, x, row = hk.FeatureCache(), torch.randn(2, 5, 8), (False,) * 3
+
+    def run(model, x, cache, row=None):
+        return model(x, cache=cache, row=row, model=model)
+
+    executor = hk.compile(run)
+    for model in (a, b):
+        for _ in range(3):
+            cache.rewind()
+            expected = executor(model, x, cache)
+            assert torch.equal(executor(model, x, cache, row), expected)
+    cache.rewind()
+    executor(a, x, cache)
+    with pytest.raises(ValueError, match="another model"):
+        executor(b, x, cache, row)
+    assert torch.equal(executor(a, x, cache, row), a(x))
+    assert sum(recording.graph.replays for recording in executor._recordings.values()) >= 4

@@ -41,7 +41,7 @@ class DiTAdapter(FusedAdapter):
             modulation = self._modulations(timestep, class_labels, x.dtype, [None if every else row],
                                            None if condition is None else condition[None])[0]
         x = hk.cached_forward(self.branches, x, modulation, row=row, forecast_weights=forecast_weights,
-                              cache=cache, threshold=threshold,
+                              cache=cache, threshold=threshold, model=model,
                               context=Context(options=attention_options(cross_attention_kwargs)),
                               eps=model.norm_out.eps)
         return finish(unpatchify(model.proj_out_2(x), height, width, model.patch_size), return_dict)

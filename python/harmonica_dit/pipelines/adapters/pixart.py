@@ -62,7 +62,7 @@ class PixArtAdapter(FusedAdapter):
             text = self._text(encoder_hidden_states, batch)
         x = hk.cached_forward(self.branches, x, self._modulation(shared, embedded), row=row,
                               forecast_weights=forecast_weights, cache=cache, threshold=threshold,
-                              eps=model.norm_out.eps,
+                              eps=model.norm_out.eps, model=model,
                               context=Context(mask, text, text_mask, attention_options(cross_attention_kwargs),
                                               keys_values or {}))
         return finish(unpatchify(model.proj_out(x), height, width, patch), return_dict)

@@ -184,3 +184,27 @@ def test_autocast(small):
             theirs, ours = model(**inputs).sample, adapter(**inputs, cache=adapter.new_cache()).sample
     assert ours.dtype == theirs.dtype
     assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm()
+
+
+@torch.no_grad()
+def test_a_cache_of_another_transformer(small):
+    """Also where the adapters are several, what counts is the transformer."""
+    model, inputs = small
+    first, again, other = adapt(model), adapt(model), adapt(random_weights(copy.deepcopy(model)))
+    cache, row = first.new_cache(), (False,) * len(first.branches)
+    expected = first(**inputs, cache=cache).sample
+    message = "cache: holds a forward of {0} at .*, got one of {0} at .*, another model".format(type(model).__name__)
+    for options in (dict(row=row), {}):
+        with pytest.raises(ValueError, match=message):
+            other(**inputs, cache=cache, **options)
+    assert torch.equal(again(**inputs, cache=cache, row=row).sample, expected)
+
+
+def test_a_trajectory_that_changes_its_mode(small):
+    model, inputs = small
+    adapter = adapt(model)
+    cache = adapter.new_cache()
+    with torch.inference_mode():
+        adapter(**inputs, cache=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"torch\.inference_mode\(\), got one under torch\.no_grad"):
+        adapter(**inputs, cache=cache)
