@@ -90,6 +90,11 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         RuntimeError: the last forward with this cache was interrupted.
         NotImplementedError: x is neither on the CPU nor on a CUDA device.
 
+    Gradients: what a `FeatureCache` holds is constant, so none flows through it to the step that computed it. And it is
+    overwritten when a later forward computes the branch again: call `backward` before the next forward with the cache.
+    After that, backward raises a RuntimeError that says so. For gradients through several steps compute everything
+    without a cache, or use a `TrunkCache`, whose states are not overwritten.
+
     On CUDA nothing here waits for the device: the kernels read soft scores and a tensor of forecast weights there.
 
     Source: HarmoniCa (Huang et al., ICML 2025), section 3; forecasts after TaylorSeer (Liu et al., 2025), first order.

@@ -223,8 +223,23 @@ def _setup_context(ctx, inputs, output) -> None:
                           problem.shift, problem.scale, *problem.latest, *problem.previous, *problem.gate)
 
 
+def _saved(ctx) -> tuple[Tensor | None, ...]:
+    """What the forward has saved; RuntimeError if it has been overwritten since."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "blend_residual_norm: what this backward needs has been overwritten. A cached output is, once a later "
+            "forward with the same cache computes its branch. Call backward() after each step, before the next forward "
+            "with the cache; what is reused counts as constant. For gradients through several steps compute "
+            "everything, without a cache (row=None, cache=None), or use a TrunkCache"
+        ) from error
+
+
 def _backward(ctx, dx_new, dh, _) -> tuple:
-    x_new, weights, fresh, r, shift, scale, *lists = ctx.saved_tensors
+    x_new, weights, fresh, r, shift, scale, *lists = _saved(ctx)
     terms, end = ctx.terms, ctx.terms + sum(ctx.forecasts)
     problem = _Problem(x_new, lists[:terms], lists[terms:end], ctx.forecasts, weights, lists[end:], ctx.has_gate, fresh,
                        r, shift, scale, ctx.norm, ctx.eps)

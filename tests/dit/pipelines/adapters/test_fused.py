@@ -208,3 +208,14 @@ def test_a_trajectory_that_changes_its_mode(small):
         adapter(**inputs, cache=cache)
     with torch.no_grad(), pytest.raises(ValueError, match=r"torch\.inference_mode\(\), got one under torch\.no_grad"):
         adapter(**inputs, cache=cache)
+
+
+def test_gradients_through_several_cached_steps_are_refused(small):
+    model, inputs = small
+    adapter = adapt(model.requires_grad_(True))
+    cache, x = adapter.new_cache(), inputs["hidden_states"]
+    some = tuple(k % 2 == 0 for k in range(len(adapter.branches)))
+    for row in (None, some, tuple(not compute for compute in some)):
+        x = adapter(**inputs | dict(hidden_states=x), row=row, cache=cache).sample[:, :4]
+    with pytest.raises(RuntimeError, match=r"Call backward\(\) after each step"):
+        x.sum().backward()
