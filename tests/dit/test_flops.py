@@ -21,8 +21,8 @@ def adapter(request):
     """Traced."""
     if request.param == "stand-in":
         flops, trunk_flops = Flops((300.0, 500.0), 201.0), Flops((400.0, 600.0), 1.0)
-        return SimpleNamespace(branch_names=("a", "b"), name="it", architecture={}, flops=flops, trunk_flops=trunk_flops,
-                               trunk_size=7, trunk_left_out="it is odd")
+        return SimpleNamespace(branch_names=("a", "b"), name="it", architecture={}, flops=flops,
+                               trunk_flops=trunk_flops, trunk_size=7, trunk_left_out="it is odd")
     transformer, arguments = make("WanTransformer3DModel")
     found = GenericAdapter(transformer)
     found.trace(**arguments)
