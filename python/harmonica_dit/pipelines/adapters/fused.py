@@ -12,7 +12,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 import harmonica_kernels as hk
-from harmonica_dit.flops import Flops, count_call
+from harmonica_dit.flops import Flops, count_call, count_flops
 from harmonica_dit.models.feed_forward import linear_gelu
 from harmonica_dit.models.plain_modules import BlockPart, has_own_forward, is_linear, is_plain_linear, write_linear
 
@@ -147,9 +147,18 @@ class FusedAdapter:
         """The model's fingerprint; a router must have the same: class, number of branches K and width D."""
         return {"class": type(self.transformer).__name__, "K": len(self.branches), "D": self.transformer.inner_dim}
 
-    def new_cache(self, history: int = 1) -> hk.FeatureCache:
-        """A cache for one trajectory."""
-        return hk.FeatureCache(history)
+    def new_cache(self, history: int = 1, unit: str = "branch") -> hk.FeatureCache | hk.TrunkCache:
+        """A cache for one trajectory, of the branches or of the trunk."""
+        return hk.TrunkCache(history) if unit == "trunk" else hk.FeatureCache(history)
+
+    def cache_nbytes(self, history: int = 1, unit: str = "branch") -> int:
+        """Bytes that a full cache of a trajectory like the traced forward holds: of the trunk states and tokens.
+
+        Raises:
+            ValueError: no forward has been traced yet.
+        """
+        count_flops(self)
+        return history * self._nbytes * (2 if unit == "trunk" else len(self.branches))
 
     def trace(self, *args, **kwargs) -> Flops:
         """Runs one forward and counts what it costs, branch by branch; the arguments are the transformer's own.
@@ -166,7 +175,7 @@ class FusedAdapter:
             self.flops = self.trunk_flops = count_call(self, lambda: self(*args, **kwargs))
         finally:
             handle.remove()
-        self.trunk_size = states[0].numel()
+        self.trunk_size, self._nbytes = states[0].numel(), states[0].nbytes
         return self.flops
 
     def is_current(self) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from harmonica_dit.flops import Flops, flop_counter
+from harmonica_dit.flops import Flops, count_flops, flop_counter
 from harmonica_kernels import TrunkWeights
 from harmonica_kernels.checks import check_forecast_weights, check_row
 
@@ -78,6 +78,15 @@ class GenericAdapter:
         """Which model this is, for error messages."""
         return f"{type(self.transformer).__name__} {id(self.transformer):#x}"
 
+    def cache_nbytes(self, history: int = 1, unit: str = "branch") -> int:
+        """Bytes that a full cache of a trajectory like the traced forward holds, at most.
+
+        Raises:
+            ValueError: no forward has been traced yet.
+        """
+        count_flops(self)
+        return history * self._nbytes[unit]
+
     def new_cache(self, history: int = 1, unit: str = "branch") -> GenericCache | GenericTrunkCache:
         """A cache for one trajectory, of the branches or of the trunk."""
         return GenericTrunkCache(history) if unit == "trunk" else GenericCache(history)
@@ -130,6 +139,7 @@ class GenericAdapter:
             raise TypeError(f"transformer: none of its branches can be reused: {unfit}")
         self.left_out |= unfit
         self._use(names)
+        self._nbytes = {"branch": sum(run.nbytes[name] for name in names), "trunk": run.nbytes.get(run.last, 0)}
         total = float(counter.get_total_flops())
         counts = {name.removeprefix("_Root.transformer."): float(sum(ops.values()))
                   for name, ops in counter.get_flop_counts().items()}

@@ -150,8 +150,9 @@ class Trace:
         self.order: dict[str, int] = {}  # of the first calls
         self.calls = dict.fromkeys((*self.name_of.values(), *self.block_of.values()), 0)
         self.odd: set[str] = set()
+        self.nbytes: dict[str, int] = {}  # of what each returned
         self.outputs: dict[nn.Module, Output] = {}  # of the blocks
-        self.returned: Output = None  # by the last block
+        self.last, self.returned = "", None  # the last block's name, and what it returned
 
     def replacements(self) -> Mapping[nn.Module, Callable]:
         return dict.fromkeys(self.name_of, self.branch) | dict.fromkeys(self.block_of, self.block)
@@ -160,6 +161,7 @@ class Trace:
         return self._note(self.name_of[module], forward(*args, **kwargs))
 
     def block(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Output:
+        self.last = self.block_of[module]
         self.returned = o = self._note(self.block_of[module], forward(*args, **kwargs))
         self.outputs[module] = map_tensors(stand_in, o) if is_output(o) else None
         return o
@@ -167,7 +169,9 @@ class Trace:
     def _note(self, name: str, o: Output) -> Output:
         self.calls[name] += 1
         self.order.setdefault(name, len(self.order))
-        if not is_output(o):
+        if is_output(o):
+            self.nbytes[name] = self.nbytes.get(name, 0) + sum(t.nbytes for t in tensors_of(o))
+        else:
             self.odd.add(name)
         return o
 

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from harmonica_dit.forecaster import taylor
+from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
 from support.generic_models import make
 from support.odd_models import Toy
+from support.pipes import small_dit, small_pixart
 
 WEIGHTS = taylor([True, True, False], 1).weights([True, True, False])
 
@@ -149,3 +151,24 @@ def test_gradients_do_not_pass_through_what_is_reused(unit):
     cache.reset()
     adapter(x, cache=cache)
     adapter(x, row=reused, cache=cache)
+
+
+@pytest.mark.parametrize("model", ["FluxTransformer2DModel", "WanTransformer3DModel", "DiT", "PixArt"])
+@pytest.mark.parametrize("unit", ["branch", "trunk"])
+@torch.no_grad()
+def test_a_full_caches_bytes_are_known_beforehand(model, unit):
+    if model in ("DiT", "PixArt"):
+        transformer, arguments = (small_dit if model == "DiT" else small_pixart)(), dict(
+            hidden_states=torch.randn(2, 4, 8, 8), timestep=torch.tensor([9, 9]))
+        arguments |= dict(class_labels=torch.tensor([1, 2])) if model == "DiT" else dict(
+            encoder_hidden_states=torch.randn(2, 3, 20), added_cond_kwargs=dict(resolution=None, aspect_ratio=None))
+    else:
+        transformer, arguments = make(model)
+    adapter = adapt(transformer)
+    with pytest.raises(ValueError, match="adapter: has not been traced"):
+        adapter.cache_nbytes(2, unit)
+    adapter.trace(**arguments)
+    cache = adapter.new_cache(2, unit)
+    for _ in range(2):
+        adapter(**arguments, cache=cache)
+    assert cache.nbytes == adapter.cache_nbytes(2, unit) > 0
