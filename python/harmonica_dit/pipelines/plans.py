@@ -21,6 +21,9 @@ from .config import HarmoniCaConfig
 from .streams import Planned, Streams, latents_of
 from .summary import Summary
 
+KEPT = 64  # sizes of latents, and of these with lists of timesteps, of which costs and schedules are remembered
+GROUP_OFFLOAD = "group_offloading"  # in the names of diffusers' hooks that do it
+
 
 class Plans:
     """Of one enabled cache, for its transformers.
@@ -86,7 +89,7 @@ class Plans:
         timesteps = timesteps[first:]
         key = *key, timesteps
         if key not in self._planned:
-            self._planned[key] = Planned(self._schedule(adapter, max(1, steps - first), timesteps, first))
+            _keep(self._planned, key, Planned(self._schedule(adapter, max(1, steps - first), timesteps, first)))
             self._say(self._planned[key].schedule.nothing_gained())
         planned = self._planned[key]
         schedule = planned.schedule
@@ -106,7 +109,8 @@ class Plans:
         known = self._adapters.get(key)
         if type(known) is not type(adapter) or not known.is_current():
             adapter.trace_call(forward, args, kwargs)
-            known = self._adapters[key] = adapter
+            known = adapter
+            _keep(self._adapters, key, adapter)
         if generic_trunk and known.trunk_left_out:
             raise ValueError(f"{self.config.source}forecasts the trunk, which {type(adapter.transformer).__name__} "
                              f"cannot reuse: {known.trunk_left_out}")
@@ -179,7 +183,11 @@ class Plans:
             warnings.warn(text, stacklevel=2)
 
 
-GROUP_OFFLOAD = "group_offloading"
+def _keep(known: dict, key: tuple, value) -> None:
+    """Adds a value, and forgets the oldest of more than KEPT."""
+    known[key] = value
+    while len(known) > KEPT:
+        known.pop(next(iter(known)))
 
 
 def check_hooks(transformer: nn.Module) -> None:
