@@ -24,7 +24,8 @@ class Branch:
 
     Args:
         body: `body(h, context) -> o`, h and o of shape [B, N, D]. It must not change h, nor return h or a view of it.
-            Without grad it must not keep h either: the next body's input is written into the same memory.
+            Without grad it must not keep h either: the next body's input is written into the same memory. o may be a
+            buffer that its next call overwrites, as a replayed CUDA graph does.
         body_out: `body_out(h, context, out)` writes o into `out` instead, a contiguous [B, N, D] cache buffer of h's
             dtype. Hard rows and row=None use it with a cache of that dtype, without grad and outside autocast.
         norm: whether the body gets the norm of x. Without norm and modulation rows the body gets x itself.
@@ -111,6 +112,9 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     stream = _Stream(x, x.dtype if autocast is None else autocast)
     if row is False:
         branches = ()
+    if soft and not is_host(device):
+        # read when an entry is renewed, which may wait for the backward; until then the caller may overwrite the row
+        scores = row.detach().clone() if torch.is_grad_enabled() else row.detach()
     for i, (k, end) in enumerate(run_spans(None if cache is None else cache.runs, len(branches))):
         several, branch = end - k > 1, branches[k]
         if not compute[i]:
@@ -133,7 +137,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         if soft:
             stream.blend(o, row[i], cache, i, mod.gate[k], forecast_weights)
             if not is_host(device):
-                stream.renew = partial(cache._renew, i, row[i].detach(), threshold)  # the device decides
+                stream.renew = partial(cache._renew, i, scores[i], threshold)  # the device decides
             elif row[i].item() > threshold:
                 stream.renew = partial(cache._renew, i, None, threshold)
         else:
@@ -209,7 +213,7 @@ class _Stream:
         """Keeps a computed state, and lets the final norm have what the weights make of it and of the cached ones."""
         kept = list(cache._kept)  # not this step's own
         if computed:
-            cache._keep(self.materialise(), tokens)
+            cache._keep(self.materialise(), tokens.clone())
         if weights is not None:
             self.x, self.run = base_and_terms(weights, self.x, kept, computed)
             self.weights = [0.0] * len(self.run)

@@ -29,9 +29,8 @@ class TrunkWeights(NamedTuple):
 class TrunkCache(Memory):
     """The memory of one trajectory whose steps are computed whole or not at all: its last `history` trunk states.
 
-    Holds at most 2·history·B·N·D values: each state [B, N, D], and the tokens [B, N, D] that entered its forward. They
-    are the forward's own tensors, not copies: so a gradient reaches the forwards that made them, and tokens must not be
-    changed while they are held.
+    Holds at most 2·history·B·N·D values: each state [B, N, D], and a copy of the tokens [B, N, D] that entered its
+    forward, so these may be overwritten. A gradient reaches the forwards that made them.
 
     Args:
         history: 1 to 4.
