@@ -37,7 +37,9 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
             returns the same object with other tensors in their places.
         anything else that can be hashed (a row: a tuple of bools; a list counts as a tuple): a constant of the graph.
             A module or a schedule counts as the same only if it is the same object. A module's weights may change in
-            place; a module whose weights were moved or cast is recorded anew.
+            place; a module whose weights were moved or cast is recorded anew. What else decides what a module does, as
+            hooks and a LoRA's scale do, stays as it was recorded: call the executor's `reset()` after changing it.
+        but no TrunkCache: a graph would read what it held when it was recorded.
 
     Args:
         function: returns a tensor or a tuple of tensors; its only side effects may be those on its caches.

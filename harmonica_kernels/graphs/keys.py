@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..cache import FeatureCache
+from ..cache import FeatureCache, Memory
 
 
 class Call(NamedTuple):
@@ -47,6 +47,9 @@ def _take_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any]
     if isinstance(value, FeatureCache):
         value.commit()
         return value._state(), (), lambda: value
+    if isinstance(value, Memory):
+        raise TypeError(f"cache: got a {type(value).__name__}, of which a graph would replay what it held when it was "
+                        "recorded; compile the whole trajectory, which makes the cache inside")
     if hasattr(value, "graph_parts"):
         return value.graph_parts()
     return tuple(value) if isinstance(value, list) else value, (), lambda: value

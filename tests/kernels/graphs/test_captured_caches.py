@@ -116,3 +116,11 @@ def test_a_recorded_call_of_another_model_is_refused(recorder):
         executor(b, x, cache, row)
     assert torch.equal(executor(a, x, cache, row), a(x))
     assert sum(recording.graph.replays for recording in executor._recordings.values()) >= 4
+
+
+def test_a_trunk_cache_is_refused():
+    """It holds the forwards' own tensors, and a graph would read those of the step that was recorded."""
+    executor, cache = hk.compile(ThreeBranches()), hk.TrunkCache()
+    with pytest.raises(TypeError, match="cache: got a TrunkCache, .*compile the whole trajectory"):
+        executor(torch.randn(2, 5, 8), cache=cache)
+    assert not cache.filled
