@@ -68,6 +68,9 @@ class Whose:
         model = self.model()
         return self if model is None else Whose(memo.get(id(model), model))
 
+    def __reduce__(self):
+        return type(None), ()  # a pickled cache, which may be read elsewhere, does not say whose it is
+
     def __str__(self) -> str:
         model = self.model()
         name = getattr(model, "name", None)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 from itertools import permutations
 
 import pytest
@@ -75,6 +76,8 @@ def test_copies():
         assert torch.equal(model(a.x, row=REUSED, cache=own), expected)
         with pytest.raises(ValueError, match="another model"):
             (other if model is a else a)(a.x, row=REUSED, cache=own)
+    read = pickle.loads(pickle.dumps(cache))  # perhaps elsewhere: whose it is, is not known
+    assert torch.equal(other(a.x, row=REUSED, cache=read), expected)
 
 
 @pytest.mark.parametrize("new", [hk.FeatureCache, hk.TrunkCache])

@@ -36,7 +36,8 @@ SDT, ORACLE, IMPORTANCE, TRAINING, WORTH, RECORDED, PIPELINES = (
     f"{TESTS_OF_TRAIN}test_{name}.py" for name in ("sdt", "oracle", "importance", "train", "method", "recorded",
                                                    "train_pipelines"))
 METHOD = (SDT, ORACLE, IMPORTANCE, TRAINING, WORTH)
-FORWARD = ("kernels/test_forward.py", "kernels/test_cache.py", "kernels/test_forward_input.py",
+FORWARD = ("kernels/test_forward.py", "kernels/test_cache.py", "kernels/test_cache_setting.py",
+           "kernels/test_static_buffers.py", "kernels/test_forward_gradients.py", "kernels/test_forward_input.py",
            "kernels/test_forward_compiled.py", "kernels/graphs/test_captured_caches.py", "dit/models/test_dit.py")
 TRUNK = "kernels/test_trunk.py"
 RESIDUAL_NORM, BLEND, PLAIN_OPS = (f"{TESTS_OF_OPS}test_{name}.py" for name in

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harmonica_dit.validate import check_timesteps, shorten
 
-from .adapters import base_model
+from .adapters import unwrap
 from .adapters.replace_forwards import install, replace_forwards
 from .cached_pipeline import cached_class, listen
 from .config import HarmoniCaConfig
@@ -92,12 +92,12 @@ def summary(target) -> Summary:
 
 def _of(target) -> "Enabled | None":
     """The cache that is enabled on a target. One that a shallow copy carries along is the original's."""
-    enabled = vars(base_model(target) if isinstance(target, nn.Module) else target).get("_harmonica")
+    enabled = vars(unwrap(target) if isinstance(target, nn.Module) else target).get("_harmonica")
     return enabled if enabled is not None and enabled._target() is _home(target) else None
 
 
 def _home(target):
-    return base_model(target) if isinstance(target, nn.Module) else target
+    return unwrap(target) if isinstance(target, nn.Module) else target
 
 
 class Enabled:
@@ -135,7 +135,7 @@ class EnabledPipeline(Enabled):
         self.config, self._names, self._last = config, names, [Summary()]
         self._plans = Plans(config, pipe.config.get("_name_or_path") or "")
         for name in names:
-            self._plans.check(base_model(getattr(pipe, name)), pipe.scheduler)
+            self._plans.check(unwrap(getattr(pipe, name)), pipe.scheduler)
 
     def summary(self) -> Summary:
         """See `harmonica_dit.summary`."""
@@ -162,7 +162,7 @@ class EnabledPipeline(Enabled):
                              "leave it out, or disable_cache(pipe)")
         default = signature.parameters["guidance_scale"].default if "guidance_scale" in signature.parameters else None
         calls = PipelineCalls(self._plans, pipe, arguments.get("guidance_scale", default))
-        transformers = {base_model(getattr(pipe, name)): partial(calls.call, name) for name in self._names
+        transformers = {unwrap(getattr(pipe, name)): partial(calls.call, name) for name in self._names
                         if getattr(pipe, name, None) is not None}
         for module in transformers:
             self._plans.check(module, pipe.scheduler)
@@ -180,7 +180,7 @@ class EnabledLoop(Enabled):
         super().__init__(transformer)
         self.config = config
         plans = Plans(config)
-        plans.check(base_model(transformer), None)
+        plans.check(unwrap(transformer), None)
         self._calls = LoopCalls(plans, timesteps)
 
     def summary(self) -> Summary:

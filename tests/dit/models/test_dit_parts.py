@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 import harmonica_kernels as hk
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.models import DiT, plain_modules
 from harmonica_dit.models.dit import Attention
-from harmonica_dit.sample import Trajectory, denoise
+from harmonica_dit.sample import Trajectory, denoise, sample
 from support import lora
 from support.plain_dit import Mlp, PlainDiT
 from support.tolerance import assert_close
@@ -297,3 +299,16 @@ def test_a_gated_trajectory(put_on):
         x = trajectory().step(x, s)
     for executor in (denoise, hk.compile(denoise, mode="gated")):
         assert_close(executor(trajectory(), noise), x, 1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda net: fora(net, 6, 2, order=1), lambda net: trunk_forecast(net, 6, every=2),
+                                  lambda net: replace(fora(net, 6, 3), runs=(2, 3, 1))], ids=["branch", "trunk", "run"])
+def test_schedules_of_every_unit(make):
+    """A LoRA beside the weights samples what one merged into them does."""
+    net = DiT(**SMALL).eval().requires_grad_(False)
+    for p in net.parameters():
+        p.normal_(std=0.1)
+    merged = lora.wrap(copy.deepcopy(net), LAYERS).merge_and_unload()
+    lora.inject(net, LAYERS)
+    schedule, labels = make(net), torch.tensor([0, 3])
+    assert_close(sample(net, labels, schedule=schedule), sample(merged, labels, schedule=schedule), 1e-5)

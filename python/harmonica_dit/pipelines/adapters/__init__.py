@@ -27,11 +27,14 @@ def adapt(transformer):
         raise TypeError(f"transformer: got {type(transformer).__name__}, expected a diffusers transformer")
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
+    inside = unwrap(transformer)
+    if inside is not transformer and not has_own_forward(transformer):
+        raise ValueError(f"transformer: the {type(transformer).__name__} around it has hooks or compiled code, which "
+                         "would not run; put them on the transformer inside, transformer.get_base_model()")
+    transformer = inside
     if "_orig_mod" in dict(transformer.named_children()):  # the adapters themselves refuse what was compiled in place
         raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside it; "
                          "compile its branches instead, for example block.ff.compile()")
-    if hasattr(type(transformer), "get_base_model"):
-        return adapt(_unwrap(transformer))
     if isinstance(transformer, DiTTransformer2DModel):
         from .dit import DiTAdapter
 
@@ -51,21 +54,9 @@ def has_fused_adapter(transformer: nn.Module) -> bool:
     return isinstance(transformer, (DiTTransformer2DModel, PixArtTransformer2DModel))
 
 
-def base_model(transformer: nn.Module) -> nn.Module:
-    """The model inside peft's wrapper, if there is one."""
-    return transformer.get_base_model() if hasattr(transformer, "get_base_model") else transformer
-
-
-def _unwrap(peft_model: nn.Module) -> nn.Module:
-    """The transformer in a `PeftModel`, in whose layers peft has put what it learned.
-
-    Raises:
-        ValueError: a hook or compiled code on the wrapper would not run.
-    """
-    if not has_own_forward(peft_model):
-        raise ValueError(f"transformer: the {type(peft_model).__name__} around it has hooks or compiled code, which "
-                         "would not run; put them on the transformer inside, transformer.get_base_model()")
-    return peft_model.get_base_model()
+def unwrap(transformer: nn.Module) -> nn.Module:
+    """The transformer in a `peft.PeftModel`, in whose layers peft has put what it learned; any other as it is."""
+    return transformer.get_base_model() if hasattr(type(transformer), "get_base_model") else transformer
 
 
 def model_name(source: str) -> str:
@@ -73,4 +64,4 @@ def model_name(source: str) -> str:
     return Path(source).absolute().name if os.path.isdir(source) else source
 
 
-__all__ = ["adapt", "base_model", "has_fused_adapter", "model_name"]
+__all__ = ["adapt", "has_fused_adapter", "model_name", "unwrap"]

@@ -100,9 +100,11 @@ def test_a_peft_model(exact, hoisted):
 
 
 def test_what_is_put_on_the_peft_model_itself_is_refused(small):
+    inside = lora.wrap(torch.compile(copy.deepcopy(small[0]), backend="eager"), r".*attn1\.to_q")
     wrapped = lora.wrap(small[0], EVERYWHERE)
-    with pytest.raises(ValueError, match="transformer: has been compiled as a whole"):
-        adapt(torch.compile(wrapped, backend="eager"))
+    for compiled in (torch.compile(wrapped, backend="eager"), inside):
+        with pytest.raises(ValueError, match="transformer: has been compiled as a whole"):
+            adapt(compiled)
     wrapped.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"the PeftModel around it has hooks .*transformer\.get_base_model\(\)"):
         adapt(wrapped)
