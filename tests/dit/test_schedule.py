@@ -232,6 +232,10 @@ def test_nothing_gained_is_said(net):
                                              "before those that are forecast")
     mixed = Schedule(table("11", "11", "10", "01"), NAMES, FLOPS, forecaster=BranchForecaster(2))
     assert mixed.nothing_gained() is None  # branch a has been computed three times before it is forecast
+    once = Schedule(table("11", "10"), NAMES, FLOPS, torch.tensor([[1.0, 1], [1, 0]]))  # no coefficient where it reuses
+    assert once.nothing_gained() is None
+    once = dataclasses.replace(once, extrapolation=torch.ones(2, 2))  # branch a, always computed, needs no forecast
+    assert once.nothing_gained().startswith("forecasts to order 0, not 1")
     learned = dataclasses.replace(trunk_forecast(net, 2, every=2), forecaster=TrunkForecaster(torch.zeros(2, 1, 1)))
     assert learned.nothing_gained() is None
 

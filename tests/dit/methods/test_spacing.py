@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from harmonica_dit.flops import Flops
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.methods import fora, trunk_forecast
-from harmonica_dit.methods.spacing import spread
+from harmonica_dit.methods.spacing import space, spread
 from harmonica_dit.methods.trunk import whole_steps
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.schedule import Schedule
@@ -97,6 +97,17 @@ def test_what_is_no_spacing_is_refused(net, make, arguments, message):
 def test_what_is_no_model_is_refused_where_there_is_none():
     with pytest.raises(ValueError, match="flops: expected 3 branches' numbers"):
         whole_steps(4, Flops((1.0, 2.0), 0.0), 0, every=2, names=("a", "b", "c"))
+
+
+def test_few_schedules_are_made_on_the_way_to_a_speedup():
+    """Those of too many steps are left out without making their forecasts."""
+    tried = []
+
+    def make(computed, which):
+        tried.append(sum(computed))
+        return Schedule(torch.tensor(computed)[:, None].repeat(1, 2), NAMES, Flops((3.0, 5.0), 2.0))
+
+    assert space(20, Flops((3.0, 5.0), 2.0), make, every=None, speedup=2.0).speedup >= 2 and tried == [7]
 
 
 def test_a_speedup_takes_no_more_forwards_than_one(net, monkeypatch):
