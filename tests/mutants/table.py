@@ -71,6 +71,7 @@ PARTS = (
     }),
     Part("schedule and router", 16, {
         DIT + "forecaster.py": ("dit/test_forecaster.py",),
+        DIT + "resample.py": ("dit/test_resample.py",),
         DIT + "schedule.py": ("dit/test_schedule.py", "dit/test_forecaster.py", "dit/test_router.py", SAMPLE),
         DIT + "validate.py": ("dit/test_schedule.py", "dit/test_router.py", TRAINING),
         DIT + "router.py": ("dit/test_router.py", SDT, "dit/evaluate/test_pictures.py", "dit/test_cli.py"),
