@@ -19,9 +19,10 @@ from torch import Tensor
 from harmonica_dit.forecaster import TrunkForecaster, forecast_ratios, taylor
 from harmonica_dit.validate import check_timesteps, shorten
 
-# A sum that passes a whole number in the last quarter of a step is left to the next one. It may be anything from 0 to
-# below 1 for all that is said above. At 0 branches are computed earlier and at more steps; at 1/2 their number is kept
-# best, but the first computed step after a long pause comes later, which costs quality (bench/resampling.py).
+# A sum that passes a whole number in the last quarter of a step is left to the next one. All that is said above holds
+# for any part between 0 and 1, ends excluded. The smaller, the earlier and the more often branches are computed. At 1/2
+# their number is kept best, but the first computed step after a long pause comes late, which costs quality
+# (bench/resampling.py).
 LAST = 0.25
 MOVED = 0.05  # a CUR that moves by more is worth a warning
 
