@@ -1,4 +1,4 @@
-"""LoRA by peft on a pipeline with a schedule: put on before or after `apply`, and changed while a call runs."""
+"""LoRA by peft on a pipeline with a schedule: put on before or after `enable_cache`, and changed while a call runs."""
 
 import copy
 
@@ -23,7 +23,7 @@ def test_put_on_scaled_disabled_and_merged_between_calls(pipe, first):
     if first == "lora":
         put_on = changes.pop(0)
         put_on(pipe.transformer), put_on(plain.transformer)
-    harmonica_dit.apply(pipe, schedule)
+    harmonica_dit.enable_cache(pipe, schedule)
     for change in changes:
         change(pipe.transformer), change(plain.transformer)
         with HookedCache(plain.transformer, schedule):
@@ -40,6 +40,6 @@ def test_the_scale_is_changed_while_a_call_runs(sigma):
         lora.set_scale(sigma.transformer, 1.0 if step == 5 else 1.0 - 0.3 * step)
 
     expected = run_with_hooks(sigma, schedule, callback=rescale)
-    harmonica_dit.apply(sigma, schedule)
+    harmonica_dit.enable_cache(sigma, schedule)
     assert_close(run(sigma, callback=rescale), expected, 1e-4)
-    harmonica_dit.remove(sigma)
+    harmonica_dit.disable_cache(sigma)
