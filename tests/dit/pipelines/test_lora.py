@@ -6,7 +6,7 @@ import pytest
 
 import harmonica_dit
 from support import lora
-from support.apply_checks import last_output, run_with_hooks
+from support.enable_checks import last_output, run_with_hooks
 from support.pipes import HookedCache, random_schedule, run
 from support.tolerance import assert_close
 
@@ -17,7 +17,7 @@ CHANGES = (lambda model: lora.inject(model, LAYERS), lambda model: lora.set_scal
            lambda model: lora.enable(model, False), lambda model: lora.enable(model, True), lora.merge)
 
 
-@pytest.mark.parametrize("first", ["apply", "lora"])
+@pytest.mark.parametrize("first", ["cache", "lora"])
 def test_put_on_scaled_disabled_and_merged_between_calls(pipe, first):
     plain, schedule, changes = copy.deepcopy(pipe), random_schedule(pipe.transformer), list(CHANGES)
     if first == "lora":
