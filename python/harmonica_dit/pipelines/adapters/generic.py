@@ -10,7 +10,7 @@ from harmonica_kernels import TrunkWeights
 from harmonica_kernels.checks import check_forecast_weights, check_row
 
 from .find_branches import feeders, find_blocks, find_branches
-from .generic_cache import Call, GenericCache, GenericTrunkCache, tensors_of
+from .generic_cache import Arguments, GenericCache, GenericTrunkCache, tensors_of
 from .generic_runs import BranchRun, Trace, TrunkRun
 from .replace_forwards import replace_forwards
 
@@ -73,10 +73,6 @@ class GenericAdapter:
     def modules(self) -> list[list[nn.Module]]:
         """For each branch, the modules that do not run where it is reused."""
         return [[module, *feeders] for module, feeders in zip(self._modules, self._feeding)]
-
-    def describe(self) -> str:
-        """Which model this is, for error messages."""
-        return f"{type(self.transformer).__name__} {id(self.transformer):#x}"
 
     def cache_nbytes(self, history: int = 1, unit: str = "branch") -> int:
         """Bytes that a full cache of a trajectory like the traced forward holds, at most.
@@ -198,8 +194,10 @@ class GenericAdapter:
             row, forecast_weights, cache, threshold)
         if cache is None:
             return forward(*args, **kwargs)
-        of = Call(self, _signature(args, kwargs), torch.is_inference_mode_enabled(), _autocast(self.transformer))
-        cache._check(of)
+        device = next(self.transformer.parameters()).device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        alike = Arguments(_signature(args, kwargs)), self.transformer, autocast
+        cache._check(*alike)
         if cache._cut and torch.is_grad_enabled() and not isinstance(row, Tensor) and not all(compute):
             raise RuntimeError("cache: holds outputs that a gradient would have to pass through, and reused ones are "
                                "constants; run the trajectory under torch.no_grad(), or without a cache")
@@ -208,7 +206,7 @@ class GenericAdapter:
             run = TrunkRun(self, compute[0], forecast_weights, cache)
         else:
             run = BranchRun(self, compute, row, forecast_weights, cache, threshold)
-        cache._begin(of)
+        cache._begin(*alike)
         output = self._forward(forward, args, kwargs, run)
         run.finish()
         cache._end()
@@ -303,8 +301,3 @@ def _signature(args: tuple, kwargs: dict) -> tuple:
     named = [*enumerate(args), *sorted(kwargs.items())]
     return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named
                  for t in tensors_of(value) if isinstance(t, Tensor))
-
-
-def _autocast(transformer: nn.Module) -> torch.dtype | None:
-    device = next(transformer.parameters()).device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -11,19 +11,14 @@ from harmonica_kernels.cache import Memory
 Output = Tensor | tuple | list | None  # of a module: a tensor, or tensors and None in a tuple or list
 
 
-class Call(NamedTuple):
-    """What has to be the same in all forwards of a trajectory."""
+class Arguments(NamedTuple):
+    """What has to be the same in all forwards of a trajectory: name, shape, dtype and device of each tensor argument.
+    """
 
-    adapter: Any
-    tensors: tuple  # name, shape, dtype and device of each argument
-    inference: bool  # whether `torch.inference_mode` is on: its tensors cannot be used outside it
-    autocast: torch.dtype | None
+    tensors: tuple
 
     def __str__(self) -> str:
-        tensors = ", ".join(f"{name} {list(shape)} {dtype} on {device}" for name, shape, dtype, device in self.tensors)
-        mode = ", in inference mode" if self.inference else ""
-        return (f"{self.adapter.describe()} with {tensors}{mode}"
-                + (f", under autocast in {self.autocast}" if self.autocast else ""))
+        return ", ".join(f"{name} {list(shape)} {dtype} on {device}" for name, shape, dtype, device in self.tensors)
 
 
 class GenericCache(Memory):
@@ -40,10 +35,13 @@ class GenericCache(Memory):
         self._stand_ins: dict[nn.Module, Output] = {}  # for the outputs of modules that do not run
         self._cut = False  # whether a gradient would have had to reach what is kept
 
+    def _held(self) -> list[Tensor]:
+        return tensors_of(list(self._outputs.values()))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the outputs held."""
-        return sum(t.nbytes for t in tensors_of(list(self._outputs.values())))
+        return sum(t.nbytes for t in self._held())
 
     def filled(self, k: int) -> int:
         """From how many forwards the cache holds outputs of branch k, 0 to `history`."""
@@ -64,6 +62,7 @@ class GenericCache(Memory):
     def copy_(self, other: "GenericCache") -> "GenericCache":
         """Becomes equal to `other`. Returns itself."""
         self.history, self._of, self._open, self._cut = other.history, other._of, other._open, other._cut
+        self._setting = other._setting
         self._outputs, self._stand_ins = dict(other._outputs), dict(other._stand_ins)
         return self
 
@@ -89,10 +88,13 @@ class GenericTrunkCache(Memory):
         self._stand_ins: dict[nn.Module, Output] = {}
         self._cut = False
 
+    def _held(self) -> list[Tensor]:
+        return tensors_of(self._states)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the states held."""
-        return sum(t.nbytes for t in tensors_of(self._states))
+        return sum(t.nbytes for t in self._held())
 
     @property
     def filled(self) -> int:
