@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import NamedTuple
 
@@ -198,7 +199,7 @@ def reached_order(compute: Sequence[bool], order: int, adams: bool = False) -> i
     Order p takes p + 1 steps that have been computed. compute: [T], whether a step is computed. adams: computed steps
     are corrected too, each with its own state.
     """
-    counts = [sum(compute[: s + 1]) for s in range(len(compute)) if adams or not compute[s]]
+    counts = [count for count, computed in zip(accumulate(compute), compute) if adams or not computed]
     return max((min(order, count - 1) for count in counts), default=order)
 
 
