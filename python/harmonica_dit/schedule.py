@@ -244,8 +244,9 @@ class Schedule:
         if self.unit == "branch":
             return self.forecast_weights
         if device not in self._moved:
-            self._moved[device] = tuple(step and hk.TrunkWeights(*(part if part is None else part.to(device)
-                                                                   for part in step)) for step in self.forecast_weights)
+            with torch.inference_mode(False):  # they are for forwards in any mode
+                self._moved[device] = tuple(step and hk.TrunkWeights(*(
+                    part if part is None else part.to(device) for part in step)) for step in self.forecast_weights)
         return self._moved[device]
 
     def condition_on(self, device: torch.device) -> Tensor | None:
@@ -253,7 +254,8 @@ class Schedule:
         if self.unit == "branch" or self.forecaster.condition is None:
             return None
         if ("condition", device) not in self._moved:
-            self._moved["condition", device] = self.forecaster.condition.to(device)
+            with torch.inference_mode(False):
+                self._moved["condition", device] = self.forecaster.condition.to(device)
         return self._moved["condition", device]
 
     @cached_property

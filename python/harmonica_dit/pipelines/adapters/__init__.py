@@ -7,6 +7,9 @@ from torch import nn
 
 from harmonica_dit.models.plain_modules import has_own_forward
 
+from .compiled import refuse_compiled
+from .find_branches import check_is_module
+
 
 def adapt(transformer):
     """The adapter of a diffusers transformer: fused for DiT and PixArt, the generic one for every other class.
@@ -23,8 +26,7 @@ def adapt(transformer):
         TypeError: the class is not supported. ValueError: the configuration is not supported, or hooks or compiled
             code would not run; the message names them.
     """
-    if not isinstance(transformer, nn.Module):
-        raise TypeError(f"transformer: got {type(transformer).__name__}, expected a diffusers transformer")
+    check_is_module(transformer)
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
     inside = unwrap(transformer)
@@ -32,9 +34,7 @@ def adapt(transformer):
         raise ValueError(f"transformer: the {type(transformer).__name__} around it has hooks or compiled code, which "
                          "would not run; put them on the transformer inside, transformer.get_base_model()")
     transformer = inside
-    if "_orig_mod" in dict(transformer.named_children()):  # the adapters themselves refuse what was compiled in place
-        raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside it; "
-                         "compile its branches instead, for example block.ff.compile()")
+    refuse_compiled("", transformer, transformer, "branch")
     if isinstance(transformer, DiTTransformer2DModel):
         from .dit import DiTAdapter
 

@@ -9,6 +9,13 @@ BRANCH = re.compile(r"attn|attention|(^|_)(ff|ffn|mlp|feed_forward)(_|$)")
 NOT_A_BRANCH = re.compile(r"norm|adaln|modulation|embed|drop")
 
 
+def check_is_module(transformer) -> None:
+    """Raises TypeError for what is no module; a pipeline is told where its transformer is."""
+    if not isinstance(transformer, nn.Module):
+        inside = "; pass pipe.transformer" if isinstance(getattr(transformer, "transformer", None), nn.Module) else ""
+        raise TypeError(f"transformer: got {type(transformer).__name__}, expected a diffusers transformer{inside}")
+
+
 def find_branches(transformer: nn.Module) -> Iterator[str]:
     """Names of the attention and feed-forward modules in the transformer's lists of blocks, in order of definition."""
     for name, block in _blocks(transformer):

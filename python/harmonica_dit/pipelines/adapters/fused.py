@@ -16,6 +16,8 @@ from harmonica_dit.flops import Flops, count_call, count_flops
 from harmonica_dit.models.feed_forward import linear_gelu
 from harmonica_dit.models.plain_modules import BlockPart, has_own_forward, is_linear, is_plain_linear, write_linear
 
+from .compiled import refuse_compiled, undo_compile
+
 
 class Context(NamedTuple):
     """The arguments of a forward's bodies beside h.
@@ -179,7 +181,11 @@ class FusedAdapter:
         return self.flops
 
     def is_current(self) -> bool:
-        """Whether this adapter still knows the transformer: it follows its modules, whatever they are now."""
+        """Whether this adapter still knows the transformer."""
+        try:
+            self.check()
+        except ValueError:
+            return False
         return True
 
     def hoist(self, rows: Sequence[Sequence[bool]], timesteps: Sequence[float],
@@ -208,9 +214,7 @@ class FusedAdapter:
                              "adapter was made; adapt the transformer again")
 
     def _check_bypassed(self) -> None:
-        if self.transformer._compiled_call_impl is not None:
-            raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside "
-                             "it; compile its branches instead (attn1, attn2, ff)")
+        refuse_compiled("", self.transformer, self.transformer, "branch")
         for name, cls in self._bypassed_modules():
             module = self.transformer.get_submodule(name)
             if type(module) is not cls or not has_own_forward(module):
@@ -235,7 +239,7 @@ class FusedAdapter:
 
 
 def _describe_changes(module: nn.Module, cls: type[nn.Module]) -> str:
-    if module._compiled_call_impl is not None:
+    if undo_compile(module) is not None:
         return "been compiled"
     if type(module) is not cls:
         return f"another class ({type(module).__name__})"

@@ -1,6 +1,7 @@
 """Any other diffusers transformer: finds blocks and branches by name and computes or reuses them in place, unfused."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from harmonica_dit.flops import Flops, count_flops, flop_counter
 from harmonica_kernels import TrunkWeights
 from harmonica_kernels.checks import check_forecast_weights, check_row
 
-from .find_branches import feeders, find_blocks, find_branches
+from .compiled import refuse_compiled
+from .find_branches import check_is_module, feeders, find_blocks, find_branches
 from .generic_cache import Arguments, GenericCache, GenericTrunkCache, tensors_of
 from .generic_runs import BranchRun, Trace, TrunkRun
 from .replace_forwards import replace_forwards
@@ -41,6 +43,7 @@ class GenericAdapter:
     """
 
     def __init__(self, transformer: nn.Module, branches: Sequence[str] | None = None):
+        check_is_module(transformer)
         self.transformer = transformer
         if branches is None:
             branches = _first_names(transformer, find_branches(transformer))
@@ -100,14 +103,8 @@ class GenericAdapter:
             ValueError: the message names the module.
         """
         for name, module in self._around.items():
-            compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
-            if compiled and name not in self.branch_names and (unit == "branch" or name not in self.block_names):
-                advice = ("transformer.compile_repeated_blocks(), with a forecaster of the trunk" if unit == "trunk"
-                          else "the branches, for example "
-                          + ".".join(f"[{part}]" if part.isdigit() else part for part in
-                                     self.branch_names[0].split(".")).replace(".[", "[") + ".compile()")
-                raise ValueError(f"{name or 'transformer'}: has been compiled, and what a step computes is decided "
-                                 f"inside it; compile {advice} instead")
+            if name not in self.branch_names and (unit == "branch" or name not in self.block_names):
+                refuse_compiled(name, module, self.transformer, unit)
 
     def trace(self, *args, **kwargs) -> Flops:
         """Runs a forward of the transformer and watches what it calls; the arguments are the transformer's own.
@@ -160,13 +157,18 @@ class GenericAdapter:
             if name in run.odd:
                 return f"{name} returns something else than float tensors"
         self._use_blocks(sorted(self.block_names, key=run.order.__getitem__))
+        expected = leaves(output)
+        if not all(isinstance(leaf, Tensor) for leaf in expected):
+            return "the model returns more than tensors"
         cache = GenericTrunkCache()
         cache._store(run.returned)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            cache._stand_ins = run.outputs
-            again = self._forward(forward, args, kwargs, TrunkRun(self, False, None, cache))
-        expected, found = values(output), values(again)
-        if len(expected) != len(found) or not all(torch.equal(a, b) for a, b in zip(expected, found)):
+        cache._stand_ins = run.stand_ins
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                found = leaves(self._forward(forward, args, kwargs, TrunkRun(self, False, None, cache)))
+        except Exception as error:  # the model's own, of whatever kind
+            return f"without its blocks a forward fails: {error}"
+        if len(expected) != len(found) or not all(map(torch.equal, expected, found)):
             return f"what the model returns depends on more than the output of {self.block_names[-1]}"
         return ""
 
@@ -289,11 +291,15 @@ def _first_names(transformer: nn.Module, names: Iterable[str]) -> tuple[str, ...
     return tuple(found.values())
 
 
-def values(output) -> list[Tensor]:
-    """The tensors in what a transformer returns."""
+def leaves(output) -> list:
+    """What there is in what a transformer returns, tensors and others."""
+    if is_dataclass(output):
+        output = vars(output)
     if isinstance(output, dict):
         output = list(output.values())
-    return [t for t in tensors_of(output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, Tensor)]
+    if isinstance(output, (tuple, list)):
+        return [leaf for part in output for leaf in leaves(part)]
+    return [] if output is None else [output]
 
 
 def _signature(args: tuple, kwargs: dict) -> tuple:

@@ -109,9 +109,9 @@ def copied(t: Tensor) -> Tensor:
     return t.detach().clone()
 
 
-def stand_in(t: Tensor) -> Tensor:
+def stand_in(t: Tensor, value: float = 0.0) -> Tensor:
     """A tensor of the same kind that nobody's result depends on; it takes no memory."""
-    return torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape)
+    return torch.full((), value, dtype=t.dtype, device=t.device).expand(t.shape)
 
 
 def map_tensors(f: Callable, *outputs: Output) -> Output:

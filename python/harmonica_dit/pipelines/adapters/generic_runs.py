@@ -151,7 +151,7 @@ class Trace:
         self.calls = dict.fromkeys((*self.name_of.values(), *self.block_of.values()), 0)
         self.odd: set[str] = set()
         self.nbytes: dict[str, int] = {}  # of what each returned
-        self.outputs: dict[nn.Module, Output] = {}  # of the blocks
+        self.stand_ins: dict[nn.Module, Output] = {}  # for the blocks' outputs
         self.last, self.returned = "", None  # the last block's name, and what it returned
 
     def replacements(self) -> Mapping[nn.Module, Callable]:
@@ -163,7 +163,8 @@ class Trace:
     def block(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Output:
         self.last = self.block_of[module]
         self.returned = o = self._note(self.block_of[module], forward(*args, **kwargs))
-        self.outputs[module] = map_tensors(stand_in, o) if is_output(o) else None
+        # whatever depends on these is NaN, also where it is multiplied by 0
+        self.stand_ins[module] = map_tensors(lambda t: stand_in(t, torch.nan), o) if is_output(o) else None
         return o
 
     def _note(self, name: str, o: Output) -> Output:

@@ -55,6 +55,12 @@ def runs_its_own(module: nn.Module) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
+def entries_of(module: nn.Module) -> list[Callable]:
+    """What runs where calls enter a module, without what has been put there by this file."""
+    found = [entry for entry in map(vars(module).get, ENTRIES) if entry is not None]
+    return [entry.forward if isinstance(entry, _Dispatch) else entry for entry in found]
+
+
 def dispatch_of(module: nn.Module) -> "_Dispatch | None":
     """What stands in a module's entry now, if anything does."""
     entries = (vars(module).get(name) for name in ENTRIES)
@@ -91,22 +97,13 @@ class _Dispatch:
         self.forward = self.__wrapped__ = getattr(module, name)  # the second for inspect.signature
         attributes[name] = self
         if inside_hook and hasattr(module, "cache_context"):
-            attributes["cache_context"] = self._name_calls
+            attributes["cache_context"] = _NamedCalls(module)
 
     def __call__(self, *args, **kwargs):
         replacement = (_current.get() or {}).get(self.module, self.default)
         if replacement is None:
             return self.forward(*args, **kwargs)
         return replacement(self.module, self.forward, args, kwargs)
-
-    @contextmanager
-    def _name_calls(self, name: str, **about) -> Iterator[None]:
-        token = call_name.set(name)
-        try:
-            with type(self.module).cache_context(self.module, name, **about):
-                yield
-        finally:
-            call_name.reset(token)
 
     def __deepcopy__(self, memo):
         """A copy of the module has its own forward."""
@@ -123,3 +120,24 @@ class _Dispatch:
                 del attributes[name]
             else:
                 attributes[name] = self.forward
+
+
+class _NamedCalls:
+    """Stands in place of a module's `cache_context`, and notes the name that it is given."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @contextmanager
+    def __call__(self, name: str, **about) -> Iterator[None]:
+        token = call_name.set(name)
+        try:
+            with type(self.module).cache_context(self.module, name, **about):
+                yield
+        finally:
+            call_name.reset(token)
+
+    def __deepcopy__(self, memo):
+        """A copy of the module has its own."""
+        copied = memo[id(self.module)]
+        return type(copied).cache_context.__get__(copied)
