@@ -8,7 +8,6 @@ nearly all of diffusers' pipelines do is: set the scheduler's timesteps, open a 
 import functools
 import threading
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -28,8 +27,8 @@ class Listener:
     def loop(self, total: int | None) -> None:
         """A progress bar was opened, over so many steps if that is known."""
 
-    def advance(self) -> None:
-        """A step is over."""
+    def advance(self, timestep) -> None:
+        """The scheduler made a step from this timestep."""
 
 
 @functools.cache
@@ -42,11 +41,12 @@ def cached_class(base: type) -> type:
             with self._harmonica._call(self, args, kwargs):
                 return super().__call__(*args, **kwargs)
 
-        def progress_bar(self, iterable=None, total=None):
+        @functools.wraps(getattr(base, "progress_bar", None))
+        def progress_bar(self, *args, **kwargs):
             listener = _listening.get()
             if listener is not None and listener.scheduler is self.scheduler:
-                listener.loop(total if iterable is None else len(iterable) if hasattr(iterable, "__len__") else None)
-            return super().progress_bar(iterable, total)
+                listener.loop(_length(*args, **kwargs))
+            return super().progress_bar(*args, **kwargs)
 
         def __reduce_ex__(self, protocol):
             """For copy, deepcopy and pickle: the copy is a plain pipeline, for a cache belongs to one."""
@@ -54,6 +54,11 @@ def cached_class(base: type) -> type:
             return base.__new__, (base,), {name: value for name, value in vars(self).items() if name != "_harmonica"}
 
     return _like(Cached, base)
+
+
+def _length(iterable=None, total=None, *_, **__) -> int | None:
+    """Of a progress bar with these arguments, if it is known."""
+    return total if iterable is None else len(iterable) if hasattr(iterable, "__len__") else None
 
 
 @contextmanager
@@ -79,25 +84,31 @@ def listen(listener: Listener):
 def _heard_class(base: type) -> type:
     """The subclass of a scheduler class that tells what is done with it. A copy of such a scheduler works too."""
 
-    def tells(name: str, what: Callable[[Listener], None], first: bool):
-        method = getattr(base, name)
+    def is_heard(scheduler) -> Listener | None:
+        listener = _listening.get()
+        return listener if listener is not None and listener.scheduler is scheduler else None
 
-        @functools.wraps(method)
-        def told(self, *args, **kwargs):
-            listener = _listening.get()
-            mine = listener is not None and listener.scheduler is self
-            if mine and first:
-                what(listener)
-            result = method(self, *args, **kwargs)
-            if mine and not first:
-                what(listener)
+    class Heard(base):
+        @functools.wraps(base.set_timesteps)
+        def set_timesteps(self, *args, **kwargs):
+            listener = is_heard(self)
+            if listener is not None:
+                listener.begin()
+            return super().set_timesteps(*args, **kwargs)
+
+        @functools.wraps(base.step)
+        def step(self, *args, **kwargs):
+            result = super().step(*args, **kwargs)
+            listener = is_heard(self)
+            if listener is not None:
+                listener.advance(args[1] if len(args) > 1 else kwargs.get("timestep"))
             return result
 
-        return told
+        def __reduce_ex__(self, protocol):
+            """For copy, deepcopy and pickle: the copy is of the user's class."""
+            return base.__new__, (base,), vars(self)
 
-    return _like(type("Heard", (base,), dict(
-        set_timesteps=tells("set_timesteps", lambda listener: listener.begin(), True),
-        step=tells("step", lambda listener: listener.advance(), False))), base)
+    return _like(Heard, base)
 
 
 def _like(cls: type, base: type) -> type:

@@ -103,6 +103,8 @@ def _home(target):
 class Enabled:
     """An enabled cache."""
 
+    _plans: Plans
+
     def __init__(self, target):
         self._target = weakref.ref(_home(target))
 
@@ -112,6 +114,7 @@ class Enabled:
         if target is not None and vars(target).get("_harmonica") is self:
             del vars(target)["_harmonica"]
             self._leave(target)
+            self._plans.forget()
 
     def __deepcopy__(self, memo):
         """A copy of the target has no cache enabled on it: this one's target is the original."""
@@ -128,14 +131,14 @@ class EnabledPipeline(Enabled):
     def __init__(self, pipe, config: HarmoniCaConfig):
         names = [name for name, part in getattr(pipe, "components", {}).items()
                  if "transformer" in name and isinstance(part, nn.Module)]
-        if not names or not hasattr(pipe, "scheduler"):
+        if not names or not _steps(getattr(pipe, "scheduler", None)):
             raise TypeError(f"target: got {type(pipe).__name__}, expected a diffusers pipeline with a transformer and "
                             "a scheduler; or a transformer, with timesteps=")
         super().__init__(pipe)
         self.config, self._names, self._last = config, names, [Summary()]
         self._plans = Plans(config, pipe.config.get("_name_or_path") or "")
         for name in names:
-            self._plans.check(unwrap(getattr(pipe, name)), pipe.scheduler)
+            self._plans.check(getattr(pipe, name), pipe.scheduler)
 
     def summary(self) -> Summary:
         """See `harmonica_dit.summary`."""
@@ -162,15 +165,26 @@ class EnabledPipeline(Enabled):
                              "leave it out, or disable_cache(pipe)")
         default = signature.parameters["guidance_scale"].default if "guidance_scale" in signature.parameters else None
         calls = PipelineCalls(self._plans, pipe, arguments.get("guidance_scale", default))
-        transformers = {unwrap(getattr(pipe, name)): partial(calls.call, name) for name in self._names
-                        if getattr(pipe, name, None) is not None}
-        for module in transformers:
-            self._plans.check(module, pipe.scheduler)
-        with listen(calls), replace_forwards(transformers, inside_hook=True):
-            yield
-        self._last = calls.summaries or [Summary()]
-        if calls.plans_to_reuse and not any(s.reused for summary in self._last for s in summary.streams):
+        components = {name: getattr(pipe, name) for name in self._names if getattr(pipe, name, None) is not None}
+        for component in components.values():
+            self._plans.check(component, pipe.scheduler)
+        transformers = {unwrap(component): partial(calls.call, name) for name, component in components.items()}
+        self._plans.forget(but=transformers)
+        try:
+            with listen(calls), replace_forwards(transformers, inside_hook=True):
+                yield
+        finally:
+            self._last = calls.summaries or [Summary()]
+        if not calls.summaries:
+            warnings.warn("pipe: this call returned before it called the transformer, or called it in another thread; "
+                          "so nothing was reused", stacklevel=4)
+        elif calls.plans_to_reuse and not any(s.reused for summary in self._last for s in summary.streams):
             warnings.warn(f"pipe: the cache reused nothing in this call: {self.summary()}", stacklevel=4)
+
+
+def _steps(scheduler) -> bool:
+    """Whether it has what a cache listens to."""
+    return all(callable(getattr(scheduler, name, None)) for name in ("set_timesteps", "step"))
 
 
 class EnabledLoop(Enabled):
@@ -179,9 +193,9 @@ class EnabledLoop(Enabled):
     def __init__(self, transformer: nn.Module, config: HarmoniCaConfig, timesteps: tuple[float, ...]):
         super().__init__(transformer)
         self.config = config
-        plans = Plans(config)
-        plans.check(unwrap(transformer), None)
-        self._calls = LoopCalls(plans, timesteps)
+        self._plans = Plans(config)
+        self._plans.check(transformer, None)
+        self._calls = LoopCalls(self._plans, timesteps)
 
     def summary(self) -> Summary:
         """See `harmonica_dit.summary`."""
@@ -198,3 +212,4 @@ class EnabledLoop(Enabled):
 
     def _leave(self, transformer: nn.Module) -> None:
         self._uninstall()
+        self.reset()

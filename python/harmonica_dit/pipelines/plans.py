@@ -1,9 +1,10 @@
 """What a transformer's calls are run by: its adapter, a forward's costs, and the schedule for a trajectory's steps."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from weakref import WeakSet
+from collections.abc import Collection, Sequence
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from harmonica_dit.methods.fora import fora
@@ -13,15 +14,18 @@ from harmonica_dit.sample.schedulers import scheduler_name
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_fits, shorten
 
-from .adapters import adapt, has_fused_adapter, model_name
+from .adapters import adapt, has_fused_adapter, model_name, unwrap
+from .adapters.compiled import refuse_compiled
 from .adapters.fused import FusedAdapter
 from .adapters.generic import GenericAdapter
 from .adapters.replace_forwards import runs_its_own
+from .calls import Call
 from .config import HarmoniCaConfig
-from .streams import Planned, Streams, latents_of
+from .streams import Planned, Streams
 from .summary import Summary
 
 KEPT = 64  # sizes of latents, and of these with lists of timesteps, of which costs and schedules are remembered
+CACHES = ("cache", "fbc", "pyramid_attention_broadcast")  # in the names of diffusers' hooks that reuse something
 GROUP_OFFLOAD = "group_offloading"  # in the names of diffusers' hooks that do it
 
 
@@ -37,22 +41,32 @@ class Plans:
         self._adapters: dict[tuple, GenericAdapter | FusedAdapter] = {}  # traced, by transformer and latents' shape
         self._planned: dict[tuple, Planned] = {}  # by these and the timesteps
         self._warned: set[str] = set()
-        self._checked: WeakSet[nn.Module] = WeakSet()
+        self._checked: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()  # and their branches' names
 
-    def check(self, transformer: nn.Module, scheduler) -> None:
-        """Refuses, when a cache is enabled, what can be refused before a call.
+    def forget(self, but: Collection[nn.Module] = ()) -> None:
+        """Forgets what is known of all transformers but these: it would keep them in memory."""
+        others = [adapter.transformer for adapter in self._adapters.values() if adapter.transformer not in but]
+        if others:
+            gone = set(map(id, others))
+            self._adapters = {key: value for key, value in self._adapters.items() if key[0] not in gone}
+            self._planned = {key: value for key, value in self._planned.items() if key[0] not in gone}
+
+    def check(self, component: nn.Module, scheduler) -> None:
+        """Refuses, when a cache is enabled, what can be refused before a call. component: the transformer, or peft's
+        wrapper around it.
 
         Raises:
             TypeError, ValueError: the transformer cannot be run so, or the schedule is not for it.
         """
+        unit = "trunk" if self.config.loaded is None else self.config.loaded.unit
+        refuse_compiled("", component, component, unit)
+        transformer = unwrap(component)
         check_hooks(transformer)
-        if transformer in self._checked:
-            return
         adapter, _ = self._adapter(transformer)
         schedule, where = self.config.loaded, self.config.source
-        self._checked.add(transformer)
-        if schedule is None:
+        if schedule is None or self._checked.get(transformer) == adapter.branch_names:
             return
+        self._checked[transformer] = adapter.branch_names
         if self.config.on_mismatch == "resample" and schedule.timesteps is None:
             raise ValueError("on_mismatch: this schedule does not say what timesteps it was made for, so it cannot be "
                              "resampled")
@@ -69,38 +83,43 @@ class Plans:
                                  f"{type(transformer).__name__} has no fused adapter")
             adapter.check(schedule.unit)
 
-    def streams(self, name: str, transformer: nn.Module, forward: Callable, args: tuple, kwargs: dict, *, steps: int,
-                timesteps: tuple[float, ...], hoist: bool, first: int, summary: Summary) -> Streams:
+    def streams(self, name: str, call: Call, *, steps: int, timesteps: tuple[float, ...], hoist: bool, first: int,
+                summary: Summary) -> Streams:
         """Begins a trajectory of a transformer, with the first of its calls.
 
         Args:
+            name: of the pipeline's component.
             steps: T. timesteps: the scheduler's. hoist: whether the transformer is given these as they are.
             first: the step of this call; not 0 for a second transformer, which goes on where another ended.
 
         Raises:
             ValueError: the schedule is not for such steps, or the speedup cannot be reached in so many.
         """
+        transformer = call.transformer
         check_hooks(transformer)
         if self.config.loaded is not None:
             first = 0  # a schedule is for all steps of a trajectory, whoever runs them
         adapter, why = self._adapter(transformer)
-        key = id(transformer), *(tuple(t.shape) for t in latents_of(transformer, args, kwargs))
-        adapter, flops = self._traced(adapter, key, forward, args, kwargs)
+        # with more arguments it may do something else
+        key = id(transformer), *(tuple(t.shape) for t in call.latents), *(name for name, *_ in call.signature)
+        adapter, flops = self._traced(adapter, key, call)
         timesteps = timesteps[first:]
         key = *key, timesteps
-        if key not in self._planned:
-            _keep(self._planned, key, Planned(self._schedule(adapter, max(1, steps - first), timesteps, first)))
-            self._say(self._planned[key].schedule.nothing_gained())
-        planned = self._planned[key]
+        planned = self._planned.get(key)
+        if planned is None:
+            with torch.inference_mode(False):  # its tensors are for calls in any mode
+                planned = Planned(self._schedule(adapter, max(1, steps - first), timesteps, first))
+            _keep(self._planned, key, planned)
+            self._say(planned.schedule.nothing_gained())
         schedule = planned.schedule
         summary.steps, summary.schedule, summary.unit = steps, schedule.origin, schedule.unit
         summary.path = "fused" if isinstance(adapter, FusedAdapter) else "generic" + (f" ({why})" if why else "")
         if isinstance(adapter, GenericAdapter):
             adapter.check(schedule.unit)
             summary.left_out |= adapter.left_out if schedule.unit == "branch" else {}
-        return Streams(transformer, name, adapter, planned, flops, timesteps if hoist else None, first, summary)
+        return Streams(name, adapter, planned, flops, timesteps if hoist else None, first, summary)
 
-    def _traced(self, adapter, key: tuple, forward: Callable, args: tuple, kwargs: dict):
+    def _traced(self, adapter, key: tuple, call: Call):
         """The adapter, and what a forward costs: the schedule knows it, or a forward is traced."""
         schedule = self.config.loaded
         generic_trunk = isinstance(adapter, GenericAdapter) and schedule is not None and schedule.unit == "trunk"
@@ -108,7 +127,7 @@ class Plans:
             return adapter, schedule.flops
         known = self._adapters.get(key)
         if type(known) is not type(adapter) or not known.is_current():
-            adapter.trace_call(forward, args, kwargs)
+            adapter.trace_call(call.forward, call.args, call.kwargs)
             known = adapter
             _keep(self._adapters, key, adapter)
         if generic_trunk and known.trunk_left_out:
@@ -187,7 +206,7 @@ def _keep(known: dict, key: tuple, value) -> None:
     """Adds a value, and forgets the oldest of more than KEPT."""
     known[key] = value
     while len(known) > KEPT:
-        known.pop(next(iter(known)))
+        known.pop(next(iter(known)), None)
 
 
 def check_hooks(transformer: nn.Module) -> None:
@@ -199,11 +218,13 @@ def check_hooks(transformer: nn.Module) -> None:
     if getattr(transformer, "is_cache_enabled", False):
         raise ValueError("transformer: another cache is enabled on it, by its own enable_cache; call "
                          "transformer.disable_cache() first")
-    if hasattr(transformer, "_orig_mod"):
-        raise ValueError("transformer: has been compiled as a whole, and what a step computes is decided inside it; "
-                         "take transformer._orig_mod and call compile_repeated_blocks() on that")
     for name, module in transformer.named_modules():
         registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and any(GROUP_OFFLOAD in hook for hook in registry.hooks):
+        hooks = () if registry is None else tuple(registry.hooks)
+        for hook in hooks:
+            if any(cache in hook for cache in CACHES):
+                raise ValueError(f"{name or 'transformer'}: another cache is on it ({hook}); remove it, for example by "
+                                 "transformer.disable_cache()")
+        if any(GROUP_OFFLOAD in hook for hook in hooks):
             raise ValueError(f"{name or 'transformer'}: is offloaded group by group, which loads a group while the one "
                              "before it runs, and it may not run; use pipe.enable_model_cpu_offload()")

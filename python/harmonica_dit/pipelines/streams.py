@@ -1,25 +1,21 @@
 """Runs a transformer's calls of one trajectory by a schedule. Its calls in a step are told apart into streams."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
-from inspect import signature
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from harmonica_dit.flops import Flops
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.schedule import Schedule
 
-from .adapters.generic_cache import tensors_of
+from .calls import Call, is_alike, same_memory, same_values, see
 from .summary import StreamSummary, Summary
 
-# arguments that tell a step's calls apart, and stay the same from step to step
-CONDITIONING = re.compile("encoder_hidden|caption|cap_feats|prompt|text|class_labels|pooled|skip_layers|perturb|isolat")
-STREAMS = 8  # of a transformer; more calls in a step than these are no streams, and an older one makes room
+STREAMS = 8  # of a transformer; further ones are computed
 
 
 class Planned:
@@ -32,6 +28,11 @@ class Planned:
         self.terms = [0 if weights is None or schedule.unit == "branch" else
                       sum(len(part) for part in weights if part is not None) for weights in schedule.forecast_weights]
 
+    @cached_property
+    def pauses(self) -> list[int]:
+        """For each branch, at how many steps in a row it is reused at most."""
+        return [max(len(list(run)) if not now else 0 for now, run in groupby(column)) for column in zip(*self.computed)]
+
 
 class Stream:
     """The calls of a trajectory that differ in nothing but the step: those with the prompt, for example.
@@ -40,12 +41,30 @@ class Stream:
     schedule's rows hold; if steps were missed, rows and weights are found from what the stream has computed.
     """
 
-    def __init__(self, planned: Planned, cache, conditioning: dict[str, Any], shapes: tuple, summary: StreamSummary):
+    def __init__(self, planned: Planned, cache, call: Call, summary: StreamSummary):
         self.planned, self.cache, self.summary = planned, cache, summary
-        self.conditioning, self.shapes = conditioning, shapes
+        self.signature, self.conditioning, self.others = call.signature, see(call.conditioning), see(call.others)
+        self.steady: set[str] | None = None  # which of the others stayed the same from the first call to the second
+        self.crowded = False  # whether it turned out to be several streams, which nothing tells apart
         self.table: list[list[bool]] = []  # what each step computed; nothing, where it was missed
         self.synced, self.last = True, -1  # whether all was as the schedule says; the last step
         self.hoisted: Iterator[dict] | None = None
+
+    def may_have(self, call: Call, tensors) -> bool:
+        """Whether a call can be of this stream. tensors: how they are compared, see `is_alike`."""
+        return (self.signature == call.signature and is_alike(self.conditioning, call.conditioning, tensors)
+                and all(name in call.others and is_alike(self.others[name], call.others[name], tensors)
+                        for name in self.steady or ()))
+
+    def shared(self, call: Call) -> set[str]:
+        """Which of the other arguments are those of the stream's first call."""
+        return {name for name, value in call.others.items()
+                if name in self.others and is_alike(self.others[name], value, same_memory)}
+
+    def forget(self) -> None:
+        """Nothing of what has been computed is reused."""
+        self.cache.reset()
+        self.table, self.hoisted = [], None
 
     def decide(self, s: int) -> tuple[Planned, int]:
         """The plan to run step s by, and the step's number in it."""
@@ -62,9 +81,11 @@ class Stream:
             why = "there was nothing to reuse yet"
         elif schedule.unit == "trunk" and schedule.forecaster.rule is None:
             why = "steps were missed, and learned weights are for all of them"
+        elif any(not any(row[k] for row in self.table[-pause:]) for k, pause in enumerate(planned.pauses)
+                 if not planned.computed[s][k]):
+            why = "steps were missed, and what was computed before is older than any that the schedule reuses"
         else:
-            wanted = [now or not any(row[k] for row in self.table) for k, now in enumerate(planned.computed[s])]
-            table = [*self.table[first:], wanted]
+            table = [*self.table[first:], planned.computed[s]]
             changes: dict[str, Any] = dict(extrapolation=schedule.extrapolation[first : s + 1])
             if schedule.unit == "trunk":
                 order, adams = schedule.forecaster.rule
@@ -79,7 +100,7 @@ class Streams:
     """One transformer in one trajectory.
 
     Args:
-        transformer: the module. name: of the pipeline's component.
+        name: of the pipeline's component.
         adapter: runs it. planned: the schedule for this trajectory's steps.
         timesteps: what the transformer is given at each step, if that is known; then what depends on them alone is
             computed ahead.
@@ -87,46 +108,55 @@ class Streams:
         summary: takes what was done.
     """
 
-    def __init__(self, transformer: nn.Module, name: str, adapter, planned: Planned, flops: Flops,
-                 timesteps: tuple[float, ...] | None, first: int, summary: Summary):
+    def __init__(self, name: str, adapter, planned: Planned, flops: Flops, timesteps: tuple[float, ...] | None,
+                 first: int, summary: Summary):
         self.first = first
-        self.transformer, self.name, self.adapter, self.planned = transformer, name, adapter, planned
+        self.name, self.adapter, self.planned = name, adapter, planned
         self.flops, self.timesteps, self.summary = flops, timesteps, summary
         self.fused = hasattr(adapter, "hoist")
         self.streams: list[Stream] = []
+        self.plain: StreamSummary | None = None  # of calls that have no cache
 
-    def run(self, s: int, context: str | None, forward: Callable, args: tuple, kwargs: dict):
-        """The transformer's call at step s. context: what the pipeline calls it, see diffusers' `cache_context`."""
+    def run(self, s: int, call: Call, ahead: bool = True):
+        """The transformer's call at step s. ahead: whether what was computed ahead for the step is for this call."""
         s -= self.first
-        stream = self._find(s, context, args, kwargs)
+        stream = self._find(s, call)
+        if stream is None:
+            return call.forward(*call.args, **call.kwargs)
         planned, i = stream.decide(s)
-        stream.last = s
+        before, stream.last = stream.last, s
         # not where the weights are: while the model is offloaded they are elsewhere
-        schedule, device = planned.schedule, latents_of(self.transformer, args, kwargs)[0].device
+        schedule, device = planned.schedule, call.latents[0].device
         row, weights = schedule.rows[i], schedule.forecast_weights_on(device)[i]
         if self.planned.schedule.unit == "trunk" and schedule.unit == "branch":  # computed whole
             row = None
-        if self.fused:
-            output = self.adapter(*args, **kwargs, row=row, forecast_weights=weights, cache=stream.cache,
-                                  **self._hoisted(stream, schedule, i, device, args, kwargs))
-        else:
-            output = self.adapter._call(forward, args, kwargs, row, weights, stream.cache)
+        try:
+            if self.fused:
+                output = self.adapter(*call.args, **call.kwargs, row=row, forecast_weights=weights, cache=stream.cache,
+                                      **self._hoisted(stream, schedule, i, device, call, ahead))
+            else:
+                output = self.adapter._call(call.forward, call.args, call.kwargs, row, weights, stream.cache)
+        except BaseException:  # the cache holds two steps mixed, and a loop may catch this and try again
+            stream.forget()
+            stream.last = before
+            raise
         stream.table.append(planned.computed[i])
         self._note(stream, planned, i)
         return output
 
-    def _hoisted(self, stream: Stream, schedule: Schedule, s: int, device: torch.device, args: tuple,
-                 kwargs: dict) -> dict:
+    def _hoisted(self, stream: Stream, schedule: Schedule, s: int, device: torch.device, call: Call,
+                 ahead: bool) -> dict:
         """What was computed ahead for this step; else the step's own condition."""
         if not stream.synced:
             stream.hoisted = None
             return {}
         condition = schedule.condition_on(device)
         if s == 0 and self.timesteps is not None:
-            stream.hoisted = self.adapter.hoist(schedule.branch_rows, self.timesteps, *args, **kwargs,
+            stream.hoisted = self.adapter.hoist(schedule.branch_rows, self.timesteps, *call.args, **call.kwargs,
                                                 condition=condition)
-        if stream.hoisted is not None:
-            return next(stream.hoisted)
+        made = None if stream.hoisted is None else next(stream.hoisted)
+        if made is not None and ahead:
+            return made
         return {} if condition is None else dict(condition=condition[s])
 
     def _note(self, stream: Stream, planned: Planned, s: int) -> None:
@@ -141,56 +171,56 @@ class Streams:
         summary.plain_flops += flops.total
         summary.nbytes = max(summary.nbytes, stream.cache.nbytes)
 
-    def has_run(self, s: int, context: str | None, args: tuple, kwargs: dict) -> bool:
-        """Whether such a call has been run at step s already."""
-        s -= self.first
-        conditioning, shapes = self._describe(context, args, kwargs)
-        return any(stream.last == s and stream.shapes == shapes
-                   and _alike(stream.conditioning, conditioning, torch.equal) for stream in self.streams)
+    def _note_plain(self, why: str) -> None:
+        """A call without a cache."""
+        if self.plain is None:
+            self.plain = StreamSummary(self.name, "other calls")
+            self.summary.streams.append(self.plain)
+        self.plain.steps += 1
+        self.plain.computed += len(self.flops.branches)
+        self.plain.flops += self.flops.total
+        self.plain.plain_flops += self.flops.total
+        self.plain.fallbacks[why] += 1
 
-    def _describe(self, context: str | None, args: tuple, kwargs: dict) -> tuple[dict[str, Any], tuple]:
-        """What a call shares with the others of its stream: the conditioning, and the shapes of the latents."""
-        arguments = named(self.transformer, args, kwargs)
-        conditioning = {name: value for name, value in arguments.items() if CONDITIONING.search(name)}
-        if context is not None:
-            conditioning["cache_context"] = context
-        return conditioning, tuple(tuple(t.shape) for t in latents_of(self.transformer, args, kwargs))
+    def _find(self, s: int, call: Call) -> Stream | None:
+        """The stream of a call; a new one, which computes everything, if the call is the first of its kind.
 
-    def _find(self, s: int, context: str | None, args: tuple, kwargs: dict) -> Stream:
-        """The stream of a call. A call that is of none begins one, and so computes everything."""
-        conditioning, shapes = self._describe(context, args, kwargs)
-        free = [stream for stream in self.streams if stream.last < s and stream.shapes == shapes]
-        for alike in (_same_memory, torch.equal):  # the second waits for a GPU; most pipelines pass the same tensors
-            for stream in free:
-                if _alike(stream.conditioning, conditioning, alike):
-                    return stream
-        number = sum(stream.last == s for stream in self.streams) + 1
-        summary = StreamSummary(self.name, context or f"call {number} of a step")
-        self.summary.streams.append(summary)
+        None if the call is of several streams, or not the only such of its step: then nothing tells which cache is its.
+        """
+        found = self._most_alike(call)
+        if len(found) == 1 and not found[0].crowded and found[0].last < s:
+            stream, shared = found[0], found[0].shared(call)
+            stream.steady = shared if stream.steady is None else stream.steady
+            return stream
+        if not found or (len(found) == 1 and len(found[0].shared(call)) < len(call.others)):
+            return self._begin(s, call)
+        for stream in found:
+            stream.crowded = True
+            stream.forget()
+        self._note_plain("nothing tells the calls of a step apart")
+        return None
+
+    def _most_alike(self, call: Call) -> list[Stream]:
+        """The streams that a call may be of and that share most with it. More than one if they share equally much."""
+        for tensors in (same_memory, same_values):  # the second waits for a GPU; most pipelines pass the same tensors
+            found = [stream for stream in self.streams if stream.may_have(call, tensors)]
+            shared = [len(stream.shared(call)) for stream in found]
+            if found:
+                return [stream for stream, n in zip(found, shared) if n == max(shared)]
+        return []
+
+    def _begin(self, s: int, call: Call) -> Stream | None:
+        """A new stream for a call; None if there are enough. No old one makes room: others may differ from it alone."""
         if len(self.streams) == STREAMS:
-            self.streams.remove(min(self.streams, key=lambda stream: stream.last))
-        self.streams.append(Stream(self.planned, self._new_cache(), conditioning, shapes, summary))
-        return self.streams[-1]
-
-    def _new_cache(self):
+            self._note_plain(f"there are more than {STREAMS} different calls")
+            return None
+        number = sum(stream.last == s for stream in self.streams) + 1
+        summary = StreamSummary(self.name, call.context or f"call {number} of a step")
+        self.summary.streams.append(summary)
         schedule = self.planned.schedule
-        return schedule.new_cache() if self.fused else self.adapter.new_cache(schedule.history, schedule.unit)
-
-
-def named(transformer: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """A call's arguments by their names."""
-    return dict(zip(_parameters(type(transformer)), args)) | kwargs
-
-
-def latents_of(transformer: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
-    """What a call is to denoise: transformers take it first. Some take a list, an image each."""
-    latents = named(transformer, args, kwargs).get(_parameters(type(transformer))[0])
-    return [t for t in tensors_of(latents) if isinstance(t, Tensor)]
-
-
-@cache
-def _parameters(cls: type) -> tuple[str, ...]:
-    return tuple(signature(cls.forward).parameters)[1:]
+        cache = schedule.new_cache() if self.fused else self.adapter.new_cache(schedule.history, schedule.unit)
+        self.streams.append(Stream(self.planned, cache, call, summary))
+        return self.streams[-1]
 
 
 def _forecasts(schedule: Schedule, s: int) -> int:
@@ -201,18 +231,3 @@ def _forecasts(schedule: Schedule, s: int) -> int:
     if schedule.unit == "trunk":
         return reused if any(part is not None and part.any() for part in weights) else 0
     return sum(e != 0 for e in weights)
-
-
-def _alike(one: Any, other: Any, tensors: Callable[[Tensor, Tensor], bool]) -> bool:
-    """Whether two calls' conditioning is alike."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or (one.shape == other.shape and one.dtype == other.dtype and tensors(one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_alike(one[name], other[name], tensors) for name in one)
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(_alike(a, b, tensors) for a, b in zip(one, other))
-    return one is other or (not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other)
-
-
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.stride() == other.stride() and one.data_ptr() == other.data_ptr()
