@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from harmonica_dit.flops import Flops, count_flops, flop_counter
 from harmonica_kernels import TrunkWeights
-from harmonica_kernels.checks import check_forecast_weights, check_row
+from harmonica_kernels.checks import autocast_dtype, check_forecast_weights, check_row
 
 from .compiled import refuse_compiled
 from .find_branches import check_is_module, feeders, find_blocks, find_branches
@@ -196,9 +196,9 @@ class GenericAdapter:
             row, forecast_weights, cache, threshold)
         if cache is None:
             return forward(*args, **kwargs)
-        device = next(self.transformer.parameters()).device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        alike = Arguments(_signature(args, kwargs)), self.transformer, autocast
+        given = _signature(args, kwargs)
+        device = torch.device(given[0][3]).type if given else "cpu"  # not the weights', which may be offloaded
+        alike = Arguments(given), self.transformer, autocast_dtype(device)
         cache._check(*alike)
         if cache._cut and torch.is_grad_enabled() and not isinstance(row, Tensor) and not all(compute):
             raise RuntimeError("cache: holds outputs that a gradient would have to pass through, and reused ones are "
