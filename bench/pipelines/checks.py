@@ -41,7 +41,7 @@ def call(**changes) -> Call:
 
 
 def interrupted(inside: bool) -> Call:
-    """A call that an error ends: before the third step's transformer, or in the last block that is computed third."""
+    """A call that an error ends: before the transformer's third step, or inside the second one that is computed."""
     def run(entry: SmallPipe, pipe: DiffusionPipeline) -> None:
         begun, modules = [], transformers(entry, pipe)
         if inside:
@@ -49,7 +49,7 @@ def interrupted(inside: bool) -> Call:
 
         def stop(*_) -> None:
             begun.append(1)
-            if len(begun) == 2 * entry.calls + 1:
+            if len(begun) == (1 if inside else 2) * entry.calls + 1:
                 raise Interrupted
 
         handles = [module.register_forward_pre_hook(stop) for module in modules]
