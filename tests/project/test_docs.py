@@ -5,43 +5,72 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import harmonica_dit
 from harmonica_dit import Router, train_router
-from support.pipeline_folders import save_pixart
+from support.generic_models import make
+from support.pipeline_folders import save_flux, save_pixart
 
 DOCS = Path(__file__).parents[2] / "docs"
+PIXART, FLUX = "PixArt-alpha/PixArt-XL-2-512x512", "black-forest-labs/FLUX.1-dev"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_pixart(tmp_path_factory.mktemp("models") / "small-pixart", sample_size=32)
+def models(tmp_path_factory):
+    """A folder with small random models where the pages' names lead to: diffusers looks for a folder first."""
+    folder = tmp_path_factory.mktemp("models")
+    save_pixart(folder / PIXART, sample_size=32)
+    save_flux(folder / FLUX)
+    return folder
+
+
+@pytest.fixture
+def at_work(models, tmp_path, monkeypatch):
+    """In a folder of its own, from which the models' names lead to the small ones."""
+    for name in (PIXART, FLUX):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).symlink_to(models / name)
+    monkeypatch.chdir(tmp_path)
+
+
+def blocks_of(page: str, kind: str = "python") -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
 
 
 def run(page: str, names: dict) -> dict:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
+    blocks = blocks_of(page)
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), names)
     return names
 
 
-def test_my_diffusers_pipeline(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    net = harmonica_dit.load(str(folder), prompts=["a red cat"])
+@pytest.mark.filterwarnings("ignore:schedule. made for 4 steps with CUR")  # of few branches
+def test_my_diffusers_pipeline(at_work, capsys):
+    """Also what the first block prints is what stands there."""
+    net = harmonica_dit.load(PIXART, prompts=["a red cat"])
     train_router(net, steps=4, beta=1e-3, trajectories=1, batch=1, progress=False).save("router.safetensors")
-    names = run("pipelines.md", {"folder": folder})
-    assert names["applied"].schedule.steps == 4 and len(names["images"]) == 1
-    assert type(names["pipe"]).__mro__[0].__name__ == "PixArtAlphaPipeline" and not hasattr(names["pipe"], "_harmonica")
+    transformer, arguments = make("SD3Transformer2DModel")
+    latents = arguments.pop("hidden_states")
+    arguments.pop("timestep")
+    names = run("pipelines.md", dict(
+        transformer=transformer, latents=latents, prompt=arguments, scheduler=FlowMatchEulerDiscreteScheduler(),
+        empty_prompt={name: torch.zeros_like(value) for name, value in arguments.items()}))
+    (printed,) = blocks_of("pipelines.md", "text")
+    assert capsys.readouterr().out.startswith(printed)
+    assert names["image"].size == (1024, 1024) and len(names["images"]) == 1
+    assert names["latents"].isfinite().all() and not torch.equal(names["latents"], latents)
+    for target in (names["pipe"], names["transformer"]):
+        assert "_harmonica" not in vars(target)
 
 
 @pytest.mark.filterwarnings("ignore:target_speedup")  # the small model's few branches cannot meet it to 2 %
-def test_train_a_router(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = run("train.md", {"folder": folder})
+def test_train_a_router(at_work):
+    names = run("train.md", {})
     assert Router.load("my-router/router.safetensors", names["net"]).steps == 4
-    assert names["pipe"]._harmonica.schedule.cur > 0
+    assert names["pipe"]._harmonica.config.loaded.cur > 0
 
 
 class Cross(nn.Linear):
