@@ -1,4 +1,4 @@
-"""docs/models.md names the classes and branches that are found, and its code runs."""
+"""docs/models.md names the classes, branches and trunks that are found, and its code runs."""
 
 import inspect
 import re
@@ -9,7 +9,7 @@ import torch
 
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
-from support.generic_models import MODELS, arguments_at, make, values
+from support.generic_models import MODELS, arguments_at, make, state, values
 
 
 def describe(names):
@@ -40,6 +40,7 @@ def test_docs_name_the_classes_that_are_run_here(docs, name):
     adapter.trace(**arguments)
     rows = table(docs["Generic"])
     assert rows[type(transformer).__name__] == describe(adapter.branch_names) and set(rows) == set(MODELS)
+    assert not adapter.trunk_left_out
 
 
 def few_layers(cls):
@@ -75,17 +76,38 @@ def test_docs_name_the_fused_and_the_refused(docs):
 
 def test_the_code_in_the_docs_runs(docs):
     transformer, arguments = make("SD3Transformer2DModel")
+    timesteps = [900.0, 700.0, 500.0, 300.0, 200.0, 100.0]
 
-    def denoise(transformer, T):
-        return [transformer(**arguments_at(arguments, s) | dict(timestep=arguments["timestep"] - s)) for s in range(T)]
+    @torch.no_grad()
+    def denoise(transformer, timesteps):
+        return values([transformer(**arguments_at(arguments, s) | dict(timestep=torch.tensor([t]))).sample
+                       for s, t in enumerate(timesteps)][-1:])
 
-    names = dict(torch=torch, transformer=transformer, arguments=arguments, T=4, denoise=denoise)
-    with torch.no_grad():
-        plain = values(denoise(transformer, 4)[-1])
+    names = dict(transformer=transformer, arguments=arguments, timesteps=timesteps, denoise=denoise)
+    before, plain = state(transformer), denoise(transformer, timesteps)
     blocks = re.findall(r"```python\n(.*?)```", docs["Generic"], re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 4 and not any("```python" in text for name, text in docs.items() if name != "Generic")
     for code in blocks:
         exec(code, names)
-    assert names["schedule"].cur == 0.5 and not torch.equal(values(names["image"][-1]), plain)
+    adapter = names["adapter"]
+    assert isinstance(adapter, GenericAdapter) and not adapter.left_out and not adapter.trunk_left_out
+    assert names["schedule"].compute.all(1).tolist() == [True, False] * 3
+    images = [plain, names["image"], names["other"]]
+    assert not any(torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
+    assert names["cache"].filled == 1 and torch.equal(values(names["output"]), values(adapter(**arguments)))
+    assert state(transformer) == before
+
+
+def test_gradients_reach_the_scores(docs):
+    """Of the row that the page makes."""
+    transformer, arguments = make("SD3Transformer2DModel")
+    adapter = adapt(transformer)
+    cache = adapter.new_cache()
+    with torch.no_grad():
+        adapter(**arguments, cache=cache)
+    scores = torch.full((len(adapter.branch_names),), 0.5, requires_grad=True)
+    (line,) = re.findall(r"^output = .*row=scores.*$", docs["Generic"], re.MULTILINE)
+    names = dict(adapter=adapter, arguments=arguments_at(arguments, 1), cache=cache, scores=scores)
+    exec(line, names)
     values(names["output"]).sum().backward()
-    assert names["scores"].grad is not None
+    assert scores.grad.abs().sum() > 0
