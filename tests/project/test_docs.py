@@ -11,6 +11,7 @@ from torch import nn
 import harmonica_dit
 from harmonica_dit import Router, train_router
 from support.generic_models import make
+from support.many_pipes import PIPES
 from support.pipeline_folders import save_flux, save_pixart
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -64,6 +65,11 @@ def test_my_diffusers_pipeline(at_work, capsys):
     assert names["latents"].isfinite().all() and not torch.equal(names["latents"], latents)
     for target in (names["pipe"], names["transformer"]):
         assert "_harmonica" not in vars(target)
+
+
+def test_the_pipelines_that_the_tests_run_are_named():
+    part = (DOCS / "pipelines.md").read_text().split("## What is not known")[1]
+    assert set(re.findall(r"`(\w+Pipeline)`", part)) == {type(entry.pipe()).__name__ for entry in PIPES.values()}
 
 
 @pytest.mark.filterwarnings("ignore:target_speedup")  # the small model's few branches cannot meet it to 2 %
