@@ -130,6 +130,7 @@ class Plans:
             adapter.trace_call(call.forward, call.args, call.kwargs)
             known = adapter
             _keep(self._adapters, key, adapter)
+            self._planned = {of: planned for of, planned in self._planned.items() if of[:-1] != key}
         if generic_trunk and known.trunk_left_out:
             raise ValueError(f"{self.config.source}forecasts the trunk, which {type(adapter.transformer).__name__} "
                              f"cannot reuse: {known.trunk_left_out}")

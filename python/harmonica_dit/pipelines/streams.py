@@ -117,6 +117,10 @@ class Streams:
         self.streams: list[Stream] = []
         self.plain: StreamSummary | None = None  # of calls that have no cache
 
+    def is_current(self) -> bool:
+        """Whether the transformer still is what the adapter knows. A fused one follows what its blocks hold."""
+        return self.fused or self.adapter.is_current()
+
     def run(self, s: int, call: Call, ahead: bool = True):
         """The transformer's call at step s. ahead: whether what was computed ahead for the step is for this call."""
         s -= self.first

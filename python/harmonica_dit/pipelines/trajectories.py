@@ -51,7 +51,7 @@ class PipelineCalls(Listener):
     def call(self, name: str, module: nn.Module, forward: Callable, args: tuple, kwargs: dict):
         """A transformer's call."""
         call = Call(module, forward, args, kwargs, call_name.get())
-        if module not in self.running:
+        if module not in self.running or not self.running[module].is_current():
             timesteps = self._timesteps()
             if not self.running:
                 self.summaries.append(Summary())
@@ -111,7 +111,7 @@ class LoopCalls:
         call, running = Call(module, forward, args, kwargs, call_name.get()), vars(self._running)
         s, alike = self._step(call)
         streams, last = running.pop("now", (None, -1))  # an error ends the trajectory
-        if streams is None or s not in (last, last + 1) or len(self.timesteps) == 1:
+        if streams is None or not streams.is_current() or s not in (last, last + 1) or len(self.timesteps) == 1:
             self.summary = Summary()
             streams = self.plans.streams("transformer", call, steps=len(self.timesteps), timesteps=self.timesteps,
                                          hoist=True, first=s, summary=self.summary)

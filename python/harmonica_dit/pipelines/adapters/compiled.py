@@ -36,5 +36,5 @@ def refuse_compiled(name: str, module: nn.Module, transformer: nn.Module, unit: 
 
 def _code(name: str) -> str:
     """A submodule's name as Python writes it: blocks.0.ff is blocks[0].ff."""
-    first, *parts = name.split(".")
+    first, *parts = name.replace("._orig_mod", "").split(".")
     return first + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts)

@@ -18,22 +18,25 @@ def check_is_module(transformer) -> None:
 
 def find_branches(transformer: nn.Module) -> Iterator[str]:
     """Names of the attention and feed-forward modules in the transformer's lists of blocks, in order of definition."""
-    for name, block in _blocks(transformer):
+    for name, block in listed(transformer):
         yield from _find_inside(block, name)
 
 
 def find_blocks(transformer: nn.Module) -> list[str]:
     """Names of the blocks that hold branches, in order of definition."""
-    return [name for name, block in _blocks(transformer) if any(_find_inside(block, name))]
+    return [name for name, block in listed(transformer) if any(_find_inside(block, name))]
 
 
-def _blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def listed(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules in the transformer's lists of blocks."""
     for name, child in transformer.named_children():
         if isinstance(child, nn.ModuleList):
             yield from ((f"{name}.{i}", block) for i, block in enumerate(child))
 
 
 def _find_inside(block: nn.Module, prefix: str) -> Iterator[str]:
+    if "_orig_mod" in block._modules:  # torch.compile's wrapper, which passes the attributes of what is inside on
+        block, prefix = block._orig_mod, f"{prefix}._orig_mod"
     if is_single_stream(block):
         yield f"{prefix}.proj_out"
         return

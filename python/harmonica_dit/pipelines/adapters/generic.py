@@ -11,7 +11,7 @@ from harmonica_kernels import TrunkWeights
 from harmonica_kernels.checks import autocast_dtype, check_forecast_weights, check_row
 
 from .compiled import refuse_compiled
-from .find_branches import check_is_module, feeders, find_blocks, find_branches
+from .find_branches import check_is_module, feeders, find_blocks, find_branches, listed
 from .generic_cache import Arguments, GenericCache, GenericTrunkCache, tensors_of
 from .generic_runs import BranchRun, Trace, TrunkRun
 from .replace_forwards import replace_forwards
@@ -91,10 +91,11 @@ class GenericAdapter:
         return GenericTrunkCache(history) if unit == "trunk" else GenericCache(history)
 
     def is_current(self) -> bool:
-        """Whether the transformer still has the modules that this adapter knows."""
-        submodules = dict(self.transformer.named_modules(remove_duplicate=False))
-        known = [*self._around.items(), *zip(self.block_names, self._blocks)]
-        return all(submodules.get(name) is module for name, module in known)
+        """Whether the transformer has the blocks that this adapter knows and no others, and in them its branches."""
+        if [block for _, block in listed(self.transformer)] != self._listed:
+            return False
+        places = ((*name.rpartition("."), module) for name, module in self._around.items() if name)
+        return all(self._around[parent]._modules.get(part) is module for parent, _, part, module in places)
 
     def check(self, unit: str = "trunk") -> None:
         """Refuses compiled code around what is computed or reused.
@@ -234,6 +235,7 @@ class GenericAdapter:
     def _use_blocks(self, names: Sequence[str]) -> None:
         self.block_names = tuple(names)
         self._blocks = [self.transformer.get_submodule(name) for name in names]
+        self._listed = [block for _, block in listed(self.transformer)]
 
     def _check(self, row, forecast_weights, cache, threshold) -> Sequence[bool]:
         if cache is not None and not isinstance(cache, GenericCache):

@@ -138,7 +138,7 @@ def weigh_trunk(weights: TrunkWeights | None, base: Tensor, states: Sequence[Ten
         h = h + weights.own.to(base.device, exact) * base
     for w, state in zip(weights.states.to(base.device, exact), states):
         h = h + w * state
-    return h.to(base.dtype)
+    return _rounded(h, base.dtype)
 
 
 class Trace:
@@ -183,8 +183,14 @@ class Trace:
 
 
 def _weigh(weights: Sequence[float | Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """Σ w_i·o_i."""
-    result = weights[0] * outputs[0]
-    for w, o in zip(weights[1:], outputs[1:]):
-        result = result + w * o
-    return result
+    """Σ w_i·o_i, in float32 at least."""
+    dtype = outputs[0].dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    return _rounded(sum(w * o.to(exact) for w, o in zip(weights, outputs)), dtype)
+
+
+def _rounded(forecast: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a model's dtype. Beyond float16's largest number that number: an infinity would be NaN after the next norm."""
+    if dtype == torch.float16:
+        forecast = forecast.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return forecast.to(dtype)
