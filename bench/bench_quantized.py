@@ -146,7 +146,7 @@ def quantize(transformer: nn.Module, config: Callable) -> nn.Module:
 
 
 class Pipeline:
-    """A pipeline for latents, with a schedule applied or without."""
+    """A pipeline for latents, with a cache or without."""
 
     def __init__(self, transformer: nn.Module, arguments: dict, schedule: Schedule | None = None):
         scheduler = DPMSolverMultistepScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)

@@ -1,4 +1,4 @@
-"""Pipelines with an applied schedule that share a transformer: by turns, one inside another, in threads."""
+"""Pipelines with a cache that share a transformer: by turns, one inside another, in threads."""
 
 import threading
 
