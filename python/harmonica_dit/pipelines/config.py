@@ -18,7 +18,7 @@ class HarmoniCaConfig:
     """What `enable_cache` does; exactly one of `speedup` and `schedule`.
 
     Args:
-        speedup: in FLOPs. Needs no training: of whatever number of steps a call has, as few are computed as reach it,
+        speedup: in FLOPs. Needs no training: of whatever number of steps a call has, as many are computed as it leaves,
             whole and as evenly spaced as they can be. At the others the trunk is forecast to first order; or the
             branches, where a model's trunk cannot be reused.
         schedule: a schedule, a router, a file of either, or the name of a bundled one.

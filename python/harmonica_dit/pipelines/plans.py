@@ -113,10 +113,15 @@ class Plans:
             self._say(planned.schedule.nothing_gained())
         schedule = planned.schedule
         summary.steps, summary.schedule, summary.unit = steps, schedule.origin, schedule.unit
-        summary.path = "fused" if isinstance(adapter, FusedAdapter) else "generic" + (f" ({why})" if why else "")
+        summary.path = "fused" if isinstance(adapter, FusedAdapter) else "generic"
+        if why:
+            summary.left_out["the fused path"] = why
         if isinstance(adapter, GenericAdapter):
             adapter.check(schedule.unit)
-            summary.left_out |= adapter.left_out if schedule.unit == "branch" else {}
+            if schedule.unit == "branch":
+                summary.left_out |= adapter.left_out
+                if self.config.loaded is None:
+                    summary.left_out["the trunk"] = adapter.trunk_left_out
         return Streams(name, adapter, planned, flops, timesteps if hoist else None, first, summary)
 
     def _traced(self, adapter, key: tuple, call: Call):
@@ -148,7 +153,14 @@ class Plans:
                 adapter.name = model_name(self.source or adapter.name)
                 return adapter, why
         schedule = self.config.loaded
-        return GenericAdapter(transformer, None if schedule is None else schedule.branches), why
+        if schedule is None:
+            return GenericAdapter(transformer), why
+        there = {name for name, _ in transformer.named_modules(remove_duplicate=False)}
+        missing = next((name for name in schedule.branches if name not in there), None)
+        if missing is not None:
+            raise ValueError(f"{self.config.source}for branches of {schedule.model or 'another model'!r} such as "
+                             f"{missing!r}, which {type(transformer).__name__} does not have")
+        return GenericAdapter(transformer, schedule.branches), why
 
     def _schedule(self, adapter, steps: int, timesteps: tuple[float, ...], first: int) -> Schedule:
         if self.config.loaded is not None:

@@ -28,6 +28,11 @@ class Planned:
         self.terms = [0 if weights is None or schedule.unit == "branch" else
                       sum(len(part) for part in weights if part is not None) for weights in schedule.forecast_weights]
 
+    @property
+    def needs_cache(self) -> bool:
+        """Whether any step reuses, forecasts or corrects anything."""
+        return not all(map(all, self.computed)) or any(w is not None for w in self.schedule.forecast_weights)
+
     @cached_property
     def pauses(self) -> list[int]:
         """For each branch, at how many steps in a row it is reused at most."""
@@ -124,7 +129,11 @@ class Streams:
     def run(self, s: int, call: Call, ahead: bool = True):
         """The transformer's call at step s. ahead: whether what was computed ahead for the step is for this call."""
         s -= self.first
-        stream = self._find(s, call)
+        stream = None
+        if self.planned.needs_cache:
+            stream = self._find(s, call)
+        else:
+            self._note_plain("the schedule reuses nothing")
         if stream is None:
             return call.forward(*call.args, **call.kwargs)
         planned, i = stream.decide(s)

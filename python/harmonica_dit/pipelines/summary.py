@@ -28,8 +28,8 @@ class StreamSummary:
 class Summary:
     """A call of a pipeline, or a trajectory of a loop. Print it, or take `as_dict()`.
 
-    steps: T. schedule: in words. path: "fused" or "generic", with the reason where a fused one could not be taken.
-    unit: what was reused. left_out: branches that cannot be reused, and are always computed.
+    steps: T. schedule: in words. path: "fused" or "generic". unit: what was reused. left_out: what could not be used,
+    each with the reason: branches, which are computed at every step, the trunk, or the fused path.
     """
 
     steps: int = 0
@@ -69,14 +69,14 @@ class Summary:
     def __str__(self) -> str:
         if not self.streams:
             return "no call yet; a cache's bytes are known from its first forward on"
-        lines = [f"{self.schedule}",
+        lines = [self.schedule or "a schedule that does not say how it was made",
                  f"{self.steps} steps, {self.path} path, by {self.unit}: {self.cur:.0%} reused, {self.speedup:.2f}x "
                  f"fewer FLOPs, {_bytes(self.nbytes)} of cache"]
         for s in self.streams:
             lines.append(f"  {s.transformer}, {s.name}: {s.steps} calls, {s.computed} branches computed, {s.reused} "
                          f"reused, {s.forecast} of these forecast; {_bytes(s.nbytes)}")
             lines += (f"    computed whole {n} times, because {why}" for why, n in s.fallbacks.items())
-        lines += (f"  {name} is always computed: {why}" for name, why in self.left_out.items())
+        lines += (f"  {name} is not used: {why}" for name, why in self.left_out.items())
         return "\n".join(lines)
 
 

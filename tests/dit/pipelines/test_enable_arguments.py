@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 import harmonica_dit
 from harmonica_dit import HarmoniCaConfig, Router, Schedule
 from support.enable_checks import check_refusal, random_router, run_with_hooks, schedule_on, steps_of
+from support.many_pipes import PIPES
 from support.pipes import LINEAR, make_pipe, random_schedule, run
 from support.tolerance import assert_close
 
@@ -180,3 +181,10 @@ def test_a_pipeline_that_is_not_supported(dit):
             harmonica_dit.enable_cache(pipe, 2.0)
     with pytest.raises(ValueError, match="timesteps: a transformer needs them"):
         harmonica_dit.enable_cache(dit.transformer, 2.0)
+
+
+def test_a_router_of_another_model_on_the_generic_path_is_refused_by_name(dit):
+    pipe, router = PIPES["flux"].pipe(), random_router(dit, model="DiT")
+    with pytest.raises(ValueError, match="schedule: for branches of 'DiT' such as 'transformer_blocks.0.attn1', which "
+                                         "FluxTransformer2DModel does not have"):
+        harmonica_dit.enable_cache(pipe, router)
