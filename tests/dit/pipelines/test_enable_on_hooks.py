@@ -130,7 +130,8 @@ def test_hooks_on_a_block_run(dit):
     dit.transformer.transformer_blocks[0].register_forward_hook(lambda *_: calls.append(1))
     harmonica_dit.enable_cache(dit, schedule)
     assert_close(run(dit), expected)
-    assert len(calls) == 6 and "the fused path is not used: transformer_blocks.0: has hooks" in str(harmonica_dit.summary(dit))
+    assert len(calls) == 6
+    assert "the fused path is not used: transformer_blocks.0: has hooks" in str(harmonica_dit.summary(dit))
 
 
 def test_another_cache_on_the_transformer_is_refused():
