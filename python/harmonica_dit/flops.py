@@ -1,6 +1,7 @@
 """What a forward costs in floating-point operations, branch by branch, counted by torch."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,14 +89,19 @@ def count_call(net, call: Callable[[], object]) -> Flops:
     return Flops(tuple(counts), float(counter.get_total_flops()) - sum(counts))
 
 
-def flop_counter() -> FlopCounterMode:
+@contextmanager
+def flop_counter() -> Iterator[FlopCounterMode]:
     """torch's counter, which by itself leaves out the attention kernel of the CPU."""
 
     def attention(query, key, value, *_, out_shape=None, **__) -> int:
         return sdpa_flop_count(query, key, value)
 
-    return FlopCounterMode(display=False, custom_mapping={
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention})
+    with warnings.catch_warnings():
+        # the counter's own hooks, which do no harm where a module has been compiled
+        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
+        with FlopCounterMode(display=False, custom_mapping={
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}) as counter:
+            yield counter
 
 
 @contextmanager
