@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.forecasts import RESULTS
-from bench.pipelines import table
+from bench.pipelines import overhead, quality, table
 from bench.record import machine, moment
 from harmonica_dit.files import replacement
 from support.many_pipes import PIPES
@@ -34,12 +34,35 @@ def make_table(args) -> None:
         raise SystemExit("something is wrong that should be right; see the table")
 
 
+def make_overhead(args) -> None:
+    found = [overhead.measure(name, args.rounds, args.layers) for name in args.only or overhead.MODELS]
+    write(args.out or RESULTS / "pipelines-overhead-cpu.json",
+          dict(steps=overhead.STEPS, rounds=args.rounds, layers=args.layers, models=found))
+    print(overhead.markdown(found))
+
+
+def make_quality(args) -> None:
+    rows = quality.measure(args.samples, args.seed)
+    write(args.out or RESULTS / "pipelines-quality-cpu.json", dict(
+        steps=quality.STEPS, guidance=quality.GUIDANCE, samples=args.samples, seed=args.seed, rows=rows))
+    print(quality.markdown(rows))
+
+
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("table")
     made.add_argument("--only", nargs="*", choices=PIPES, metavar="NAME", help="pipelines, by their names in PIPES")
     made.set_defaults(run=make_table)
+    made = commands.add_parser("overhead")
+    made.add_argument("--only", nargs="*", choices=overhead.MODELS, metavar="NAME", help="models")
+    made.add_argument("--rounds", type=int, default=7, help="each calls every candidate once")
+    made.add_argument("--layers", type=int, help="in place of each model's own depths")
+    made.set_defaults(run=make_overhead)
+    made = commands.add_parser("quality")
+    made.add_argument("--samples", type=int, default=100)
+    made.add_argument("--seed", type=int, default=0)
+    made.set_defaults(run=make_quality)
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--out", type=Path, help="another file than that in bench/results")
