@@ -1,13 +1,11 @@
 """What a forward costs in floating-point operations, branch by branch, counted by torch."""
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
@@ -74,7 +72,7 @@ def _traced(adapter, name: str):
 def count_call(net, call: Callable[[], object]) -> Flops:
     """Counts a call that runs a forward of `net`, a denoiser or a fused adapter."""
     counts = [0.0] * len(net.branches)
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
 
     def count_body(k, body, h, context):
         before = counter.get_total_flops()
@@ -82,26 +80,29 @@ def count_call(net, call: Callable[[], object]) -> Flops:
         counts[k] = float(counter.get_total_flops() - before)
         return o
 
-    # the math back end, because torch counts its matrix products on every device
-    with (torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter,
-          replace_bodies(net, lambda k, body: partial(count_body, k, body))):
+    with torch.no_grad(), counter, replace_bodies(net, lambda k, body: partial(count_body, k, body)):
         call()
     return Flops(tuple(counts), float(counter.get_total_flops()) - sum(counts))
 
 
-@contextmanager
-def flop_counter() -> Iterator[FlopCounterMode]:
-    """torch's counter, which by itself leaves out the attention kernel of the CPU."""
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, of this thread's operations.
 
-    def attention(query, key, value, *_, out_shape=None, **__) -> int:
-        return sdpa_flop_count(query, key, value)
+    By itself it leaves out the attention kernel of the CPU, and puts hooks on the modules of all threads, to tell what
+    each costs.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping={
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention})
+    counter.mod_tracker = _NoModules()
+    return counter
 
-    with warnings.catch_warnings():
-        # the counter's own hooks, which do no harm where a module has been compiled
-        warnings.filterwarnings("ignore", r"Using `torch\.compile\(module\)` when there are global hooks")
-        with FlopCounterMode(display=False, custom_mapping={
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}) as counter:
-            yield counter
+
+class _NoModules(nullcontext):
+    parents = ("Global",)
+
+
+def _count_attention(query, key, value, *_, out_shape=None, **__) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
 @contextmanager

@@ -159,7 +159,10 @@ class EnabledPipeline(Enabled):
             raise ValueError("pipe: is a copy of a pipeline on which a cache was enabled; call "
                              "harmonica_dit.enable_cache on the copy")
         signature = inspect.signature(type(pipe).__base__.__call__)
-        arguments = signature.bind_partial(pipe, *args, **kwargs).arguments
+        try:
+            arguments = signature.bind_partial(pipe, *args, **kwargs).arguments
+        except TypeError:  # the call itself will say what is wrong
+            arguments = kwargs
         if arguments.get("skip_guidance_layers") is not None:
             raise ValueError("skip_guidance_layers: such a call runs other blocks than the one it is compared with; "
                              "leave it out, or disable_cache(pipe)")

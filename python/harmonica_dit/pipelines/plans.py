@@ -17,7 +17,7 @@ from harmonica_dit.validate import check_fits, shorten
 from .adapters import adapt, has_fused_adapter, model_name, unwrap
 from .adapters.compiled import refuse_compiled
 from .adapters.fused import FusedAdapter
-from .adapters.generic import GenericAdapter
+from .adapters.generic import NOT_FINITE, GenericAdapter
 from .adapters.replace_forwards import runs_its_own
 from .calls import Call
 from .config import HarmoniCaConfig
@@ -134,7 +134,8 @@ class Plans:
         if type(known) is not type(adapter) or not known.is_current():
             adapter.trace_call(call.forward, call.args, call.kwargs)
             known = adapter
-            _keep(self._adapters, key, adapter)
+            if isinstance(adapter, FusedAdapter) or adapter.trunk_left_out != NOT_FINITE:
+                _keep(self._adapters, key, adapter)
             self._planned = {of: planned for of, planned in self._planned.items() if of[:-1] != key}
         if generic_trunk and known.trunk_left_out:
             raise ValueError(f"{self.config.source}forecasts the trunk, which {type(adapter.transformer).__name__} "

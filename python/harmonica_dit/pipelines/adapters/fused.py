@@ -17,6 +17,7 @@ from harmonica_dit.models.feed_forward import linear_gelu
 from harmonica_dit.models.plain_modules import BlockPart, has_own_forward, is_linear, is_plain_linear, write_linear
 
 from .compiled import refuse_compiled, undo_compile
+from .replace_forwards import replace_forwards
 
 
 class Context(NamedTuple):
@@ -172,11 +173,13 @@ class FusedAdapter:
     def trace_call(self, forward: Callable, args: tuple, kwargs: dict) -> Flops:
         """`trace`; the adapter runs in the place of `forward`, which is not called."""
         states: list[Tensor] = []
-        handle = self.transformer.pos_embed.register_forward_hook(lambda module, args, tokens: states.append(tokens))
-        try:
+
+        def embed(module, forward, args, kwargs):
+            states.append(forward(*args, **kwargs))
+            return states[0]
+
+        with replace_forwards({self.transformer.pos_embed: embed}):  # in this thread; a hook would see all of them
             self.flops = self.trunk_flops = count_call(self, lambda: self(*args, **kwargs))
-        finally:
-            handle.remove()
         self.trunk_size, self._nbytes = states[0].numel(), states[0].nbytes
         return self.flops
 

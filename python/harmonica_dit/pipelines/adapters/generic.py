@@ -1,7 +1,11 @@
 """Any other diffusers transformer: finds blocks and branches by name and computes or reuses them in place, unfused."""
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +19,8 @@ from .find_branches import check_is_module, feeders, find_blocks, find_branches,
 from .generic_cache import Arguments, GenericCache, GenericTrunkCache, tensors_of
 from .generic_runs import BranchRun, Trace, TrunkRun
 from .replace_forwards import replace_forwards
+
+NOT_FINITE = "what the model returned was not finite, so that nothing could be seen in it"
 
 
 class GenericAdapter:
@@ -124,9 +130,9 @@ class GenericAdapter:
 
     def trace_call(self, forward: Callable, args: tuple, kwargs: dict) -> Flops:
         """`trace`, but `forward` is called in place of the transformer."""
-        run = Trace(self)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), flop_counter() as counter:
-            output = _Root(self.transformer)(lambda: self._forward(forward, args, kwargs, run))
+        with _tracing(), flop_counter() as counter:
+            run = Trace(self, counter)
+            output = self._forward(forward, *_copies(args, kwargs), run)
         unfit = run.find_unfit()
         names = sorted((name for name in self.branch_names if name not in unfit), key=run.order.__getitem__)
         if not names:
@@ -135,9 +141,7 @@ class GenericAdapter:
         self._use(names)
         self._nbytes = {"branch": sum(run.nbytes[name] for name in names), "trunk": run.nbytes.get(run.last, 0)}
         total = float(counter.get_total_flops())
-        counts = {name.removeprefix("_Root.transformer."): float(sum(ops.values()))
-                  for name, ops in counter.get_flop_counts().items()}
-        numbers = [sum(counts.get(part, 0.0) for part in (name, *feeders(self.transformer, name))) for name in names]
+        numbers = [float(sum(run.flops[part] for part in (name, *feeders(self.transformer, name)))) for name in names]
         self.flops = Flops(tuple(numbers), total - sum(numbers))
         self.trunk_flops = self.trunk_size = None
         self.trunk_left_out = self._find_trunk(forward, args, kwargs, run, output)
@@ -146,7 +150,7 @@ class GenericAdapter:
             for block in self.block_names:
                 inside = [k for k, name in enumerate(names) if name.startswith(f"{block}.")]
                 if inside:
-                    numbers[inside[0]] += counts.get(block, 0.0) - sum(numbers[k] for k in inside)
+                    numbers[inside[0]] += run.flops[block] - sum(numbers[k] for k in inside)
             self.trunk_flops = Flops(tuple(numbers), total - sum(numbers))
         return self.flops
 
@@ -161,12 +165,14 @@ class GenericAdapter:
         expected = leaves(output)
         if not all(isinstance(leaf, Tensor) for leaf in expected):
             return "the model returns more than tensors"
+        if not all(leaf.isfinite().all() for leaf in expected):
+            return NOT_FINITE
         cache = GenericTrunkCache()
         cache._store(run.returned)
         cache._stand_ins = run.stand_ins
         try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                found = leaves(self._forward(forward, args, kwargs, TrunkRun(self, False, None, cache)))
+            with _tracing():
+                found = leaves(self._forward(forward, *_copies(args, kwargs), TrunkRun(self, False, None, cache)))
         except Exception as error:  # the model's own, of whatever kind
             return f"without its blocks a forward fails: {error}"
         if len(expected) != len(found) or not all(map(torch.equal, expected, found)):
@@ -274,15 +280,33 @@ class GenericAdapter:
                              "row says; call transformer.disable_gradient_checkpointing()")
 
 
-class _Root(nn.Module):
-    """Stands above a transformer, so that a counter of FLOPs knows its modules by their names in it."""
+_trace_lock = threading.Lock()
 
-    def __init__(self, transformer: nn.Module):
-        super().__init__()
-        self.transformer = transformer
 
-    def forward(self, call: Callable):
-        return call()
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Compiled parts run as they are written, so that what they do is seen; a setting of all threads."""
+    with _trace_lock, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _copies(*arguments: Any) -> list[Any]:
+    """For a forward that must leave no trace: a model may write into its arguments, such as a cache of keys and values.
+    """
+    return [_copy(part) for part in arguments]
+
+
+def _copy(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.clone()
+    if type(argument) in (list, tuple):
+        return type(argument)(map(_copy, argument))
+    if type(argument) is dict:
+        return {name: _copy(part) for name, part in argument.items()}
+    try:
+        return argument if isinstance(argument, nn.Module) else copy.deepcopy(argument)
+    except Exception:  # of whatever kind, such as a generator
+        return argument
 
 
 def _first_names(transformer: nn.Module, names: Iterable[str]) -> tuple[str, ...]:

@@ -1,12 +1,15 @@
 """What a generic adapter's modules do in one forward: branches by a row, the trunk as a whole, or a trace."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica_kernels import TrunkWeights
 
+from .find_branches import feeders
 from .generic_cache import GenericCache, GenericTrunkCache, Output, is_output, map_tensors, stand_in, tensors_of
 
 ADVICE = "; adapter.trace(...) with such arguments leaves such a branch out"
@@ -142,36 +145,55 @@ def weigh_trunk(weights: TrunkWeights | None, base: Tensor, states: Sequence[Ten
 
 
 class Trace:
-    """A plain forward that notes how branches and blocks behave."""
+    """A plain forward that notes how branches and blocks behave. counter: of FLOPs."""
 
-    def __init__(self, adapter):
+    def __init__(self, adapter, counter: FlopCounterMode):
+        self.counter = counter
         self.name_of = dict(zip(adapter._modules, adapter.branch_names))
         self.block_of = dict(zip(adapter._blocks, adapter.block_names))
+        self.feeder_of = {adapter.transformer.get_submodule(feeder): feeder for name in adapter.branch_names
+                          for feeder in feeders(adapter.transformer, name)}
         self.order: dict[str, int] = {}  # of the first calls
         self.calls = dict.fromkeys((*self.name_of.values(), *self.block_of.values()), 0)
         self.odd: set[str] = set()
-        self.nbytes: dict[str, int] = {}  # of what each returned
+        self.nbytes: Counter[str] = Counter()  # of what each returned
+        self.flops: Counter[str] = Counter()  # of each, with those of the modules inside
         self.stand_ins: dict[nn.Module, Output] = {}  # for the blocks' outputs
         self.last, self.returned = "", None  # the last block's name, and what it returned
 
     def replacements(self) -> Mapping[nn.Module, Callable]:
-        return dict.fromkeys(self.name_of, self.branch) | dict.fromkeys(self.block_of, self.block)
+        """For each module to watch, what runs instead of its forward."""
+        return (dict.fromkeys(self.feeder_of, self.feeder) | dict.fromkeys(self.name_of, self.branch)
+                | dict.fromkeys(self.block_of, self.block))
+
+    def feeder(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Output:
+        """A module whose output only goes into a branch: what it costs is the branch's."""
+        return self._count(self.feeder_of[module], forward, args, kwargs)
 
     def branch(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Output:
-        return self._note(self.name_of[module], forward(*args, **kwargs))
+        """A branch."""
+        return self._note(self.name_of[module], forward, args, kwargs)
 
     def block(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Output:
+        """A block, and what stands in for its output where no block runs."""
         self.last = self.block_of[module]
-        self.returned = o = self._note(self.block_of[module], forward(*args, **kwargs))
+        self.returned = o = self._note(self.last, forward, args, kwargs)
         # whatever depends on these is NaN, also where it is multiplied by 0
         self.stand_ins[module] = map_tensors(lambda t: stand_in(t, torch.nan), o) if is_output(o) else None
         return o
 
-    def _note(self, name: str, o: Output) -> Output:
+    def _count(self, name: str, forward: Callable, args: tuple, kwargs: dict) -> Output:
+        before = self.counter.get_total_flops()
+        o = forward(*args, **kwargs)
+        self.flops[name] += self.counter.get_total_flops() - before
+        return o
+
+    def _note(self, name: str, forward: Callable, args: tuple, kwargs: dict) -> Output:
+        o = self._count(name, forward, args, kwargs)
         self.calls[name] += 1
         self.order.setdefault(name, len(self.order))
         if is_output(o):
-            self.nbytes[name] = self.nbytes.get(name, 0) + sum(t.nbytes for t in tensors_of(o))
+            self.nbytes[name] += sum(t.nbytes for t in tensors_of(o))
         else:
             self.odd.add(name)
         return o
