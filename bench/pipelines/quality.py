@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,10 +21,10 @@ from bench.bench_caches import observe_branches, silence
 from bench.pipelines import rivals
 from bench.pipelines.checks import words
 from bench.pipelines.fashion import NO_LABEL, fashion_pipe
-from bench.pipelines.overhead import flops_of
 from bench.pipelines.rivals import Rival, put, tune
 from bench.record import installed_version
 from harmonica_dit.evaluate import rmse
+from harmonica_dit.flops import flop_counter
 from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
@@ -104,15 +103,15 @@ def calibrated(pipe: DiffusionPipeline, seed: int) -> tuple[float, ...]:
     return tuple(map(float, re.search(r"\[([\d., e-]+)\]\s*$", printed.getvalue().strip())[1].split(",")))
 
 
-def computed_share(pipe: DiffusionPipeline, samples: int, seed: int) -> float:
-    """Of the T·K branches, by hooks on what they end with."""
+def observe(pipe: DiffusionPipeline, samples: int, seed: int) -> tuple[Tensor, float, float]:
+    """A run's images; the share of its T·K branches that were computed, by hooks on what they end with; its FLOPs."""
     names = tuple(f"transformer_blocks.{i}.{part}" for i in range(len(pipe.transformer.transformer_blocks))
                   for part in ("attn1", "ff"))
-    with observe_branches(pipe.transformer, names) as ran:
-        run(pipe, samples, seed)
+    with observe_branches(pipe.transformer, names) as ran, flop_counter() as counter:
+        images = run(pipe, samples, seed)
     if len(ran) != STEPS:
         raise AssertionError(f"{len(ran)} forwards in {STEPS} steps")
-    return sum(map(len, ran)) / (STEPS * len(names))
+    return images, sum(map(len, ran)) / (STEPS * len(names)), counter.get_total_flops()
 
 
 def measure(samples: int, seed: int, made: Callable[..., Iterator[Candidate]] = candidates) -> list[dict]:
@@ -120,8 +119,7 @@ def measure(samples: int, seed: int, made: Callable[..., Iterator[Candidate]] = 
     pipe, rows, shares = fashion_pipe(), [], {}
     with silence(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wanted = run(pipe, samples, seed)
-        whole = flops_of(partial(run, pipe, 2, seed))
+        wanted, _, whole = observe(pipe, samples, seed)
         for candidate in track(list(made(pipe, seed)), "methods"):
             row = dict(method=candidate.method, speedup=candidate.speedup, note=candidate.note)
             rows.append(row)
@@ -144,18 +142,17 @@ def examine(candidate: Candidate, pipe: DiffusionPipeline, wanted: Tensor, whole
     """shares: what ours computed at each speedup, which a threshold is found for."""
     rival, settings = candidate.rival, candidate.settings
     if settings.get("threshold", 0.0) is None:
-        settings = tune(rival, settings, lambda tried: computed_share(put(rival, pipe, STEPS, tried), FEW, seed),
+        settings = tune(rival, settings, lambda tried: observe(put(rival, pipe, STEPS, tried), FEW, seed)[1],
                         shares[candidate.speedup])
     theirs = put(rival, pipe, STEPS, settings)
-    images = run(theirs, len(wanted), seed)
-    computed = computed_share(theirs, len(wanted), seed)
-    run(theirs, 2, seed)  # ours traces a forward of each size once
-    flops = flops_of(partial(run, theirs, 2, seed))
+    if rival.method is rivals.ours:
+        run(theirs, len(wanted), seed)  # it traces a forward of each size once
+    images, computed, flops = observe(theirs, len(wanted), seed)
     each = rmse(images, wanted)
     row = dict(computed=computed, flops_speedup=whole / flops, error=each.mean().item(), worst=each.max().item(),
                settings={name: value for name, value in settings.items() if not isinstance(value, Schedule)})
     if rival.method is rivals.ours:
-        row["nbytes"] = harmonica_dit.summary(theirs).nbytes // 2  # of an image, with guidance two rows
+        row["nbytes"] = harmonica_dit.summary(theirs).nbytes // len(wanted)  # with guidance, two rows
     return row
 
 

@@ -133,11 +133,17 @@ def test_the_bundled_model_is_the_same_in_diffusers():
 
 def test_images_of_the_bundled_model_and_what_is_computed_for_them():
     pipe = fashion_pipe()
-    images = quality.run(pipe, 4, seed=0)
+    images, share, flops = quality.observe(pipe, 4, seed=0)
+    assert share == 1
     assert images.shape == (4, 1, 28, 28) and -1.5 < images.min() < -0.9 and 0.5 < images.max() < 1.5
-    assert quality.computed_share(pipe, 2, 0) == 1
     every = put(RIVALS["diffusers TaylorSeer"], pipe, quality.STEPS, dict(every=4))
-    assert quality.computed_share(every, 2, 0) == 0.3  # steps 0, 2, 6, 10, …
+    assert quality.observe(every, 2, 0)[1] == 0.3  # steps 0, 2, 6, 10, …
+    ours = put(RIVALS["ours"], pipe, quality.STEPS, dict(config=2.0))
+    quality.run(ours, 4, seed=0)
+    _, share, fewer = quality.observe(ours, 4, seed=0)
+    summary = harmonica_dit.summary(ours)
+    assert share == 0.45 == pytest.approx(1 - summary.cur)
+    assert flops / fewer == pytest.approx(summary.speedup, rel=0.05)
     ratios = quality.calibrated(pipe, 0)
     assert len(ratios) == quality.STEPS and ratios[0] == 1 and all(0.5 < ratio < 2 for ratio in ratios)
 
