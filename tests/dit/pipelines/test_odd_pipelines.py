@@ -216,6 +216,19 @@ def test_conditioning_under_a_name_of_its_own():
         assert [stream.steps for stream in summary.streams] == [8, 8]
 
 
+def test_a_control_net():
+    """Its outputs are new at every call, and they are the present step's; where they end, another stream begins."""
+    class Controlled(OwnLoop):
+        def forward(self, x, t, text):
+            controls = [x.repeat(1, 1, 8) * t / 1000] if t > self.options["until"] else None
+            return super().forward(x, t, text, controlnet_block_samples=controls)
+
+    pipe = make_own(Controlled)
+    check_reused(pipe, until=0)
+    _, summary = with_cache(pipe, until=600)
+    assert [(stream.steps, sum(stream.fallbacks.values())) for stream in summary.streams] == [(5, 0)] * 2 + [(3, 1)] * 2
+
+
 def test_a_transformer_that_names_no_arguments():
     class Passes(type(make_own(OwnLoop).transformer)):
         def forward(self, *args, **kwargs):
