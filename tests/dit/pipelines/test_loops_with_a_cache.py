@@ -1,5 +1,9 @@
 """`enable_cache` on a transformer that a loop calls: the timesteps that it is given tell the steps."""
 
+import copy
+import threading
+import weakref
+
 import diffusers
 import pytest
 import torch
@@ -9,7 +13,10 @@ import harmonica_dit
 from harmonica_dit import Schedule
 from harmonica_dit.flops import Flops
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
+from harmonica_dit.pipelines.adapters.generic_cache import GenericTrunkCache
 from support.generic_models import make, random_row, state
+from support.pipes import HookedCache, random_schedule, small_dit
+from support.tolerance import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:forecasts to order 0, not 1", "ignore:reuses nothing")  # of a few steps
 
@@ -166,3 +173,121 @@ def test_a_schedule_for_another_number_of_steps_is_refused():
     harmonica_dit.enable_cache(transformer, schedule, timesteps=[9, 5])
     with pytest.raises(ValueError, match="this call has 2 steps, the schedule is for T = 3"):
         transformer(torch.zeros(1, 2), 9)
+
+
+def test_a_step_that_is_left_out_begins_a_trajectory():
+    """Such as an image that begins where another was left, not from noise: nothing of the other is reused."""
+    loop = Loop(8)
+    plain = loop(first=5, stop=6)
+    harmonica_dit.enable_cache(loop.transformer, 1.7, timesteps=loop.timesteps)
+    loop(stop=4)
+    assert torch.equal(loop(first=5, stop=6), plain)
+    assert [stream.steps for stream in harmonica_dit.summary(loop.transformer).streams] == [1, 1]
+
+
+def test_the_same_call_twice_at_a_step():
+    """Tiles of one image, or another image of the same prompt: nothing tells which cache is whose."""
+    loop = Loop(8)
+    transformer, arguments = loop.transformer, loop.arguments
+
+    @torch.no_grad()
+    def tiles():
+        x = torch.cat([arguments["hidden_states"], arguments["hidden_states"] + 1])
+        for t in loop.timesteps:
+            x = torch.cat([tile - transformer(**arguments | dict(hidden_states=tile, timestep=torch.tensor([t]))).sample
+                           / 8 for tile in x.split(1)])
+        return x
+
+    plain = tiles()
+    harmonica_dit.enable_cache(transformer, 1.7, timesteps=loop.timesteps)
+    assert torch.equal(tiles(), plain)
+    fallbacks = harmonica_dit.summary(transformer).streams[-1].fallbacks
+    assert fallbacks["nothing tells the calls of a step apart"] == 15
+
+
+def test_each_thread_has_a_trajectory_of_its_own():
+    loops = [Loop(6) for _ in range(3)]
+    for i, loop in enumerate(loops):
+        loop.transformer = loops[0].transformer
+        loop.arguments = loops[0].arguments | dict(hidden_states=loop.arguments["hidden_states"] + i)
+        loop.empty = loops[0].empty  # so that only the latents tell the threads apart
+    expected = []
+    for loop in loops:
+        enabled = harmonica_dit.enable_cache(loop.transformer, 1.7, timesteps=loop.timesteps)
+        expected.append(loop())
+    enabled.reset()
+    found, turns = [None] * 3, threading.Barrier(3)
+
+    def work(i):
+        def call(s, k, step):
+            turns.wait()  # all at the same step
+            return loops[i].transformer(**step).sample
+        found[i] = loops[i](call)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(image, other) for image, other in zip(found, expected))
+
+
+@torch.no_grad()
+def test_images_at_different_timesteps_in_one_call():
+    """What the fused path computes ahead is for one timestep; such calls do without."""
+    transformer, labels = small_dit(), torch.tensor([3, 7])
+    schedule, x = random_schedule(transformer, 3), torch.randn(3, 2, 4, 8, 8)
+    times = torch.tensor([[900, 900], [500, 450], [100, 100]])
+    with HookedCache(transformer, schedule):
+        expected = [transformer(x[s], times[s], labels).sample for s in range(3)]
+    harmonica_dit.enable_cache(transformer, schedule, timesteps=[900, 500, 100])
+    for s in range(3):
+        assert_close(transformer(x[s], times[s], labels).sample, expected[s])
+
+
+def test_a_loop_in_every_mode():
+    """The tables of a plan that was made in inference mode serve a later trajectory with gradients."""
+    transformer, x = small_dit(), torch.randn(1, 4, 8, 8)
+    harmonica_dit.enable_cache(transformer, 1.5, timesteps=[900, 700, 500, 300])
+
+    def run():
+        return [transformer(x, torch.tensor([t]), torch.tensor([3])).sample for t in (900, 700, 500, 300)]
+
+    with torch.inference_mode():
+        expected = run()
+    with torch.no_grad():
+        assert all(map(torch.equal, run(), expected))
+    x.requires_grad_(True)
+    outputs = run()
+    outputs[-1].sum().backward()
+    assert all(map(torch.equal, outputs, expected)) and x.grad.any()
+
+
+def test_a_disabled_loop_keeps_no_cache(monkeypatch):
+    loop, made, new = Loop(6), [], GenericTrunkCache.__init__
+    monkeypatch.setattr(GenericTrunkCache, "__init__",
+                        lambda self, *a: made.append(weakref.ref(self)) or new(self, *a))
+    handle = harmonica_dit.enable_cache(loop.transformer, 1.7, timesteps=loop.timesteps)
+    loop()
+    assert any(cache() is not None for cache in made)  # of the trajectory, which the next one will replace
+    harmonica_dit.disable_cache(loop.transformer)
+    assert made and not any(cache() is not None for cache in made) and handle.summary().speedup >= 1.7
+
+
+def test_a_deep_copy_names_its_own_calls():
+    transformer, _ = make("FluxTransformer2DModel")
+    harmonica_dit.enable_cache(transformer, 1.5, timesteps=[1.0, 0.5])
+    other = copy.deepcopy(transformer)
+    with other.cache_context("cond"):
+        pass
+    assert other.cache_context.__self__ is other and transformer.cache_context is not other.cache_context
+
+
+@torch.no_grad()
+def test_timesteps_in_low_precision_are_those_nearby():
+    """How far away depends on the timestep itself, not on the largest."""
+    transformer, x = timed(3, [900.0, 10.0, 1.0]), torch.zeros(1, 2)
+    for t in (torch.tensor(900.0, dtype=torch.bfloat16), torch.tensor(10.03125, dtype=torch.bfloat16)):
+        transformer(x, t)
+    with pytest.raises(ValueError, match="the transformer was called at 5, the cache was enabled for"):
+        transformer(x, torch.tensor(5.0, dtype=torch.bfloat16))
