@@ -61,7 +61,8 @@ def follow(advice: str, model):
     else:
         assert "delete its .forward" in advice
         del model.forward
-    example = advice.partition("for example ")[2].removesuffix(".compile()")
+    assert ("compile_repeated_blocks" in advice) == ("its blocks" in advice and bool(model._repeated_blocks))
+    example = advice.partition("for example ")[2].partition(".compile()")[0]
     part = eval(f"model.{example}", {"model": model})
     part.compile(backend="eager")
     return model, part

@@ -6,7 +6,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import FirstBlockCacheConfig
 
 import harmonica_dit
-from support.enable_checks import check_refusal, last_output, run_with_hooks, schedule_on
+from support.enable_checks import check_refusal, last_output, run_with_hooks
 from support.many_pipes import PIPES
 from support.pipes import HookedCache, make_pipe, random_schedule, run, small_dit, small_pixart
 from support.tolerance import assert_close
@@ -143,27 +143,3 @@ def test_another_cache_on_the_transformer_is_refused():
     pipe.transformer.disable_cache()
     harmonica_dit.enable_cache(pipe, 1.8)
     entry.call(pipe)
-
-
-@pytest.mark.parametrize("name", ["flux", "sd3"])
-def test_what_a_compiled_transformer_is_told_can_be_done(name):
-    """diffusers names the blocks of some models for `compile_repeated_blocks`, and of others not."""
-    entry = PIPES[name]
-    pipe = entry.pipe()
-    transformer = pipe.transformer
-    with schedule_on(pipe, 1.6):
-        expected = entry.call(pipe, steps=4)
-    said = r"compile .*blocks alone.* by .*compile_repeated_blocks\(\),? or each by its compile\(\)"
-    pipe.transformer = torch.compile(transformer, backend="eager")
-    check_refusal(pipe, ValueError, f"has been compiled as a whole.*take transformer._orig_mod.*{said}", 1.6)
-    pipe.transformer = transformer
-    transformer.compile(backend="eager")
-    check_refusal(pipe, ValueError, f"transformer: has been compiled.*{said}", 1.6)
-    transformer._compiled_call_impl = None
-    if transformer._repeated_blocks:
-        transformer.compile_repeated_blocks(backend="eager")
-    else:
-        for block in transformer.transformer_blocks:
-            block.compile(backend="eager")
-    harmonica_dit.enable_cache(pipe, 1.6)
-    assert torch.equal(entry.call(pipe, steps=4), expected)

@@ -24,14 +24,22 @@ def refuse_compiled(name: str, module: nn.Module, transformer: nn.Module, unit: 
     """
     undo = undo_compile(module)
     if undo is not None:
-        inside = transformer._modules.get("_orig_mod", transformer)
-        if hasattr(type(inside), "get_base_model"):  # a PeftModel, which passes its model's attributes on
-            inside = inside.get_base_model()
-        parts, found = ("blocks", find_blocks) if unit == "trunk" else ("branches", find_branches)
-        instead = next((f"its {parts}, for example {_code(part)}.compile()" for part in found(inside)),
-                       "smaller parts of it")
         raise ValueError(f"{name or 'transformer'}: has been compiled{'' if name else ' as a whole'}, and what a step "
-                         f"computes is decided inside it; {undo} and compile {instead}")
+                         f"computes is decided inside it; {undo} and compile {_instead(transformer, unit)}")
+
+
+def _instead(transformer: nn.Module, unit: str) -> str:
+    inside = transformer._modules.get("_orig_mod", transformer)
+    if hasattr(type(inside), "get_base_model"):  # a PeftModel, which passes its model's attributes on
+        inside = inside.get_base_model()
+    found = next(iter(find_blocks(inside) if unit == "trunk" else find_branches(inside)), None)
+    if found is None:
+        return "smaller parts of it"
+    if unit == "branch":
+        return f"its branches, for example {_code(found)}.compile()"
+    # some models do not say which blocks this would compile, and refuse it
+    all_at_once = ", or all by compile_repeated_blocks()" if getattr(inside, "_repeated_blocks", None) else ""
+    return f"its blocks, for example {_code(found)}.compile(){all_at_once}"
 
 
 def _code(name: str) -> str:
