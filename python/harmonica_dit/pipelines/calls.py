@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from harmonica_kernels.checks import autocast_dtype
+
 TIMESTEP = ("timestep", "timesteps", "t")  # what transformers call it
 # arguments that tell a step's calls apart, and stay the same from step to step
 CONDITIONING = re.compile("encoder_hidden|caption|cap_feats|prompt|text|txt_ids|label|pooled|skip_layers|perturb|"
@@ -29,7 +31,7 @@ class Call:
     latents: what is to be denoised: the first argument of float tensors that is no conditioning. Some models take a
         list, an image each.
     timestep: None where none is passed.
-    signature: names, shapes, dtypes and devices of all tensors; a cache serves calls of one.
+    signature: names, shapes, dtypes and devices of all tensors, and the mode; a cache serves calls of one.
     conditioning: the arguments that tell what it is conditioned on, and the context. others: the rest; unlike latents
         and timestep they may stay the same from step to step.
 
@@ -54,29 +56,36 @@ class Call:
                              f"{', '.join(arguments) or 'none'}")
         self.latents = _tensors(self.others.pop(name))
         self.conditioning["cache_context"] = context
-        self.signature = tuple((name, tuple(t.shape), t.dtype, t.device) for name, value in sorted(arguments.items())
-                               for t in _tensors(value))
+        self.names = tuple(name for name, value in sorted(arguments.items()) for _ in _tensors(value))
+        tensors = [t for _, value in sorted(arguments.items()) for t in _tensors(value)]
+        self.signature = (self.names, tuple((tuple(t.shape), t.dtype, t.device) for t in tensors),
+                          torch.is_inference_mode_enabled(), autocast_dtype(self.latents[0].device.type))
 
 
 class Seen(NamedTuple):
-    """A tensor in a call, as it was then. version: torch's count of writes into it; None if it is a copy."""
+    """A tensor in a call, as it was then: a copy; or itself, with torch's count of what was written into it."""
 
     tensor: Tensor
     version: int | None
+    is_copy: bool = False
 
     @property
     def is_intact(self) -> bool:
         return self.version is None or self.tensor._version == self.version
 
 
-def see(value: Any) -> Any:
-    """An argument, for `is_alike` to compare later ones with. Containers are copied, because callers change them."""
+def see(value: Any, copies: bool) -> Any:
+    """An argument, for `is_alike` to compare later ones with. Containers are copied, because callers change them.
+
+    copies: whether tensors of inference mode are copied, for torch does not count what is written into these.
+    """
+    if isinstance(value, Tensor) and value.is_inference():
+        return Seen(value.clone() if copies else value, None, copies)
     if isinstance(value, Tensor):
-        # torch does not count writes into tensors of inference mode
-        return Seen(value.clone(), None) if value.is_inference() else Seen(value, value._version)
+        return Seen(value, value._version)
     if isinstance(value, dict):
-        return {name: see(part) for name, part in value.items()}
-    return [see(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {name: see(part, copies) for name, part in value.items()}
+    return [see(part, copies) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def is_alike(seen: Any, value: Any, tensors: Callable[[Seen, Tensor], bool]) -> bool:
@@ -96,8 +105,8 @@ def is_alike(seen: Any, value: Any, tensors: Callable[[Seen, Tensor], bool]) -> 
 
 def same_memory(seen: Seen, value: Tensor) -> bool:
     """Without a look at the values, for which a GPU would have to be waited for."""
-    return seen.version is not None and seen.tensor.stride() == value.stride() and (
-        seen.tensor.data_ptr() == value.data_ptr())
+    then = seen.tensor
+    return not seen.is_copy and then.stride() == value.stride() and then.data_ptr() == value.data_ptr()
 
 
 def same_values(seen: Seen, value: Tensor) -> bool:

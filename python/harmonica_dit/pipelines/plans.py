@@ -101,7 +101,7 @@ class Plans:
             first = 0  # a schedule is for all steps of a trajectory, whoever runs them
         adapter, why = self._adapter(transformer)
         # with more arguments it may do something else
-        key = id(transformer), *(tuple(t.shape) for t in call.latents), *(name for name, *_ in call.signature)
+        key = id(transformer), *(tuple(t.shape) for t in call.latents), *call.names
         adapter, flops = self._traced(adapter, key, call)
         timesteps = timesteps[first:]
         key = *key, timesteps

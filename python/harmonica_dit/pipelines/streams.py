@@ -48,8 +48,9 @@ class Stream:
 
     def __init__(self, planned: Planned, cache, call: Call, summary: StreamSummary):
         self.planned, self.cache, self.summary = planned, cache, summary
-        self.signature, self.conditioning, self.others = call.signature, see(call.conditioning), see(call.others)
-        self.steady: set[str] | None = None  # which of the others stayed the same from the first call to the second
+        self.signature, self.conditioning = call.signature, see(call.conditioning, copies=True)
+        self.others = see(call.others, copies=False)  # from the second call on those that are the same in it
+        self.compared = False  # whether there was a second call
         self.crowded = False  # whether it turned out to be several streams, which nothing tells apart
         self.table: list[list[bool]] = []  # what each step computed; nothing, where it was missed
         self.synced, self.last = True, -1  # whether all was as the schedule says; the last step
@@ -58,13 +59,19 @@ class Stream:
     def may_have(self, call: Call, tensors) -> bool:
         """Whether a call can be of this stream. tensors: how they are compared, see `is_alike`."""
         return (self.signature == call.signature and is_alike(self.conditioning, call.conditioning, tensors)
-                and all(name in call.others and is_alike(self.others[name], call.others[name], tensors)
-                        for name in self.steady or ()))
+                and not (self.compared and self.differing(call, tensors)))
 
-    def shared(self, call: Call) -> set[str]:
-        """Which of the other arguments are those of the stream's first call."""
-        return {name for name, value in call.others.items()
-                if name in self.others and is_alike(self.others[name], value, same_memory)}
+    def differing(self, call: Call, tensors=same_memory) -> set[str]:
+        """Which of the other arguments are not those of the stream's first call."""
+        return {name for name, seen in self.others.items()
+                if name not in call.others or not is_alike(seen, call.others[name], tensors)}
+
+    def compare(self, call: Call) -> None:
+        """Notes, at the second call, which of the other arguments stay the same, and lets go of the rest."""
+        if not self.compared:
+            differing = self.differing(call)
+            self.others = {name: seen for name, seen in self.others.items() if name not in differing}
+            self.compared = True
 
     def forget(self) -> None:
         """Nothing of what has been computed is reused."""
@@ -202,10 +209,9 @@ class Streams:
         """
         found = self._most_alike(call)
         if len(found) == 1 and not found[0].crowded and found[0].last < s:
-            stream, shared = found[0], found[0].shared(call)
-            stream.steady = shared if stream.steady is None else stream.steady
-            return stream
-        if not found or (len(found) == 1 and len(found[0].shared(call)) < len(call.others)):
+            found[0].compare(call)
+            return found[0]
+        if not found or (len(found) == 1 and found[0].differing(call)):
             return self._begin(s, call)
         for stream in found:
             stream.crowded = True
@@ -214,12 +220,12 @@ class Streams:
         return None
 
     def _most_alike(self, call: Call) -> list[Stream]:
-        """The streams that a call may be of and that share most with it. More than one if they share equally much."""
+        """The streams that a call may be of and from which it differs least; more than one if none of these is it."""
         for tensors in (same_memory, same_values):  # the second waits for a GPU; most pipelines pass the same tensors
             found = [stream for stream in self.streams if stream.may_have(call, tensors)]
-            shared = [len(stream.shared(call)) for stream in found]
+            differing = [len(stream.differing(call)) for stream in found]
             if found:
-                return [stream for stream, n in zip(found, shared) if n == max(shared)]
+                return [stream for stream, n in zip(found, differing) if n == min(differing)]
         return []
 
     def _begin(self, s: int, call: Call) -> Stream | None:
