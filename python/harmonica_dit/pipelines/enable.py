@@ -181,6 +181,10 @@ class EnabledPipeline(Enabled):
         if not calls.summaries:
             warnings.warn("pipe: this call returned before it called the transformer, or called it in another thread; "
                           "so nothing was reused", stacklevel=4)
+        elif self.summary().cur and calls.goes_back():
+            warnings.warn("pipe: its timesteps went back in this call, and where they did what was reused belongs to "
+                          "others; have its loop set the scheduler's timesteps where it begins anew, or call "
+                          "harmonica_dit.disable_cache(pipe)", stacklevel=4)
         elif calls.plans_to_reuse and not any(s.reused for summary in self._last for s in summary.streams):
             warnings.warn(f"pipe: the cache reused nothing in this call: {self.summary()}", stacklevel=4)
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,14 @@ class PipelineCalls(Listener):
                              f"{INSTEAD}")
         self.summaries: list[Summary] = []
         self.plans_to_reuse = False  # by a schedule that has been followed
+        self.given: list[list[tuple]] = []  # of each trajectory: what was called, at which step and timestep
         self.begin()
 
     def begin(self) -> None:
         self.s, self.total = 0, None
         self.called, self.stepped = False, None  # whether in this step; the timestep of the scheduler's last one
         self.running: dict[nn.Module, Streams] = {}
+        self.given.append([])
 
     def loop(self, total: int | None) -> None:
         self.begin()
@@ -62,7 +65,19 @@ class PipelineCalls(Listener):
                 first=self.s, summary=self.summaries[-1])
             self.plans_to_reuse |= not all(map(all, self.running[module].planned.computed))
         self.called = True
+        if isinstance(call.timestep, Tensor):
+            self.given[-1].append((module, self.s, call.timestep.amax()))  # read at the end only
         return self.running[module].run(self.s, call)
+
+    def goes_back(self) -> bool:
+        """Whether a loop gave a transformer timesteps that rise and fall: it began anew, and was taken to go on."""
+        for given in self.given:
+            for one in {module for module, _, _ in given}:
+                times = {s: float(t) for module, s, t in given if module is one}
+                signs = {now < after for now, after in pairwise(times.values()) if now != after}
+                if len(signs) > 1:
+                    return True
+        return False
 
     def _timesteps(self) -> tuple[float, ...]:
         """The loop's, which may be the last of the scheduler's only (img2img)."""

@@ -189,3 +189,25 @@ def test_a_scheduler_that_cannot_be_listened_to():
     pipe.scheduler = Nothing()
     with pytest.raises(TypeError, match="target: got OwnLoop, expected .* with a transformer and a scheduler"):
         harmonica_dit.enable_cache(pipe, 1.7)
+
+
+def test_timesteps_that_go_back_are_not_reused_in_silence():
+    """A loop that adds noise again and goes on: only the timesteps tell, which are not read while it runs."""
+    class Restarts(OwnLoop):
+        def steps(self):
+            times = list(self.scheduler.timesteps)
+            if self.options.get("set"):
+                yield from times[:5]
+                self.scheduler.set_timesteps(8)
+                yield from times[2:]
+            else:
+                yield from times[:5] + times[2:]
+
+    pipe = make_own(Restarts, diffusers.DDIMScheduler(clip_sample=False))
+    harmonica_dit.enable_cache(pipe, 1.7)
+    with pytest.warns(UserWarning, match="its timesteps went back in this call.*set the scheduler's timesteps where"):
+        pipe()
+    pipe(set=True)
+    pipe = make_own(OwnLoop, diffusers.DDIMInverseScheduler(clip_sample=False))  # only rise
+    harmonica_dit.enable_cache(pipe, 1.7)
+    pipe()
