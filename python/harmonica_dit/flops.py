@@ -61,7 +61,9 @@ def is_denoiser(net) -> bool:
 
 def _traced(adapter, name: str):
     if not hasattr(adapter, "branch_names"):
-        raise TypeError(f"net: got {type(adapter).__name__}, expected a denoiser or an adapter")
+        inside = "pipe.transformer" if hasattr(adapter, "transformer") else "transformer"
+        raise TypeError(f"net: got {type(adapter).__name__}, expected a denoiser or an adapter: adapt({inside}), after "
+                        "its trace(...)")
     found = getattr(adapter, name, None)
     if found is None:
         raise ValueError("adapter: has not been traced; call adapter.trace(...) with the arguments of one forward "

@@ -21,12 +21,13 @@ def fora(net, steps: int, every: int | None = None, order: int = 0, *, speedup: 
             too few steps have been computed.
 
     Raises:
-        ValueError: an argument is out of range, or the adapter has not been traced; the message names it.
+        TypeError: net is neither. ValueError: an argument is out of range, or the adapter has not been traced; the
+            message names it.
 
     Source: FORA (Selvaraju et al., 2024, arXiv 2407.01425); TaylorSeer (Liu et al., 2025, arXiv 2503.06923).
     """
     check_order(order)
-    K, flops = len(net.branch_names), count_flops(net)
+    flops, K = count_flops(net), len(net.branch_names)
 
     def make(computed: list[bool], which: str) -> Schedule:
         coefficients = torch.full((steps, K), float(order == 1))  # which every executor knows; they are the first order

@@ -11,8 +11,10 @@ def uncached(net, steps: int) -> Schedule:
     """Computes every branch at each of T = `steps` steps. net: a denoiser, or a traced adapter.
 
     Raises:
-        ValueError: steps is out of range, or the adapter has not been traced; the message names it.
+        TypeError: net is neither. ValueError: steps is out of range, or the adapter has not been traced; the message
+            names it.
     """
     check_whole("steps", steps, 1)
+    flops = count_flops(net)
     compute = torch.ones(steps, len(net.branch_names), dtype=torch.bool)
-    return Schedule(compute, net.branch_names, count_flops(net), origin="uncached", model=net.name)
+    return Schedule(compute, net.branch_names, flops, origin="uncached", model=net.name)

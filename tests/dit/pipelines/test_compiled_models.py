@@ -107,12 +107,3 @@ def test_a_compiled_peft_model():
     inside.compile(backend="eager")  # later, and in place
     with pytest.raises(ValueError, match="compiled as a whole.*set its ._compiled_call_impl to None"):
         entry.call(pipe, steps=STEPS)
-
-
-def test_a_pipeline_where_a_transformer_is_expected():
-    pipe = PIPES["flux"].pipe()
-    for make in (adapt, GenericAdapter):
-        with pytest.raises(TypeError, match="transformer: got FluxPipeline, expected .* pass pipe.transformer"):
-            make(pipe)
-        with pytest.raises(TypeError, match="transformer: got int, expected a diffusers transformer$"):
-            make(3)
