@@ -59,7 +59,8 @@ class Call:
         self.names = tuple(name for name, value in sorted(arguments.items()) for _ in _tensors(value))
         tensors = [t for _, value in sorted(arguments.items()) for t in _tensors(value)]
         self.signature = (self.names, tuple((tuple(t.shape), t.dtype, t.device) for t in tensors),
-                          torch.is_inference_mode_enabled(), autocast_dtype(self.latents[0].device.type))
+                          torch.is_inference_mode_enabled(), torch.is_grad_enabled(),
+                          autocast_dtype(self.latents[0].device.type))
 
 
 class Seen(NamedTuple):

@@ -11,6 +11,7 @@ from torch import nn
 
 import harmonica_dit
 from harmonica_dit.pipelines.calls import Call, is_alike, same_memory, same_values, see
+from support.many_pipes import PIPES
 from support.own_loops import OwnLoop, make_own
 
 X, TEXT, T = torch.randn(1, 6, 4), torch.randn(1, 3, 16), torch.tensor([0.5])
@@ -50,8 +51,9 @@ def test_the_signature_has_all_that_a_cache_wants_to_be_the_same():
     one = signature()
     assert signature(X + 1) == one and signature(return_dict=False) == one
     assert signature(X.double()) != one and signature(X[:, 1:]) != one and signature(img_ids=X) != one
-    with torch.inference_mode():
-        assert signature() != one
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            assert signature() != one
     with torch.autocast("cpu", torch.bfloat16):
         assert signature() != one
 
@@ -106,6 +108,31 @@ def test_autocast_that_changes_from_step_to_step():
     pipe()
     streams = harmonica_dit.summary(pipe).streams
     assert [(stream.steps, sum(stream.fallbacks.values())) for stream in streams] == [(4, 0)] * 2 + [(4, 1)] * 2
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart-sigma"])
+def test_a_gradient_that_is_wanted_of_a_late_step(name):
+    """As fine-tuning by a reward does: what was reused there would be constant, so the step is computed."""
+    transformer = PIPES[name].pipe().transformer.requires_grad_(True)
+    if name == "flux":
+        given = dict(encoder_hidden_states=TEXT, pooled_projections=torch.randn(1, 12), img_ids=torch.randn(6, 3),
+                     txt_ids=torch.zeros(3, 3), guidance=torch.ones(1))
+        x = X
+    else:
+        given, x = dict(encoder_hidden_states=torch.randn(1, 9, 20), return_dict=True), torch.randn(1, 4, 8, 8)
+
+    def last_gradient():
+        for t in (1.0, 0.75, 0.5, 0.25):
+            with torch.set_grad_enabled(t == 0.25):  # which would be forecast
+                output = transformer(hidden_states=x, timestep=torch.tensor([t]), **given).sample
+        transformer.zero_grad()
+        output.sum().backward()
+        return torch.cat([p.grad.flatten() for p in transformer.parameters() if p.grad is not None])
+
+    expected = last_gradient()
+    harmonica_dit.enable_cache(transformer, 1.5, timesteps=[1.0, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(last_gradient(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert harmonica_dit.summary(transformer).cur > 0
 
 
 def test_arguments_that_are_new_at_each_step_are_let_go():
