@@ -3,6 +3,10 @@
 So a weight is read directly only where nothing has been put on its layer; every other layer is called as a module.
 """
 
+import sys
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +20,24 @@ def has_own_forward(module: nn.Module) -> bool:
                 or "forward" in module.__dict__)  # accelerate's and diffusers' hooks set one
 
 
+def is_own(cls: type, name: str = "forward") -> bool:
+    """Whether a method is the one that its class was written with, and not one that somebody has put in its place."""
+    if torch.compiler.is_compiling():
+        return True  # which torch.compile cannot ask
+    owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+    return owner is None or _is_written_in(vars(owner)[name], owner.__module__)
+
+
+@cache
+def _is_written_in(function: Callable, module: str) -> bool:
+    code = getattr(function, "__code__", None)  # functools.wraps gives a substitute everything else
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return file is None or (code is not None and code.co_filename == file)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether this is exactly nn.Linear without LoRA or hook; its weight may be of any kind (quantized)."""
-    return type(module) is nn.Linear and has_own_forward(module)
+    return type(module) is nn.Linear and has_own_forward(module) and is_own(nn.Linear)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -30,7 +49,8 @@ def is_steady(module: nn.Module) -> bool:
     """Whether the module surely computes the same at every step of a trajectory: no LoRA, whose scale may change, and
     no hook. Only then may its results be computed ahead of their steps.
     """
-    return all(type(part).__module__.partition(".")[0] in KNOWN and has_own_forward(part) for part in module.modules())
+    return all(type(part).__module__.partition(".")[0] in KNOWN and has_own_forward(part) and is_own(type(part))
+               for part in module.modules())
 
 
 def write_linear(linear: nn.Module, h: Tensor, out: Tensor) -> None:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 from torch import nn
 
-from harmonica_dit.models.plain_modules import has_own_forward
+from harmonica_dit.models.plain_modules import has_own_forward, is_own
 
 from .compiled import refuse_compiled
 from .find_branches import check_is_module
 
 
 def adapt(transformer):
-    """The adapter of a diffusers transformer: fused for DiT and PixArt, the generic one for every other class.
+    """The adapter of a diffusers transformer: fused for DiT and PixArt, the generic one for every other class, and for
+    subclasses of these with a forward of their own.
 
     An adapter takes the arguments of `transformer.forward` and `row`, `forecast_weights`, `cache` and `threshold` (see
     `harmonica_kernels.cached_forward`), and returns what `transformer.forward` returns. It has `transformer` (the
@@ -27,19 +28,18 @@ def adapt(transformer):
             code would not run; the message names them.
     """
     check_is_module(transformer)
-    from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
-
     inside = unwrap(transformer)
     if inside is not transformer and not has_own_forward(transformer):
         raise ValueError(f"transformer: the {type(transformer).__name__} around it has hooks or compiled code, which "
                          "would not run; put them on the transformer inside, transformer.get_base_model()")
     transformer = inside
     refuse_compiled("", transformer, transformer, "branch")
-    if isinstance(transformer, DiTTransformer2DModel):
+    known = _known_class(transformer)
+    if known == "DiTTransformer2DModel":
         from .dit import DiTAdapter
 
         return DiTAdapter(transformer)
-    if isinstance(transformer, PixArtTransformer2DModel):
+    if known == "PixArtTransformer2DModel":
         from .pixart import PixArtAdapter
 
         return PixArtAdapter(transformer)
@@ -49,9 +49,17 @@ def adapt(transformer):
 
 
 def has_fused_adapter(transformer: nn.Module) -> bool:
+    """Whether it is of a class that a fused adapter knows, whose forward nobody has changed."""
+    return _known_class(transformer) is not None
+
+
+def _known_class(transformer: nn.Module) -> str | None:
     from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 
-    return isinstance(transformer, (DiTTransformer2DModel, PixArtTransformer2DModel))
+    for cls in (DiTTransformer2DModel, PixArtTransformer2DModel):
+        if isinstance(transformer, cls) and type(transformer).forward is cls.forward and is_own(cls):
+            return cls.__name__
+    return None
 
 
 def unwrap(transformer: nn.Module) -> nn.Module:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 import harmonica_kernels as hk
 from harmonica_dit.flops import Flops, count_call, count_flops
 from harmonica_dit.models.feed_forward import linear_gelu
-from harmonica_dit.models.plain_modules import BlockPart, has_own_forward, is_linear, is_plain_linear, write_linear
+from harmonica_dit.models.plain_modules import (
+    BlockPart,
+    has_own_forward,
+    is_linear,
+    is_own,
+    is_plain_linear,
+    write_linear,
+)
 
 from .compiled import refuse_compiled, undo_compile
 from .replace_forwards import replace_forwards
@@ -75,7 +82,7 @@ class AttentionBody(BlockPart):
 
 def is_plain_attention(attn: nn.Module, source: Tensor, mask: Tensor | None, context: Context) -> bool:
     """Whether a call of the attention does exactly what `AttentionBody.write` does without it."""
-    if type(attn) is not Attention:
+    if type(attn) is not Attention or not (is_own(Attention) and is_own(AttnProcessor2_0, "__call__")):
         return False
     linear, dropout = attn.to_out
     more = attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k, attn.residual_connection
@@ -103,7 +110,8 @@ class FeedForwardBody(BlockPart):
     def write(self, h: Tensor, context: Context, out: Tensor) -> None:
         """Writes o into `out`. In a plain feed-forward the last linear layer writes there itself; else o is copied."""
         ff = self.module
-        if not (type(ff) is FeedForward and has_own_forward(ff) and is_plain_linear(ff.net[-1])):
+        plain = type(ff) is FeedForward and has_own_forward(ff) and is_own(FeedForward)
+        if not (plain and is_plain_linear(ff.net[-1])):
             out.copy_(ff(h))
             return
         first, *hidden, last = ff.net
@@ -220,7 +228,7 @@ class FusedAdapter:
         refuse_compiled("", self.transformer, self.transformer, "branch")
         for name, cls in self._bypassed_modules():
             module = self.transformer.get_submodule(name)
-            if type(module) is not cls or not has_own_forward(module):
+            if type(module) is not cls or not has_own_forward(module) or not is_own(cls):
                 raise ValueError(
                     f"{name}: has {_describe_changes(module, cls)}, which would not run: the adapter calls the "
                     "branches, not their blocks. Compile or hook the branches (attn1, attn2, ff) instead; to offload "
@@ -246,12 +254,14 @@ def _describe_changes(module: nn.Module, cls: type[nn.Module]) -> str:
         return "been compiled"
     if type(module) is not cls:
         return f"another class ({type(module).__name__})"
+    if not is_own(cls):
+        return f"another forward, put in the place of {cls.__name__}'s"
     return "a replaced forward (offloading or another hook)" if "forward" in module.__dict__ else "hooks"
 
 
 def _is_linear_gelu(module: nn.Module) -> bool:
     """Whether this is exactly a linear layer with bias and the tanh form of the GELU."""
-    return (type(module) is GELU and module.approximate == "tanh" and has_own_forward(module)
+    return (type(module) is GELU and module.approximate == "tanh" and has_own_forward(module) and is_own(GELU)
             and is_plain_linear(module.proj) and module.proj.bias is not None)
 
 
