@@ -84,3 +84,39 @@ def test_a_subclass_with_a_forward_of_its_own():
         assert_close(run(pipe), expected)
         assert harmonica_dit.summary(pipe).path == path
         assert isinstance(adapt(pipe.transformer), GenericAdapter) == (path == "generic")
+
+
+@pytest.mark.parametrize("kind, place", [("dit", "transformer_blocks.0.norm3"), ("dit", "norm_out"),
+                                         ("dit", "transformer_blocks.1.norm1.norm"), ("sigma", "norm_out"),
+                                         ("sigma", "transformer_blocks.0.norm1")])
+def test_norms_with_weights(kind, place):
+    """Put in place of those without, which the fused path does itself."""
+    pipe = make_pipe(kind)
+    schedule = random_schedule(pipe.transformer)
+    parent, _, name = place.rpartition(".")
+    norm = nn.LayerNorm(24, eps=pipe.transformer.get_submodule(place).eps)
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    harmonica_dit.enable_cache(pipe, schedule)
+    run(pipe)
+    setattr(pipe.transformer.get_submodule(parent), name, norm.requires_grad_(False))
+    found, summary = run(pipe), harmonica_dit.summary(pipe)
+    harmonica_dit.disable_cache(pipe)
+    assert_close(found, run_with_hooks(pipe, schedule))
+    assert summary.left_out["the fused path"].startswith(f"{place}: has weights, which would not run")
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(cross_attention_dim=24), "a cross-attention"), (dict(norm_type="ada_norm"), "the norms of ada_norm"),
+    (dict(positional_embeddings="sinusoidal", num_positional_embeddings=64), "other inputs of its attentions")])
+def test_blocks_of_another_kind(changes, said):
+    """Of the class that the adapter knows, but with more in them."""
+    transformer = make_pipe("dit").transformer
+    other = dict(activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_zero",
+                 norm_elementwise_affine=False, attention_bias=True) | changes
+    block = BasicTransformerBlock(24, 3, 8, **other)
+    if "norm_type" in changes:  # so that no norm's class tells it
+        block.norm1, block.norm3 = transformer.transformer_blocks[0].norm1, transformer.transformer_blocks[0].norm3
+    transformer.transformer_blocks[1] = block
+    with pytest.raises(ValueError, match=f"transformer_blocks.1: has {said}, which would not run"):
+        adapt(transformer)

@@ -19,6 +19,7 @@ from .fused import AttentionBody, Context, FeedForwardBody, FusedAdapter, attent
 
 class DiTAdapter(FusedAdapter):
     _bypassed = {"norm1": AdaLayerNormZero, "norm1.norm": nn.LayerNorm, "norm1.silu": nn.SiLU, "norm3": nn.LayerNorm}
+    _norm_type, _parts = "ada_norm_zero", ("attn1", "ff")
 
     def __call__(self, hidden_states: Tensor, timestep: Tensor | None = None, class_labels: Tensor | None = None,
                  cross_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True, *,

@@ -127,11 +127,14 @@ class FusedAdapter:
     What is put on the modules that it calls is honoured: LoRA, quantization and hooks on attentions, feed-forwards,
     embedders, adaLN's linear layers and what is inside them, and other modules or blocks in their places.
 
-    Subclasses define `hoist`, `__call__`, `_branches(i)` (block i's branches with their names) and `_bypassed` (the
-    submodules of a block that fused calls replace, and their classes).
+    Subclasses define `hoist`, `__call__`, `_branches(i)` (block i's branches with their names), `_bypassed` (the
+    submodules of a block that fused calls replace, and their classes), the blocks' `_norm_type`, and `_parts` (the
+    branches that a block may have).
     """
 
     _bypassed: dict[str, type[nn.Module]]
+    _norm_type: str
+    _parts: tuple[str, ...]
 
     def __init__(self, transformer: nn.Module):
         config = transformer.config
@@ -228,11 +231,21 @@ class FusedAdapter:
         refuse_compiled("", self.transformer, self.transformer, "branch")
         for name, cls in self._bypassed_modules():
             module = self.transformer.get_submodule(name)
-            if type(module) is not cls or not has_own_forward(module) or not is_own(cls):
+            changes = _describe_changes(module, cls) or (
+                self._describe_block(module) if cls is BasicTransformerBlock else None)
+            if changes is not None:
                 raise ValueError(
-                    f"{name}: has {_describe_changes(module, cls)}, which would not run: the adapter calls the "
-                    "branches, not their blocks. Compile or hook the branches (attn1, attn2, ff) instead; to offload "
-                    "the model, use enable_model_cpu_offload")
+                    f"{name}: has {changes}, which would not run: the adapter calls the branches, not their blocks. "
+                    "Compile or hook the branches (attn1, attn2, ff) instead; to offload the model, use "
+                    "enable_model_cpu_offload")
+
+    def _describe_block(self, block: BasicTransformerBlock) -> str | None:
+        """What the block does that the adapter does not."""
+        if block.norm_type != self._norm_type:
+            return f"the norms of {block.norm_type}"
+        if block.attn2 is not None and "attn2" not in self._parts:
+            return "a cross-attention"
+        return "other inputs of its attentions" if block.pos_embed or block.only_cross_attention else None
 
     def _bypassed_modules(self) -> Iterator[tuple[str, type[nn.Module]]]:
         """Names and classes of the modules that are not called, from the outside in."""
@@ -249,14 +262,17 @@ class FusedAdapter:
                              "made; adapt the transformer again")
 
 
-def _describe_changes(module: nn.Module, cls: type[nn.Module]) -> str:
+def _describe_changes(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    """What the module does that the class does not by itself; None if there is nothing."""
     if undo_compile(module) is not None:
         return "been compiled"
     if type(module) is not cls:
         return f"another class ({type(module).__name__})"
     if not is_own(cls):
         return f"another forward, put in the place of {cls.__name__}'s"
-    return "a replaced forward (offloading or another hook)" if "forward" in module.__dict__ else "hooks"
+    if not has_own_forward(module):
+        return "a replaced forward (offloading or another hook)" if "forward" in module.__dict__ else "hooks"
+    return "weights" if cls is nn.LayerNorm and module.elementwise_affine else None
 
 
 def _is_linear_gelu(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from .fused import (
 
 class PixArtAdapter(FusedAdapter):
     _bypassed = {"norm1": nn.LayerNorm, "norm2": nn.LayerNorm}
+    _norm_type, _parts = "ada_norm_single", ("attn1", "attn2", "ff")
 
     def __call__(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
                  timestep: Tensor | None = None, added_cond_kwargs: dict[str, Tensor] | None = None,
