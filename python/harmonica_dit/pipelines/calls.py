@@ -104,6 +104,12 @@ def is_alike(seen: Any, value: Any, tensors: Callable[[Seen, Tensor], bool]) -> 
     return seen is value or (isinstance(seen, (bool, int, float, str)) and type(seen) is type(value) and seen == value)
 
 
+def is_word(value: Any) -> bool:
+    """Whether an argument tells what is to be done: such does not change from step to step, as numbers and tensors may.
+    """
+    return value is None or isinstance(value, (bool, str))
+
+
 def same_memory(seen: Seen, value: Tensor) -> bool:
     """Without a look at the values, for which a GPU would have to be waited for."""
     then = seen.tensor

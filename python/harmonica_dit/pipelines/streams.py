@@ -12,7 +12,7 @@ from harmonica_dit.flops import Flops
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.schedule import Schedule
 
-from .calls import Call, is_alike, same_memory, same_values, see
+from .calls import Call, is_alike, is_word, same_memory, same_values, see
 from .summary import StreamSummary, Summary
 
 STREAMS = 8  # of a transformer; further ones are computed
@@ -49,29 +49,33 @@ class Stream:
     def __init__(self, planned: Planned, cache, call: Call, summary: StreamSummary):
         self.planned, self.cache, self.summary = planned, cache, summary
         self.signature, self.conditioning = call.signature, see(call.conditioning, copies=True)
-        self.others = see(call.others, copies=False)  # from the second call on those that are the same in it
-        self.compared = False  # whether there was a second call
+        self.others = see(call.others, copies=False)  # from the second step on without what has changed until then
+        self.changing: set[str] | None = None  # what has; None until the second step
         self.crowded = False  # whether it turned out to be several streams, which nothing tells apart
         self.table: list[list[bool]] = []  # what each step computed; nothing, where it was missed
         self.synced, self.last = True, -1  # whether all was as the schedule says; the last step
         self.hoisted: Iterator[dict] | None = None
 
-    def may_have(self, call: Call, tensors) -> bool:
-        """Whether a call can be of this stream. tensors: how they are compared, see `is_alike`."""
-        return (self.signature == call.signature and is_alike(self.conditioning, call.conditioning, tensors)
-                and not (self.compared and self.differing(call, tensors)))
+    def has(self, conditioning: dict[str, Any], tensors) -> bool:
+        """Whether its calls are conditioned so. tensors: how they are compared, see `is_alike`."""
+        return is_alike(self.conditioning, conditioning, tensors)
 
-    def differing(self, call: Call, tensors=same_memory) -> set[str]:
+    def differing(self, call: Call) -> set[str]:
         """Which of the other arguments are not those of the stream's first call."""
-        return {name for name, seen in self.others.items()
-                if name not in call.others or not is_alike(seen, call.others[name], tensors)}
+        tensors = same_memory if self.changing is None else same_values
+        return {name for name in (self.others.keys() | call.others.keys()) - (self.changing or set())
+                if name not in call.others or not is_alike(self.others.get(name), call.others[name], tensors)}
 
-    def compare(self, call: Call) -> None:
-        """Notes, at the second call, which of the other arguments stay the same, and lets go of the rest."""
-        if not self.compared:
-            differing = self.differing(call)
+    def rules_out(self, call: Call, differing: set[str]) -> bool:
+        """Whether a call that differs in these is none of the stream's: in what was the same before, or in words."""
+        return bool(differing) if self.changing is not None else any(
+            is_word(self.others.get(name)) or is_word(call.others.get(name)) for name in differing)
+
+    def compare(self, differing: set[str]) -> None:
+        """Notes, at the second step, what may change from step to step, and lets go of it."""
+        if self.changing is None and self.last >= 0:
             self.others = {name: seen for name, seen in self.others.items() if name not in differing}
-            self.compared = True
+            self.changing = differing
 
     def forget(self) -> None:
         """Nothing of what has been computed is reused."""
@@ -205,27 +209,35 @@ class Streams:
     def _find(self, s: int, call: Call) -> Stream | None:
         """The stream of a call; a new one, which computes everything, if the call is the first of its kind.
 
-        None if the call is of several streams, or not the only such of its step: then nothing tells which cache is its.
+        None if the call may be of several streams, or is not the only such of its step: then nothing tells which cache
+        is its own, and no call of these is cached any more.
         """
-        found = self._most_alike(call)
-        if len(found) == 1 and not found[0].crowded and found[0].last < s:
-            found[0].compare(call)
-            return found[0]
-        if not found or (len(found) == 1 and found[0].differing(call)):
+        alike = self._alike(call)
+        differing = {stream: stream.differing(call) for stream in alike}
+        if all(stream.rules_out(call, differing[stream]) for stream in alike):
             return self._begin(s, call)
-        for stream in found:
+        likely = [stream for stream in alike if not any(
+            _is_liker(other, stream, differing) for other in alike if other is not stream)]
+        one = likely[0]
+        told = all(_is_liker(one, other, differing) for other in alike if other is not one)
+        if told and not one.crowded and one.last < s and not one.rules_out(call, differing[one]):
+            one.compare(differing[one])
+            return one
+        if told and differing[one]:
+            return self._begin(s, call)
+        for stream in likely:
             stream.crowded = True
             stream.forget()
         self._note_plain("nothing tells the calls of a step apart")
         return None
 
-    def _most_alike(self, call: Call) -> list[Stream]:
-        """The streams that a call may be of and from which it differs least; more than one if none of these is it."""
+    def _alike(self, call: Call) -> list[Stream]:
+        """The streams of calls of this kind with this conditioning."""
+        streams = [stream for stream in self.streams if stream.signature == call.signature]
         for tensors in (same_memory, same_values):  # the second waits for a GPU; most pipelines pass the same tensors
-            found = [stream for stream in self.streams if stream.may_have(call, tensors)]
-            differing = [len(stream.differing(call)) for stream in found]
+            found = [stream for stream in streams if stream.has(call.conditioning, tensors)]
             if found:
-                return [stream for stream, n in zip(found, differing) if n == min(differing)]
+                return found
         return []
 
     def _begin(self, s: int, call: Call) -> Stream | None:
@@ -240,6 +252,15 @@ class Streams:
         cache = schedule.new_cache() if self.fused else self.adapter.new_cache(schedule.history, schedule.unit)
         self.streams.append(Stream(self.planned, cache, call, summary))
         return self.streams[-1]
+
+
+def _is_liker(one: Stream, other: Stream, differing: dict[Stream, set[str]]) -> bool:
+    """Whether a call shares an argument with one stream that it does not share with the other, and not the reverse.
+
+    differing: in what the call differs from each.
+    """
+    shared, others = (stream.others.keys() - differing[stream] for stream in (one, other))
+    return bool(shared & differing[other]) and not others & differing[one]
 
 
 def _forecasts(schedule: Schedule, s: int) -> int:

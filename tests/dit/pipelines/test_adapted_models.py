@@ -1,5 +1,8 @@
 """`enable_cache` on transformers that something has been put on, before or after: LoRA, quantization, hooks, casts."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
@@ -7,8 +10,9 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig, apply_first_block_c
 from peft import LoraConfig
 
 import harmonica_dit
+from harmonica_kernels.cache import Memory
 from support import lora
-from support.cached_calls import STEPS, check_by_hooks, every_second_of, with_cache
+from support.cached_calls import STEPS, check_by_hooks, every_second, every_second_of, with_cache
 from support.generic_models import state
 from support.many_pipes import PIPES
 from support.pipes import names_of, random_schedule
@@ -226,6 +230,26 @@ def test_bfloat16_on_the_generic_path_is_as_near_the_truth(name, unit):
 
     plain = error(lambda pipe: entry.call(pipe, steps=STEPS))
     assert 0 < error(lambda pipe: with_cache(entry, pipe, config)) <= 2 * plain
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan-of-two", "pixart-sigma"])
+@pytest.mark.parametrize("unit", ["trunk", "branch"])
+def test_no_cache_outlives_its_call(name, unit, monkeypatch):
+    """On both paths they are freed at once, not when the garbage collector comes."""
+    made, new = [], Memory.__init__
+    monkeypatch.setattr(Memory, "__init__", lambda self, *a: made.append(weakref.ref(self)) or new(self, *a))
+    entry, pipe = PIPES[name], PIPES[name].pipe()
+    fused = name == "pixart-sigma"
+    config = 1.7 if unit == "trunk" else every_second(names_of(pipe.transformer)) if fused else every_second_of(
+        pipe.transformer)
+    harmonica_dit.enable_cache(pipe, config)
+    gc.collect()
+    gc.disable()
+    try:
+        entry.call(pipe, steps=STEPS)
+        assert len(made) >= entry.calls and not any(cache() is not None for cache in made)
+    finally:
+        gc.enable()
 
 
 def test_disabling_leaves_nothing_on_any_object(flux):
