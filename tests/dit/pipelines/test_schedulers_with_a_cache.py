@@ -20,7 +20,7 @@ STEPS = 7
 ONE = ("DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
        "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
        "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "IPNDMScheduler", "LCMScheduler",
-       "LMSDiscreteScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler")
+       "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler")
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 SEVERAL = {"HeunDiscreteScheduler": {}, "KDPM2DiscreteScheduler": {}, "KDPM2AncestralDiscreteScheduler": {},
            "FlowMatchHeunDiscreteScheduler": {}, "PNDMScheduler": {},
