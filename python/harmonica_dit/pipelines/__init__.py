@@ -5,6 +5,7 @@
     cached_pipeline.py   hears when a pipeline's steps begin and end
     trajectories.py      which trajectory and step a transformer's call belongs to, in a pipeline or in a loop
     plans.py             the adapter, the costs and the schedule of a trajectory
+    calls.py             a call: what tells it from the others of its step
     streams.py           runs a step's calls, each with its own cache
     summary.py           what was done
     denoiser.py          makes a denoiser of a pipeline's transformer

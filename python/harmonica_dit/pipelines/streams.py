@@ -217,7 +217,7 @@ class Streams:
         if all(stream.rules_out(call, differing[stream]) for stream in alike):
             return self._begin(s, call)
         likely = [stream for stream in alike if not any(
-            _is_liker(other, stream, differing) for other in alike if other is not stream)]
+            _is_liker(other, stream, differing) for other in alike if other is not stream)] or alike
         one = likely[0]
         told = all(_is_liker(one, other, differing) for other in alike if other is not one)
         if told and not one.crowded and one.last < s and not one.rules_out(call, differing[one]):
