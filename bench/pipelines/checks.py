@@ -9,7 +9,9 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig
 from torch import Tensor, nn
 
 import harmonica_dit
+from bench.record import installed_version
 from harmonica_dit.pipelines.adapters.find_branches import find_blocks
+from harmonica_dit.pipelines.adapters.generic_cache import leaves
 from support import lora
 from support.small_pipe import SmallPipe
 
@@ -139,15 +141,17 @@ CHECKS: dict[str, Check] = {
     "after an interruption": Check((call(), interrupted(inside=False), call(), interrupted(inside=True), call())),
     "LoRA": Check((scaled(1.0), scaled(0.5)), put_lora),
     "compiled blocks": Check((compiled, compiled), compile_blocks),
-    "int8": Check((call(), call()), quantize),
+    "int8": Check((call(), call()), quantize,
+                  lacks=lambda entry: "" if installed_version("torchao") else "torchao is not installed"),
 }
 
 
 def judge(entry: SmallPipe, check: Check) -> dict:
     """What became of it; `result` in a word.
 
-    "equal": with everything computed, each call gives the plain pipeline's output to the bit; "close": up to FUSED of
-    its largest value; "differs"; "refused" or "fails", with the words; "plain fails": without a cache, too; "lacks".
+    "equal": at speedup 1 each call gives the plain pipeline's output to the bit, and at SPEEDUP, where a cache keeps
+    them, the first step's forwards give the plain ones'; "close": up to FUSED of the largest value; "differs"; "fails",
+    with the words; "plain fails": without a cache, too; "lacks".
 
     repeats: whether with a cache at SPEEDUP each call, whatever came before it, gives to the bit what it gives as the
     first one after `enable_cache`.
@@ -158,27 +162,49 @@ def judge(entry: SmallPipe, check: Check) -> dict:
         pipe = entry.pipe()
         try:
             check.prepare(entry, pipe)
-            plain = [run(entry, pipe) for run in check.calls]
-        except Exception as error:
+            plain = [watch(entry, pipe, run) for run in check.calls]
+        except Exception as error:  # whatever it is stands in the table, and `table.holds` is false
             return dict(result="plain fails", words=words(error))
         try:
             return compare(entry, check, pipe, plain)
-        except Exception as error:
-            return dict(result="refused" if isinstance(error, (TypeError, ValueError)) else "fails", words=words(error))
+        except Exception as error:  # likewise
+            return dict(result="fails", words=words(error))
     finally:
         torch.compiler.reset()  # else the graphs of one model count towards the limit of the next
 
 
-def compare(entry: SmallPipe, check: Check, pipe: DiffusionPipeline, plain: list[Tensor | None]) -> dict:
+def watch(entry: SmallPipe, pipe: DiffusionPipeline, run: Call) -> tuple[Tensor | None, list[Tensor]]:
+    """What a call gives, and what the transformers return in its first step."""
+    first: list[list[Tensor]] = []
+
+    def keep(module, args, output) -> None:
+        if len(first) < entry.calls:
+            first.append([leaf.clone() for leaf in leaves(output)])
+
+    handles = [transformer.register_forward_hook(keep) for transformer in transformers(entry, pipe)]
+    try:
+        return run(entry, pipe), [t for tensors in first for t in tensors]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare(entry: SmallPipe, check: Check, pipe: DiffusionPipeline,
+            watched: list[tuple[Tensor | None, list[Tensor]]]) -> dict:
+    """watched: what `watch` saw of the calls without a cache."""
+    plain = [output for output, _ in watched]
     harmonica_dit.enable_cache(pipe, 1.0)
     found = [run(entry, pipe) for run in check.calls]
     pairs = [(a, b) for a, b in zip(found, plain) if b is not None]
+    alone = []
+    for run, (_, first) in zip(check.calls, watched):
+        harmonica_dit.enable_cache(pipe, SPEEDUP)
+        output, computed = watch(entry, pipe, run)
+        alone.append(output)
+        if output is not None:  # else it was interrupted, with the cache perhaps in its first step
+            pairs += zip(computed, first, strict=True)
     difference = max(relative_difference(a, b) for a, b in pairs)
     result = "equal" if all(torch.equal(a, b) for a, b in pairs) else "close" if difference <= FUSED else "differs"
-    alone = []
-    for run in check.calls:
-        harmonica_dit.enable_cache(pipe, SPEEDUP)
-        alone.append(run(entry, pipe))
     harmonica_dit.enable_cache(pipe, SPEEDUP)
     cached = [run(entry, pipe) for run in check.calls]
     summary = harmonica_dit.summary(pipe)

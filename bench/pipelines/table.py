@@ -29,10 +29,11 @@ IMG2IMG: dict[str, SmallPipe] = {
     "chroma": from_image("chroma", ChromaImg2ImgPipeline, 1),
     "z-image": from_image("z-image", ZImageImg2ImgPipeline, 4),
 }
-LEGEND = f"""=: with everything computed, each call equals the plain pipeline's to the bit (a number: the largest
-difference over the largest value), and at {SPEEDUP:g} times fewer FLOPs each call equals to the bit what it gives on a
-newly enabled cache. Each column is several calls on one pipeline, of {STEPS} steps unless it says so. img2img: in the
-class for image to image that diffusers has for the model. path, unit, FLOPs and cache: of the first column."""
+LEGEND = f"""=: at speedup 1 each call equals the plain pipeline's to the bit; at {SPEEDUP:g} times fewer FLOPs the
+first step's forwards, which the cache keeps, equal the plain ones' (a number: the largest difference over the largest
+value), and each call equals to the bit what it gives on a newly enabled cache. Each column is several calls on one
+pipeline, of {STEPS} steps unless it says so. img2img: in the class for image to image that diffusers has for the model.
+path, unit, FLOPs and cache: of the first column."""
 
 
 def measure(names: Sequence[str]) -> list[dict]:
@@ -69,7 +70,7 @@ def markdown(rows: Sequence[dict]) -> str:
     notes: dict[str, list[str]] = {}
     for row in rows:
         first = row["checks"]["call"]
-        about = (f"{first['path'].split(' (')[0]}, {first['unit']} | {first['speedup']:.2f}× | {first['nbytes']:,} B"
+        about = (f"{first['path']}, {first['unit']} | {first['speedup']:.2f}× | {first['nbytes']:,} B"
                  if "path" in first else "– | – | –")
         cells = [shown(row["checks"].get(column)) for column in columns]
         lines.append(f"| {row['cls']} ({row['pipeline']}) | {' | '.join(cells)} | {about} |")
@@ -89,6 +90,6 @@ def markdown(rows: Sequence[dict]) -> str:
 def holds(rows: Sequence[dict]) -> bool:
     """Whether nothing is wrong that should be right."""
     cells = [cell for row in rows for cell in row["checks"].values()]
-    good = all(cell["result"] in ("lacks", "plain fails", "refused")
+    good = all(cell["result"] == "lacks"
                or cell["result"] in ("equal", "close") and cell["repeats"] and cell["felt"] for cell in cells)
     return good and all(words != "" for row in rows for words in row["refusals"].values())

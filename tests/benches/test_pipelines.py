@@ -13,6 +13,8 @@ from bench.bench_caches import silence
 from bench.pipelines import __main__ as command
 from bench.pipelines import checks, table
 from bench.pipelines.checks import CHECKS, Check, call, judge
+from harmonica_dit.pipelines.adapters.generic_cache import map_tensors
+from harmonica_dit.pipelines.adapters.generic_runs import TrunkRun
 from support.many_pipes import PIPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:forecasts to order 0, not 1", "ignore:reuses nothing")
@@ -57,6 +59,17 @@ def test_a_pipeline_that_ignores_its_compiled_blocks_is_noticed(monkeypatch):
     monkeypatch.setattr(checks, "compile_blocks", lambda *_: None)
     found = judge(PIPES["ltx"], Check(CHECKS["compiled blocks"].calls))
     assert found == dict(result="plain fails", words="AssertionError: no compiled block was run")
+    assert not table.holds([dict(checks={"call": found}, refusals={})])
+
+
+def test_a_computed_step_that_is_wrong_is_noticed(monkeypatch):
+    """Also where the image at speedup 1 is right, because the plain forward runs there."""
+    end = TrunkRun.end
+    monkeypatch.setattr(TrunkRun, "end", lambda self, *call: map_tensors(
+        lambda t: 1.01 * t if self.computed else t, end(self, *call)))
+    with silence():
+        found = judge(PIPES["ltx"], Check((call(),)))
+    assert found["result"] == "differs" and found["difference"] > 1e-3
 
 
 def test_what_differs_or_depends_on_earlier_calls_is_wrong(monkeypatch):
@@ -83,7 +96,8 @@ def test_what_differs_or_depends_on_earlier_calls_is_wrong(monkeypatch):
         raise ValueError("not so")
 
     monkeypatch.setattr(harmonica_dit, "enable_cache", refuse)
-    assert judged() == dict(result="refused", words="ValueError: not so")
+    refused = judged()
+    assert refused == dict(result="fails", words="ValueError: not so") and not table.holds(row(refused))
     monkeypatch.setattr(harmonica_dit, "enable_cache", made)
     counted = []
 

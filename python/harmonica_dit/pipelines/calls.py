@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from harmonica_kernels.checks import autocast_dtype
 
+from .adapters.generic_cache import leaves
+
 TIMESTEP = ("timestep", "timesteps", "t")  # what transformers call it
 # arguments that tell a step's calls apart, and stay the same from step to step
 CONDITIONING = re.compile("encoder_hidden|caption|cap_feats|prompt|text|txt_ids|label|pooled|skip_layers|perturb|"
@@ -122,11 +124,7 @@ def same_values(seen: Seen, value: Tensor) -> bool:
 
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors in an argument."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [t for part in value for t in _tensors(part)]
-    return [value] if isinstance(value, Tensor) else []
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _holds_floats(value: Any) -> bool:

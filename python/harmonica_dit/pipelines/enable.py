@@ -92,11 +92,13 @@ def summary(target) -> Summary:
 
 def _of(target) -> "Enabled | None":
     """The cache that is enabled on a target. One that a shallow copy carries along is the original's."""
-    enabled = vars(unwrap(target) if isinstance(target, nn.Module) else target).get("_harmonica")
-    return enabled if enabled is not None and enabled._target() is _home(target) else None
+    home = _home(target)
+    enabled = vars(home).get("_harmonica")
+    return enabled if enabled is not None and enabled._target() is home else None
 
 
 def _home(target):
+    """The object that a cache is enabled on: of peft's wrapper the model inside."""
     return unwrap(target) if isinstance(target, nn.Module) else target
 
 

@@ -22,7 +22,7 @@ class Planned:
     """A schedule with what is noted of its steps, in Python's own numbers: reading a tensor may wait for a GPU."""
 
     def __init__(self, schedule: Schedule):
-        self.schedule, self.forecaster = schedule, schedule.forecaster
+        self.schedule = schedule
         self.computed: list[list[bool]] = schedule.compute.tolist()
         self.forecast = [_forecasts(schedule, s) for s in range(schedule.steps)]  # branches that are not repeated
         self.terms = [0 if weights is None or schedule.unit == "branch" else

@@ -13,6 +13,7 @@ from support.small_pipe import SmallPipe
 from support.trunk_by_hooks import trunk_by_hooks
 
 SPEEDUP = 1.7
+WITHOUT_INTERRUPT = {"dit", "pixart-alpha", "pixart-alpha-1024", "pixart-sigma", "aura-flow", "lumina2", "prx"}
 # of a few steps
 pytestmark = pytest.mark.filterwarnings("ignore:forecasts to order 0, not 1")
 
@@ -110,11 +111,15 @@ def test_an_interrupted_call_leaves_nothing_for_the_next(entry, error):
     assert torch.equal(entry.call(pipe, steps=10), expected)
 
 
+def test_which_pipelines_cannot_be_interrupted():
+    assert WITHOUT_INTERRUPT == {name for name, entry in PIPES.items() if entry.callback != "callback_on_step_end"
+                                 or not hasattr(type(entry.pipe()), "interrupt")}
+
+
+@pytest.mark.parametrize("entry", [name for name in PIPES if name not in WITHOUT_INTERRUPT], indirect=True)
 def test_interrupting_from_a_callback(entry):
     """`pipe._interrupt`: the loop goes on and does nothing."""
     entry, pipe = entry
-    if entry.callback != "callback_on_step_end" or not hasattr(type(pipe), "interrupt"):
-        pytest.skip("cannot be interrupted so")
     expected = cached(entry, pipe, steps=6)
 
     def interrupt(pipe, step, timestep, arguments):

@@ -4,7 +4,6 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from harmonica_kernels.checks import autocast_dtype, check_forecast_weights, che
 
 from .compiled import refuse_compiled
 from .find_branches import check_is_module, feeders, find_blocks, find_branches, listed
-from .generic_cache import Arguments, GenericCache, GenericTrunkCache, tensors_of
+from .generic_cache import Arguments, GenericCache, GenericTrunkCache, leaves, tensors_of
 from .generic_runs import BranchRun, Trace, TrunkRun
 from .replace_forwards import replace_forwards
 
@@ -173,7 +172,9 @@ class GenericAdapter:
         try:
             with _tracing():
                 found = leaves(self._forward(forward, *_copies(args, kwargs), TrunkRun(self, False, None, cache)))
-        except Exception as error:  # the model's own, of whatever kind
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the model's own code, which was given NaN: of whatever kind
             return f"without its blocks a forward fails: {error}"
         if len(expected) != len(found) or not all(map(torch.equal, expected, found)):
             return f"what the model returns depends on more than the output of {self.block_names[-1]}"
@@ -303,10 +304,15 @@ def _copy(argument: Any) -> Any:
         return type(argument)(map(_copy, argument))
     if type(argument) is dict:
         return {name: _copy(part) for name, part in argument.items()}
-    try:
-        return argument if isinstance(argument, nn.Module) else copy.deepcopy(argument)
-    except Exception:  # of whatever kind, such as a generator
+    if isinstance(argument, nn.Module):
         return argument
+    try:
+        return copy.deepcopy(argument)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError, copy.Error) as error:  # such as a generator, which a forward would use up
+        raise ValueError(f"transformer: a forward is traced before the first one, and its argument of type "
+                         f"{type(argument).__name__} cannot be copied for that ({error}); pass tensors") from None
 
 
 def _first_names(transformer: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
@@ -317,19 +323,8 @@ def _first_names(transformer: nn.Module, names: Iterable[str]) -> tuple[str, ...
     return tuple(found.values())
 
 
-def leaves(output) -> list:
-    """What there is in what a transformer returns, tensors and others."""
-    if is_dataclass(output):
-        output = vars(output)
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, (tuple, list)):
-        return [leaf for part in output for leaf in leaves(part)]
-    return [] if output is None else [output]
-
-
 def _signature(args: tuple, kwargs: dict) -> tuple:
     """Name, shape, dtype and device of a forward's tensor arguments."""
     named = [*enumerate(args), *sorted(kwargs.items())]
     return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named
-                 for t in tensors_of(value) if isinstance(t, Tensor))
+                 for t in leaves(value) if isinstance(t, Tensor))

@@ -1,6 +1,7 @@
 """The caches for outputs of any kind, which may be tuples: of each branch, and of the trunk."""
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -127,6 +128,17 @@ def tensors_of(o: Output) -> list[Tensor]:
     if isinstance(o, (tuple, list)):
         return [t for part in o for t in tensors_of(part)]
     return [] if o is None else [o]
+
+
+def leaves(value: Any) -> list:
+    """What there is in a transformer's argument, or in what it returns: tensors and others, but None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [leaf for part in value for leaf in leaves(part)]
+    return [] if value is None else [value]
 
 
 def is_output(o: Any) -> bool:

@@ -177,3 +177,39 @@ def test_threads_trace_at_the_same_time(name):
     for (image, summary), (expected_image, expected_summary) in zip(found, expected):
         assert torch.equal(image, expected_image) and summary == expected_summary
     assert torch._dynamo.eval_frame._stance == stance
+
+
+def test_an_argument_that_a_trace_would_use_up_is_refused():
+    class Takes(Model):
+        def forward(self, hidden_states, parts):
+            return super().forward(hidden_states + sum(parts))
+
+    parts = iter([x for x in torch.randn(2, 2, 4)])
+    generated = (part for part in [torch.randn(2, 4)])
+    adapter, x = GenericAdapter(Takes()), torch.randn(2, 4)
+    adapter.trace(x, parts=parts)
+    assert len(list(parts)) == 2  # a list's iterator can be copied
+    with pytest.raises(ValueError, match="its argument of type generator cannot be copied for that .*; pass tensors"):
+        adapter.trace(x, parts=generated)
+    assert len(list(generated)) == 1
+
+
+@pytest.mark.parametrize("error, passes", [(torch.OutOfMemoryError, True), (IndexError, False)])
+def test_a_forward_without_blocks_that_fails(error, passes):
+    """A model that cannot go without is left alone; a device that is full says nothing of the model."""
+    class Looks(Model):
+        def forward(self, hidden_states):
+            x = hidden_states
+            for block in self.blocks:
+                x = block(x)
+                if x.isnan().any():
+                    raise error("seen")
+            return x
+
+    adapter, x = GenericAdapter(Looks()), torch.randn(2, 4)
+    if passes:
+        with pytest.raises(error, match="seen"):
+            adapter.trace(x)
+    else:
+        adapter.trace(x)
+        assert adapter.trunk_left_out == "without its blocks a forward fails: seen"
