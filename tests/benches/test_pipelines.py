@@ -66,7 +66,7 @@ def test_a_computed_step_that_is_wrong_is_noticed(monkeypatch):
     """Also where the image at speedup 1 is right, because the plain forward runs there."""
     end = TrunkRun.end
     monkeypatch.setattr(TrunkRun, "end", lambda self, *call: map_tensors(
-        lambda t: 1.01 * t if self.computed else t, end(self, *call)))
+        lambda t: t + t.roll(1, -1) / 10 if self.computed else t, end(self, *call)))
     with silence():
         found = judge(PIPES["ltx"], Check((call(),)))
     assert found["result"] == "differs" and found["difference"] > 1e-3
