@@ -8,6 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import harmonica_dit
+from harmonica_dit.flops import Flops
+from harmonica_dit.methods.trunk import whole_steps
+from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.sample import ReferenceDDIM
 from support.enable_checks import last_output, run_with_hooks, schedule_on
 from support.pipes import HookedCache, make_pipe, random_schedule, run
@@ -52,6 +55,17 @@ def test_only_computed_branches_are_called(pipe):
         pipe.transformer.get_submodule(name).register_forward_hook(lambda *_, k=k: called.append(k))
     run(pipe)
     assert called == [k for row in schedule.rows for k, compute in enumerate(row) if compute]
+
+
+def test_the_speedup_as_run_is_the_schedules(pipe):
+    """What the forecasts cost is counted too; made to weigh here."""
+    names = adapt(pipe.transformer).branch_names
+    schedule = whole_steps(6, Flops((1.0,) * len(names), 1.0), 2, every=2, names=names)
+    harmonica_dit.enable_cache(pipe, schedule)
+    run(pipe)
+    found = harmonica_dit.summary(pipe)
+    assert found.streams[0].plain_flops / found.streams[0].flops == found.speedup == pytest.approx(schedule.speedup)
+    assert found.speedup < 6 * (len(names) + 1) / (3 * len(names) + 6) - 0.01
 
 
 def test_the_text_is_projected_once_a_trajectory(sigma, monkeypatch):

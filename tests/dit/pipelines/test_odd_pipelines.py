@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import harmonica_dit
+from harmonica_dit.pipelines.streams import Stream
 from support.own_loops import OwnLoop, make_own
 from support.trunk_by_hooks import trunk_by_hooks
 
@@ -68,6 +69,20 @@ def test_calls_that_nothing_tells_apart(tiles):
     assert summary.streams[-1].fallbacks["nothing tells the calls of a step apart"] == 8 * tiles - 1
 
 
+def test_caches_of_calls_that_turn_out_to_be_mixed_are_freed_at_once():
+    class MixedLater(OwnLoop):
+        """The first step has one call only."""
+        prompts, kept = 1, []
+
+        def predict(self, x, t, i):
+            outputs = [self.forward(x, t, self.texts[0]) for _ in range(2 if i else 1)]
+            self.kept.append(sum(one.cache.nbytes for one in gc.get_objects() if type(one) is Stream))
+            return sum(outputs)
+
+    _, summary = with_cache(make_own(MixedLater))
+    assert MixedLater.kept[0] == summary.nbytes > 0 and not any(MixedLater.kept[1:])
+
+
 def test_tiles_whose_order_changes_and_whose_other_arguments_are_new_at_each_call():
     class Shuffled(OwnLoop):
         prompts = 1
@@ -121,6 +136,36 @@ def test_the_scheduler_is_stepped_twice():
     expected, _ = with_cache(make_own(OwnLoop))
     found, summary = with_cache(make_own(StepsTwice))
     assert torch.equal(found, expected) and not any(stream.fallbacks for stream in summary.streams)
+
+
+def test_a_scheduler_of_the_loops_own_is_stepped_too():
+    """For sound, as LTX 2's is: its steps are not the image's."""
+    class WithSound(OwnLoop):
+        def steps(self):
+            self.sound = type(self.scheduler).from_config(self.scheduler.config)
+            self.sound.set_timesteps(8)
+            return super().steps()
+
+        def predict(self, x, t, i):
+            output = super().predict(x, t, i)
+            self.sound.set_timesteps(8)
+            self.sound.step(output, self.sound.timesteps[i], x)
+            return output
+
+    check_reused(make_own(WithSound))
+
+
+def test_two_loops_over_the_same_timesteps():
+    """Piece after piece, as long videos are made: a progress bar each, and no new timesteps."""
+    class Pieces(OwnLoop):
+        def steps(self):
+            for _ in range(2):
+                self.scheduler._step_index = None
+                yield from self.progress_bar(self.scheduler.timesteps)
+
+    found, summary = with_cache(make_own(Pieces))
+    assert [stream.steps for stream in summary.streams] == [8] * 2 and summary.cur == 0.5
+    assert not any(stream.fallbacks for stream in summary.streams)
 
 
 @pytest.mark.filterwarnings("ignore:pipe. the cache reused nothing")

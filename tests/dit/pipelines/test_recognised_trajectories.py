@@ -165,6 +165,19 @@ def test_two_transformers_each_reach_the_speedup():
     assert all(stream.plain_flops / stream.flops > 1.4 for stream in streams)
 
 
+def test_a_second_transformer_with_too_few_steps_computes_them():
+    """An error would come when the image is half made."""
+    entry = PIPES["wan-of-two"]
+    pipe = entry.pipe()
+    pipe.register_to_config(boundary_ratio=0.5)  # two steps are left
+    harmonica_dit.enable_cache(pipe, 5)
+    with pytest.warns(UserWarning, match="reuses nothing: every branch"):
+        entry.call(pipe, steps=12)
+    first, _, second = harmonica_dit.summary(pipe).streams
+    assert first.steps == 10 and first.plain_flops / first.flops >= 5
+    assert second.transformer == "transformer_2" and second.steps == 2 * 2 and not second.reused
+
+
 def test_a_transformer_that_begins_in_the_middle_of_a_schedule():
     """It computes its first step, and forecasts with weights for the steps that it has computed itself."""
     entry = PIPES["wan-of-two"]
