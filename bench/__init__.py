@@ -1,5 +1,5 @@
 """The benchmarks, which run from the repository's root: `python -m pytest bench/` collects the suites (bench_*.py),
-`python -m bench.curve` measures quality against speedup, `bench/gpu.sh` runs what needs a GPU.
+`python -m bench.forecasts` measures quality against speedup, `bench/gpu.sh` runs what needs a GPU.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Learned forecasts of the trunk and their rivals on the bundled model: error, Fréchet distances, what they cost.
 
-    python -m bench.forecasts sample --only '*2.8x*' 'DDIM, 7*'    makes samples, in build/forecasts; goes on there
+    python -m bench.forecasts sample --only '*2.8x*' 'DDIM, 7*'    makes samples, in build/samples; goes on there
     python -m bench.forecasts table                                judges them; writes bench/results/forecasts-cpu.json
     python -m bench.forecasts solvers --seed 1 --samples 1000      chooses the rivals' order and spacing
 
@@ -10,66 +10,35 @@ are those of other training seeds.
 """
 
 import argparse
-import inspect
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from rich.progress import track
 from torch import Tensor
 
 import harmonica_dit
 from bench import ROOT
-from bench.kept import PART, kept_samples
 from bench.record import machine, moment
 from harmonica_dit.demo import fashion_judge
 from harmonica_dit.evaluate import Method, from_file, rmse
+from harmonica_dit.evaluate.samples import Samples
+from harmonica_dit.evaluate.solvers import EVERY, SOLVERS, SPACINGS, every_nth, solver
 from harmonica_dit.fashion import FORECASTS, data
 from harmonica_dit.fashion.classifier import JUDGES
 from harmonica_dit.files import replacement
-from harmonica_dit.forecaster import taylor
-from harmonica_dit.methods import fora, trunk_forecast, uncached
-from harmonica_dit.methods.spacing import spread
-from harmonica_dit.sample.schedulers import NOISE, make_scheduler
-from harmonica_dit.schedule import Schedule
+from harmonica_dit.methods import fora, trunk_forecast
+from harmonica_dit.progress import progress_bar
 
 RESULTS = ROOT / "bench" / "results"
 CHOSEN = RESULTS / "solvers-cpu.json"  # the rivals' settings
 ACCURATE = "DPM-Solver++, 40 steps"
-STEPS, GUIDANCE = 20, 1.5
+STEPS, GUIDANCE, BATCH = 20, 1.5, 100
 RESAMPLES = 200  # of the bootstrap
 NEIGHBOURS = 5  # of precision and recall
-EVERY = "every nth"  # of the 20 timesteps, as forecasts have them
-SPACINGS = {"trailing": dict(timestep_spacing="trailing"), "linspace": dict(timestep_spacing="linspace"),
-            "karras": dict(use_karras_sigmas=True), "lu": dict(use_lu_lambdas=True), EVERY: {}}
-SOLVERS = {"DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
-
-
-def solver(net, name: str, steps: int, order: int, spacing: str) -> Method | None:
-    """A solver of diffusers in so many steps; None if it has no such spacing."""
-    wanted = NOISE | SPACINGS[spacing]
-    parameters = inspect.signature(SOLVERS[name]).parameters
-    if not wanted.keys() <= parameters.keys() or (
-            spacing == EVERY and "timesteps" not in inspect.signature(SOLVERS[name].set_timesteps).parameters):
-        return None
-    schedule = None
-    if spacing == EVERY:
-        schedule = every_nth(net, steps)
-    return Method(f"{name}, {steps} steps", name, steps, schedule, SOLVERS[name](**wanted, solver_order=order))
-
-
-def every_nth(net, steps: int, adams: bool = False) -> Schedule:
-    """So many of the 20 timesteps, as evenly as forecasts have them; everything is computed, corrected or not."""
-    times = make_scheduler("ddim", STEPS).timesteps.tolist()
-    kept = tuple(t for t, computed in zip(times, spread(STEPS, steps)) if computed)
-    forecaster = taylor([True] * steps, int(adams), net.tokens * net.width, adams)
-    return replace(uncached(net, steps), timesteps=kept, forecaster=forecaster)
-
 
 def methods(net, files: Sequence[Path] = ()) -> Iterator[Method]:
     """All methods of the tables."""
@@ -86,22 +55,20 @@ def methods(net, files: Sequence[Path] = ()) -> Iterator[Method]:
         yield Method(f"trunk, n = {n}, Adams", "Adams", STEPS, trunk_forecast(net, STEPS, every=n, adams=True))
     for steps in (10, 7, 5, 4):
         yield Method(f"DDIM, {steps} steps", "DDIM", steps)
-        yield Method(f"DDIM, {steps} steps, {EVERY}", "DDIM", steps, every_nth(net, steps))
-        yield Method(f"Adams, {steps} steps, {EVERY}", "Adams", steps, every_nth(net, steps, adams=True))
+        yield Method(f"DDIM, {steps} steps, {EVERY}", "DDIM", steps, every_nth(net, steps, STEPS))
+        yield Method(f"Adams, {steps} steps, {EVERY}", "Adams", steps, every_nth(net, steps, STEPS, adams=True))
     if CHOSEN.exists():
         for row in json.loads(CHOSEN.read_text())["chosen"]:
-            yield solver(net, row["solver"], row["steps"], row["order"], row["spacing"])
+            yield solver(net, row["solver"], row["steps"], row["order"], row["spacing"], STEPS)
     yield Method("DPM-Solver++, 20 steps", "DPM-Solver++", STEPS, scheduler=dpm)
     for n in (2, 3, 4):
         yield Method(f"DPM-Solver++, branches, n = {n}, order 1", "FORA + forecast", STEPS, fora(net, STEPS, n, 1), dpm)
 
 
-def measure(net, method: Method, folder: Path, samples: int, seed: int, references: dict[str, Tensor],
-            real: Tensor | None) -> dict:
+def measure(method: Method, samples: Samples, seed: int, references: dict[str, Tensor], real: Tensor | None) -> dict:
     """A method's row: errors to both references, and what the judges say; intervals are of the bootstrap."""
-    labels = torch.arange(samples) % net.num_classes
-    images = torch.cat(list(kept_samples(net, method, labels, folder, seed=seed, guidance=GUIDANCE, batch=100)))
-    row = dict(name=method.name, family=method.family, samples=samples, seed=seed, steps=method.steps,
+    labels, images = samples.labels, torch.cat(list(samples.batches(method, seed)))
+    row = dict(name=method.name, family=method.family, samples=len(labels), seed=seed, steps=method.steps,
                flops_speedup=method.speedup(STEPS))
     if method.schedule is not None and method.schedule.unit == "trunk":
         row |= dict(parameters=method.schedule.forecaster.parameters, origin=method.schedule.origin)
@@ -110,7 +77,7 @@ def measure(net, method: Method, folder: Path, samples: int, seed: int, referenc
     row["judges"] = {}
     for name in JUDGES:
         judge = fashion_judge(name)
-        features = torch.cat([judge.features(part) for part in images.split(PART)])
+        features = torch.cat([judge.features(part) for part in images.split(BATCH)])
         judge.add(features, labels)
         row["judges"][name] = dict(frechet=judge.frechet_distance, accuracy=judge.label_accuracy,
                                    resampled=resampled(name, features, labels))
@@ -161,18 +128,19 @@ def markdown(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def samples_of(net, count: int, folder: Path) -> Samples:
+    return Samples(net, torch.arange(count) % net.num_classes, folder, guidance=GUIDANCE, batch=BATCH)
+
+
 def table(net, args) -> None:
     everything = {method.name: method for method in methods(net, args.files)}
-    labels = torch.arange(args.samples) % net.num_classes
-    options = dict(seed=args.seed, guidance=GUIDANCE, batch=100)
-    references = {}
-    for name, of in (("uncached", "DDIM, 20 steps"), ("accurate", ACCURATE)):
-        references[name] = torch.cat(list(kept_samples(net, everything[of], labels[: args.errors], args.folder,
-                                                       **options)))
+    few, samples = samples_of(net, args.errors, args.folder), samples_of(net, args.samples, args.folder)
+    references = {name: torch.cat(list(few.batches(everything[of], args.seed)))
+                  for name, of in (("uncached", "DDIM, 20 steps"), ("accurate", ACCURATE))}
     real = None
     if (data.FOLDER / "t10k-images-idx3-ubyte.gz").exists():
         real = fashion_judge(JUDGES[1]).features(data.load("test")[0][: args.samples])
-    rows = [measure(net, method, args.folder, args.samples, args.seed, references, real)
+    rows = [measure(method, samples, args.seed, references, real)
             for method in track(chosen(everything.values(), args.only), "judging")]
     add_intervals(rows)
     result = machine() | moment() | dict(steps=STEPS, guidance=GUIDANCE, seed=args.seed, errors_of=args.errors,
@@ -184,18 +152,17 @@ def table(net, args) -> None:
 
 def choose_solvers(net, args) -> None:
     """The setting of each rival with the smallest Fréchet distance, by the first judge, at each number of steps."""
-    labels, rows = torch.arange(args.samples) % net.num_classes, []
+    samples, rows = samples_of(net, args.samples, args.folder), []
     for steps in (10, 7, 5, 4):
         for name in SOLVERS:
             for order in (2, 3):
                 for spacing in SPACINGS:
-                    method = solver(net, name, steps, order, spacing)
+                    method = solver(net, name, steps, order, spacing, STEPS)
                     if method is None:
                         continue
                     judge = fashion_judge()
-                    for i, images in enumerate(kept_samples(net, method, labels, args.folder, seed=args.seed,
-                                                            guidance=GUIDANCE, batch=100)):
-                        judge.update(images, labels[i * PART : i * PART + len(images)])
+                    for images, labels in zip(samples.batches(method, args.seed), samples.labels.split(BATCH)):
+                        judge.update(images, labels)
                     rows.append(dict(solver=name, steps=steps, order=order, spacing=spacing,
                                      frechet=judge.frechet.compute().item()))
                     print(rows[-1], flush=True)
@@ -219,7 +186,7 @@ def main() -> None:
     parser.add_argument("--errors", type=int, default=1000, help="images that errors are taken of")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "forecasts")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "samples")
     parser.add_argument("--out", type=Path, default=RESULTS / "forecasts-cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -228,11 +195,11 @@ def main() -> None:
         return table(net, args)
     if args.command == "solvers":
         return choose_solvers(net, args)
-    labels = torch.arange(args.samples) % net.num_classes
-    for method in chosen(methods(net, args.files), args.only):
-        for i, _ in enumerate(kept_samples(net, method, labels, args.folder, seed=args.seed, guidance=GUIDANCE,
-                                           batch=100)):
-            print(method.name, (i + 1) * PART, flush=True)
+    wanted = chosen(methods(net, args.files), args.only)
+    with progress_bar() as bar:
+        task = bar.add_task("sampling", total=len(wanted) * args.samples)
+        samples_of(net, args.samples, args.folder).make(wanted, [args.seed],
+                                                        lambda done: bar.update(task, completed=done))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import torch
 from rich.progress import track
 
 import harmonica_dit
-from bench.forecasts import ACCURATE, RESULTS, STEPS, methods
-from bench.kept import kept_samples
+from bench.forecasts import ACCURATE, BATCH, RESULTS, STEPS, methods
 from bench.record import machine, moment
 from harmonica_dit.evaluate import Method, rmse
+from harmonica_dit.evaluate.samples import Samples
 from harmonica_dit.files import replacement
 from harmonica_dit.schedule import Schedule
 
@@ -29,13 +29,13 @@ SHOWN = ("DDIM, 20 steps", "fashion-dit-forecast-2.8x", "trunk, n = 3, Adams", "
 def errors(net, shown: list[Method], reference: Method, guidance: float, args) -> dict[str, dict[str, float]]:
     """Each method's error, over all labels and over either half of them."""
     labels = torch.arange(args.samples) % net.num_classes
-    options = dict(seed=args.seed, guidance=guidance, batch=100)
-    wanted = torch.cat(list(kept_samples(net, reference, labels, args.folder, **options)))
+    samples = Samples(net, labels, args.folder, guidance=guidance, batch=BATCH)
+    wanted = torch.cat(list(samples.batches(reference, args.seed)))
     halves = {"all": labels >= 0, "first half": labels < net.num_classes // 2,
               "second half": labels >= net.num_classes // 2}
     found = {}
     for method in shown:
-        each = rmse(torch.cat(list(kept_samples(net, method, labels, args.folder, **options))), wanted)
+        each = rmse(torch.cat(list(samples.batches(method, args.seed))), wanted)
         found[method.name] = {half: fmean(each[those].tolist()) for half, those in halves.items()}
     return found
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=Path("build/forecasts"))
+    parser.add_argument("--folder", type=Path, default=Path("build/samples"))
     parser.add_argument("--out", type=Path, default=RESULTS / "generalisation-cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

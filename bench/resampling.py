@@ -18,10 +18,10 @@ from rich.progress import track
 
 import harmonica_dit
 from bench.forecasts import GUIDANCE, RESULTS, STEPS
-from bench.kept import content
 from bench.record import machine, moment
 from harmonica_dit import resample
 from harmonica_dit.evaluate import rmse
+from harmonica_dit.evaluate.samples import content
 from harmonica_dit.files import replacement
 from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.router import Router

@@ -1,6 +1,6 @@
 """The command `harmonica`."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +12,17 @@ from typer.core import TyperGroup
 import harmonica_dit
 from harmonica_dit import demo as demonstration
 from harmonica_dit.demo import ACCURATE, fashion_judge
-from harmonica_dit.evaluate import Method, fora_methods
+from harmonica_dit.evaluate.catalogue import CATALOGUE, RIVALS, make_methods
+from harmonica_dit.evaluate.heat_maps import plot
 from harmonica_dit.evaluate.named_methods import name_after, read, schedule_of
-from harmonica_dit.evaluate.pictures import image_sheet, plot, plot_tradeoff
-from harmonica_dit.evaluate.table import compare_with_bar, table
+from harmonica_dit.evaluate.pictures import image_sheet
+from harmonica_dit.evaluate.report import compare_with_bar, table, write
 from harmonica_dit.fashion import find
 from harmonica_dit.fashion.data import CLASSES
-from harmonica_dit.files import check_file, check_folder, replacement, save_tensors
+from harmonica_dit.files import check_file, check_folder, save_tensors
 from harmonica_dit.pipelines.prompts import read_texts
 from harmonica_dit.published_routers import KINDS, load_published_router
+from harmonica_dit.sample.decoding import makes_images
 from harmonica_dit.sample.schedulers import steps_of
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.train import check_arguments, train_forecaster, train_router
@@ -51,6 +53,8 @@ Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configu
                                          "or repository of a diffusers pipeline.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="File of the model's weights, .pt or .safetensors; fashion-dit "
                                                       "has its own.")]
+Vae = Annotated[str | None, typer.Option(help="Folder or repository of the VAE that decodes a latent model's samples; "
+                                              "a pipeline has its own.")]
 Prompts = Annotated[Path | None, typer.Option(help="File of prompts for a text pipeline, one a line; the labels are "
                                                    "their numbers, from 0.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the model's weights: float32, bfloat16 or float16; training refuses "
@@ -160,6 +164,7 @@ def sample(
     threshold: Threshold = None,
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
+    vae: Vae = None,
     prompts: Prompts = None,
     dtype: Dtype = "float32",
     image_size: ImageSize = None,
@@ -176,10 +181,10 @@ def sample(
     if threshold is not None and schedule is None:
         raise ValueError("--threshold: only a router has one; give a router with --router")
     check_file(out)
-    net = load(model, checkpoint, prompts, dtype, image_size, device)
-    if out.suffix == ".png" and net.sample_shape[0] not in (1, 3):
-        raise ValueError(f"--out: {net.name} makes latents of {net.sample_shape[0]} channels, not images; "
-                         "write a .safetensors file")
+    net = load(model, checkpoint, prompts, dtype, image_size, device, vae=vae)
+    if out.suffix == ".png" and not makes_images(net):
+        raise ValueError(f"--out: {net.name} makes latents of {net.sample_shape[0]} channels, not images; give the VAE "
+                         "that decodes them (--vae), or write a .safetensors file")
     found = None if schedule is None else read(schedule, net)
     used = None if found is None else schedule_of(found, threshold)
     scheduler = option_value("scheduler", scheduler, [found], net.scheduler)
@@ -187,7 +192,7 @@ def sample(
         steps = 20 if used is None else steps_of(used.steps, scheduler, net)
     guidance = option_value("guidance", guidance, [found], net.guidance)
     images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=used, guidance=guidance,
-                                  scheduler=scheduler, seed=seed, batch=batch)
+                                  scheduler=scheduler, seed=seed, batch=batch, latents=out.suffix != ".png")
     if out.suffix == ".png":
         image_sheet(images, out)
     else:
@@ -196,54 +201,56 @@ def sample(
 
 
 @app.command()
-def evaluate(
-    out: Annotated[Path, typer.Option(help="Folder for rows.json and tradeoff.png.")],
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder for rows.json, table.csv, table.md and pictures; its folder samples "
+                                           "keeps what is sampled, so the same command goes on after Ctrl-C.")],
     schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help=f"{FILE}; may be given "
                                                         "again.")] = None,
-    every: Annotated[list[int] | None, typer.Option("--fora", help="Compare FORA, which computes at every n-th step, "
-                                                    "once repeating and once forecasting; may be given again.",
-                                                    show_default="2 and 3")] = None,
-    fewer: Annotated[list[int] | None, typer.Option("--fewer", help="Compare uncached sampling in this number of "
-                                                    "steps; may be given again.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"What else to compare, at each --speedup: "
+                                                     f"{', '.join(CATALOGUE)}; may be given again.",
+                                                     show_default=", ".join(RIVALS))] = None,
+    speedup: Annotated[list[float] | None, typer.Option(help="FLOPs speedup of these; may be given again.",
+                                                        show_default="1.9 and 2.7, half and a third of the "
+                                                        "steps")] = None,
     accurate: Annotated[bool, typer.Option("--accurate", help="Also measure errors against a more accurate solution: "
                                            "40 steps of DPM-Solver++ from the same noise.")] = False,
     samples: Annotated[int, typer.Option(help="Images per method; the Fréchet distance needs 2,000.")] = 200,
     seeds: Annotated[int, typer.Option(help="How often to repeat the comparison, with seeds 0, 1, …")] = 1,
+    processes: Annotated[int, typer.Option(help="Sample in so many processes at once; more than one are not "
+                                                "timed.")] = 1,
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,
+    vae: Vae = None,
     prompts: Prompts = None,
     dtype: Dtype = "float32",
     image_size: ImageSize = None,
     device: Device = None,
-    steps: Annotated[int, typer.Option(help="Number of steps of the uncached trajectory and of FORA; a schedule from "
-                                            "a file has its own.")] = 20,
+    steps: Annotated[int, typer.Option(help="Number of steps of the uncached trajectory and of --method; a schedule "
+                                            "from a file has its own.")] = 20,
     guidance: OwnGuidance = None,
     scheduler: OwnScheduler = None,
     batch: Batch = 64,
 ) -> None:
-    """Compare schedules, FORA and sampling in fewer steps, on the same noise: error, label accuracy, speedup."""
-    for name, value in (("--samples", samples), ("--seeds", seeds)):
+    """Compare ways to skip work on the same noise: error, label accuracy, Fréchet distance, speedup, pictures."""
+    for name, value in (("--samples", samples), ("--seeds", seeds), ("--processes", processes)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     check_folder(out)
-    net = load(model, checkpoint, prompts, dtype, image_size, device, out)
+    make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae)
+    net = make()
     found = [read(path, net) for path in schedule or ()]
     guidance = option_value("guidance", guidance, found, net.guidance)
     scheduler = option_value("scheduler", scheduler, found, net.scheduler)
     methods = [name_after(path, one) for path, one in zip(schedule or (), found)]
-    methods += [method for n in every or (2, 3) for method in fora_methods(net, steps, n)]
-    methods += [Method(f"{n} steps", "fewer steps", n) for n in fewer or ()]
+    methods += make_methods(net, method or RIVALS, speedup or (1.9, 2.7), steps)
     labels = torch.arange(samples) % net.num_classes
-    judge = fashion_judge if net.name == "fashion-dit" else None
-    solution = ACCURATE if accurate else None
-    rows = []
-    for seed in range(seeds):
-        rows += compare_with_bar(net, methods, labels, steps=steps, guidance=guidance, scheduler=scheduler, seed=seed,
-                                 batch=batch, accurate=solution, judge=judge)
-        with replacement(out / "rows.json") as path:
-            path.write_text(json.dumps(rows, indent=1) + "\n")
-    plot_tradeoff({f"{samples:,} samples a method": rows}, out / "tradeoff.png", f"Quality against speedup: {net.name}")
-    console.print(table(rows, f"{net.name}, {steps} steps, {samples:,} images a method and seed"))
+    options = dict(steps=steps, guidance=guidance, scheduler=scheduler)
+    rows = compare_with_bar(net, methods, labels, **options, seeds=range(seeds), batch=batch, processes=processes,
+                            accurate=ACCURATE if accurate else None, folder=out / "samples", load=make,
+                            judge=fashion_judge if net.name == "fashion-dit" else None)
+    title = f"{net.name}, {steps} steps, {samples:,} images a method and seed"
+    write(out, net, methods, labels, rows, title, batch=batch, **options)
+    console.print(table(rows, title))
 
 
 @app.command()
@@ -263,9 +270,9 @@ def show(
 
 
 def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, image_size: int | None,
-         device: str | None, folder: Path | None = None):
+         device: str | None, folder: Path | None = None, vae: str | None = None):
     """Loads the denoiser that the options name; `folder` keeps the encoded prompts."""
-    return harmonica_dit.load(model, checkpoint, image_size=image_size, dtype=dtype,
+    return harmonica_dit.load(model, checkpoint, image_size=image_size, vae=vae, dtype=dtype,
                               device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
                               prompts=prompts and read_texts(prompts),
                               embeddings=prompts and folder and folder / "prompts.safetensors")

@@ -11,8 +11,10 @@ from rich.console import Console
 
 import harmonica_dit
 from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file
-from harmonica_dit.evaluate.pictures import image_grid, plot, plot_tradeoff
-from harmonica_dit.evaluate.table import compare_with_bar, table
+from harmonica_dit.evaluate.heat_maps import plot
+from harmonica_dit.evaluate.pictures import image_grid
+from harmonica_dit.evaluate.plots import plot_tradeoff
+from harmonica_dit.evaluate.report import compare_with_bar, table
 from harmonica_dit.fashion import CURVE
 from harmonica_dit.fashion.classifier import load_classifier, reference_of
 from harmonica_dit.fashion.data import CLASSES

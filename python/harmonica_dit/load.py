@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 
 from harmonica_dit.fashion import FASHION, FASHION_WEIGHTS
 from harmonica_dit.models import CONFIGS, DiT, latent_side
+from harmonica_dit.sample.decoding import load_vae
 
 
 def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: int | None = None,
          prompts: Sequence[str] | None = None, embeddings: str | os.PathLike | None = None,
-         dtype: str | torch.dtype = torch.float32, device: str | torch.device = "cpu", attention: str = "sdpa"):
+         vae: str | os.PathLike | None = None, dtype: str | torch.dtype = torch.float32,
+         device: str | torch.device = "cpu", attention: str = "sdpa"):
     """Loads a denoiser, in evaluation mode and without gradients for its weights.
 
     A denoiser is a module `net(x, t, y, row=, forecast_weights=, cache=, threshold=)` with `name`, `sample_shape`,
@@ -31,15 +33,17 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
             own size.
         prompts: of a text pipeline. They are encoded once; then the text encoder is freed.
         embeddings: file for the encoded prompts; if it exists, they are read from it.
+        vae: folder or repository of the AutoencoderKL that decodes a latent model's samples; a pipeline has its own.
+            None for a configuration leaves latents. It stays in float32.
         dtype: of the weights: float32, bfloat16 or float16. device: of the weights, such as "cuda".
         attention: back end of a DiT, "sdpa" (PyTorch chooses between flash attention, cuDNN and its own) or "xformers".
             A pipeline keeps its own processors.
 
     Raises:
         ValueError: the name, dtype, back end or device is not known, or the image size, the checkpoint, the prompts or
-            the file of embeddings do not fit the model.
+            the file of embeddings or the VAE do not fit the model.
         ImportError: xformers is asked for and not installed.
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: there is no such checkpoint. OSError: there is no such VAE.
     """
     dtype, device = check_dtype(dtype), check_device(device)
     if name not in ("fashion-dit", *CONFIGS) and (os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
@@ -47,11 +51,13 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
 
         if checkpoint is not None:
             raise ValueError(f"checkpoint: {name} is a pipeline, which has its own weights")
-        return load_pipeline(name, prompts=prompts, embeddings=embeddings, image_size=image_size, dtype=dtype,
-                             device=device)
+        return load_pipeline(name, prompts=prompts, embeddings=embeddings, image_size=image_size, vae=vae,
+                             dtype=dtype, device=device)
     if prompts is not None or embeddings is not None:
         raise ValueError(f"prompts: {name} is conditioned on classes and takes none")
     if name == "fashion-dit":
+        if vae is not None:
+            raise ValueError("vae: fashion-dit makes images, not latents")
         if image_size is not None:
             raise ValueError(f"image_size: got {image_size!r}; fashion-dit makes 28 × 28 pixels, nothing else")
         net, checkpoint = DiT(**FASHION, name=name, attention=attention), checkpoint or FASHION_WEIGHTS
@@ -70,7 +76,10 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
         net.load_state_dict(read_weights(checkpoint))
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not fit {name}: {error}") from None
-    return net.eval().requires_grad_(False).to(device, dtype)
+    net = net.eval().requires_grad_(False).to(device, dtype)
+    if vae is not None:
+        net.vae = load_vae(vae, net.sample_shape[0]).to(device)
+    return net
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:

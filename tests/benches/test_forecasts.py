@@ -6,57 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
 
-from bench import convergence, curve, forecasts, generalisation, kept
+from bench import convergence, forecasts, generalisation
 from harmonica_dit import load, sample
-from harmonica_dit.evaluate import Method
-from harmonica_dit.fashion import CURVE
-from harmonica_dit.forecaster import BranchForecaster
-from harmonica_dit.methods import fora, trunk_forecast
-from harmonica_dit.sample.schedulers import NOISE
-
-OPTIONS = dict(seed=3, guidance=1.5, batch=4)
 
 
 @pytest.fixture(scope="module")
 def fashion():
     return load("fashion-dit")
-
-
-def test_what_is_kept_is_not_made_again(fashion, tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "PART", 2)
-    method, labels = Method("two steps", "few", 2), torch.arange(3)
-    made = torch.cat(list(kept.kept_samples(fashion, method, labels, tmp_path, **OPTIONS)))
-    torch.testing.assert_close(made, sample(fashion, labels, steps=2, seed=3, guidance=1.5))
-    monkeypatch.setattr(kept, "time_sample", lambda *_, **__: pytest.fail("sampled again"))
-    again = torch.cat(list(kept.kept_samples(fashion, replace(method, name="renamed"), labels, tmp_path, **OPTIONS)))
-    assert torch.equal(made, again)
-
-
-def test_all_that_decides_the_images_is_in_the_checksum(fashion):
-    plain, adams = (trunk_forecast(fashion, 4, every=2, adams=a) for a in (False, True))
-    branches = fora(fashion, 4, 2)
-    methods = [Method("", "", 4), Method("", "", 5), Method("", "", 4, plain), Method("", "", 4, adams),
-               Method("", "", 4, replace(plain, timesteps=(900, 600, 300, 50))), Method("", "", 4, branches),
-               Method("", "", 4, replace(branches, runs=(8, 8))), Method("", "", 4, replace(branches, runs=(16,))),
-               Method("", "", 4, fora(fashion, 4, 2, 1)), Method("", "", 4, fora(fashion, 4, 2, 2)),
-               Method("", "", 4, replace(branches, forecaster=BranchForecaster(3))),
-               *(Method("", "", 4, scheduler=DPMSolverMultistepScheduler(**NOISE, solver_order=k)) for k in (2, 3)),
-               *(Method("", "", 4, replace(plain, forecaster=replace(plain.forecaster, condition=c)))
-                 for c in (torch.zeros(4, 1), torch.ones(4, 1)))]
-    found = {kept.digest(fashion, method, **OPTIONS) for method in methods}
-    assert len(found) == len(methods)
-    assert not found & {kept.digest(fashion, methods[0], **OPTIONS | {name: 2}) for name in ("seed", "guidance")}
-
-
-def test_the_curve_tells_forecasters_apart_and_knows_its_old_rows(fashion):
-    plain, adams = (trunk_forecast(fashion, 4, every=2, adams=a) for a in (False, True))
-    branches = fora(fashion, 20, 2)
-    others = [plain, adams, branches, replace(branches, forecaster=BranchForecaster(2)), replace(branches, runs=(16,))]
-    assert len({curve.digest(schedule) for schedule in others}) == len(others)
-    shipped = {row["name"]: row["schedule"] for row in json.loads(CURVE.read_text())["rows"]}
-    assert curve.digest(branches) == shipped["FORA n=2"]
 
 
 def test_the_table_holds_together(fashion, tmp_path, monkeypatch):
@@ -87,11 +44,11 @@ def test_every_rival_has_a_name_of_its_own_and_is_what_it_says(fashion):
     assert len({method.name for method in every}) == len(every)
     by_name = {method.name: method for method in every}
     assert by_name["DDIM, 7 steps, every nth"].speedup(20) == pytest.approx(20 / 7, rel=1e-3)
-    lines = forecasts.every_nth(fashion, 7)
+    lines = forecasts.every_nth(fashion, 7, 20)
     torch.testing.assert_close(sample(fashion, [1], schedule=lines), sample(fashion, [1], schedule=replace(
         lines, forecaster=replace(lines.forecaster, states=torch.zeros_like(lines.forecaster.states)))))
-    assert forecasts.solver(fashion, "UniPC", 7, 2, "lu") is None
-    assert forecasts.solver(fashion, "DPM-Solver++", 7, 3, "karras").scheduler.config.solver_order == 3
+    assert forecasts.solver(fashion, "UniPC", 7, 2, "lu", 20) is None
+    assert forecasts.solver(fashion, "DPM-Solver++", 7, 3, "karras", 20).scheduler.config.solver_order == 3
 
 
 def test_errors_of_each_half_of_the_labels(fashion, tmp_path, monkeypatch):

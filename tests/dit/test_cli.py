@@ -1,5 +1,6 @@
 """The command line: what it leaves behind, and one clear line for everything that it cannot do."""
 
+import csv
 import dataclasses
 import json
 import sys
@@ -14,12 +15,13 @@ from typer.testing import CliRunner
 
 import harmonica_dit.cli
 from harmonica_dit import demo
-from harmonica_dit.evaluate import compare, read_schedule
+from harmonica_dit.evaluate import compare, read_schedule, samples
 from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import Flops
 from harmonica_dit.router import Router
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.train import train_forecaster
+from support.pipeline_folders import save_pixart
 
 TINY = ["--steps", "3", "--target-speedup", "1.3", "--trajectories", "2", "--batch", "1"]
 
@@ -46,13 +48,13 @@ def sample_calls(monkeypatch):
         calls.append(options)
         return torch.zeros(len(labels), *net.sample_shape)
 
-    for module in (harmonica_dit, sys.modules[compare.__module__]):
+    for module in (harmonica_dit, sys.modules[compare.__module__], samples):
         monkeypatch.setattr(module, "sample", sample)
     return calls
 
 
 def test_every_command_has_help():
-    for command in ("demo", "train", "sample", "evaluate", "show"):
+    for command in ("demo", "train", "sample", "compare", "show"):
         result = harmonica(command, "--help")
         assert result.exit_code == 0 and "--out" in result.output
 
@@ -71,7 +73,7 @@ def test_sample_with_a_router_uses_its_steps(router, tmp_path):
     assert harmonica("sample", "--router", router, "--steps", 4, "--out", tmp_path / "x.png").exit_code == 2
 
 
-@pytest.mark.parametrize("command", [["sample"], ["evaluate", "--samples", 1, "--fora", 2, "--steps", 4]])
+@pytest.mark.parametrize("command", [["sample"], ["compare", "--samples", 1, "--method", "fora", "--steps", 4]])
 @pytest.mark.parametrize("given, guidance, scheduler", [
     ([], 3.0, "DPMSolverMultistepScheduler"),
     (["--guidance", 1, "--scheduler", "ddim"], 1.0, "ddim")])
@@ -94,7 +96,7 @@ def test_without_a_router_guidance_and_scheduler_are_the_defaults(sample_calls, 
 def test_routers_that_disagree_need_an_answer(tmp_path):
     for name, guidance in (("a", 3.0), ("b", 2.0)):
         make_router(tmp_path / f"{name}.safetensors", guidance=guidance)
-    result = harmonica("evaluate", "--router", tmp_path / "a.safetensors", "--router", tmp_path / "b.safetensors",
+    result = harmonica("compare", "--router", tmp_path / "a.safetensors", "--router", tmp_path / "b.safetensors",
                        "--out", tmp_path / "out")
     assert result.exit_code == 2 and "--guidance: the files were made for 2.0, 3.0" in result.stderr
 
@@ -145,14 +147,44 @@ def test_show_draws_routers_and_schedules(router, tmp_path):
     assert refused.exit_code == 2 and "threshold" in refused.stderr
 
 
-def test_evaluate_leaves_rows_and_a_picture(router, tmp_path):
-    result = harmonica("evaluate", "--router", router, "--fora", 2, "--fewer", 2, "--steps", 3, "--samples", 3,
-                       "--seeds", 2, "--out", tmp_path)
+def test_compare_leaves_tables_and_pictures_and_goes_on(router, tmp_path, monkeypatch):
+    command = ["compare", "--router", router, "--method", "fora", "--method", "fewer-steps", "--speedup", 1.5,
+               "--steps", 3, "--samples", 3, "--seeds", 2, "--accurate", "--out", tmp_path]
+    result = harmonica(*command)
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["name"] for row in rows] == 2 * ["uncached", router.parent.name, "FORA n=2", "FORA n=2 + forecast",
-                                                 "2 steps"]
-    assert {row["seed"] for row in rows} == {0, 1} and (tmp_path / "tradeoff.png").exists()
+    names = ["uncached", "DPM-Solver++ 40 steps", router.parent.name, "FORA 1.5×", "fewer steps 1.5×"]
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"] for row in found["rows"]] == 2 * names and {row["seed"] for row in found["rows"]} == {0, 1}
+    assert (found["model"], found["steps"], found["guidance"], found["scheduler"]) == ("fashion-dit", 3, 1.5, "ddim")
+    with open(tmp_path / "table.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["name"] for line in lines] == 2 * names and float(lines[3]["error"]) == found["rows"][3]["error"]
+    page = (tmp_path / "table.md").read_text().splitlines()
+    assert page[0] == "# fashion-dit, 3 steps, 3 images a method and seed" and len({line.count("|") for line in page
+                                                                                   if "|" in line}) == 1
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"tradeoff.png", "tradeoff-time.png", "schedules.png", "along.png", "images.png"}
+    monkeypatch.setattr(samples, "sample", lambda *_, **__: pytest.fail("it sampled"))
+    assert harmonica(*command).exit_code == 0
+
+
+def test_compare_decodes_the_latents_of_a_pipeline(tmp_path):
+    folder, texts = save_pixart(tmp_path / "pipeline"), tmp_path / "prompts.txt"
+    texts.write_text("a cat\nthe sea\n")
+    result = harmonica("compare", "--model", folder, "--prompts", texts, "--method", "fora", "--speedup", 1.5,
+                       "--steps", 3, "--samples", 2, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"]
+    assert 0 < rows[1]["error"] < 2 and rows[1]["latent_error"] > 0
+    with Image.open(tmp_path / "out" / "images.png") as image:
+        assert image.mode.startswith("RGB")
+    sheet = tmp_path / "sheet.png"
+    assert harmonica("sample", "--model", folder, "--prompts", texts, "--steps", 2, "--out", sheet).exit_code == 0
+    with Image.open(sheet) as image:
+        assert image.width > 2 * 64 * 3
+    latents = tmp_path / "latents.safetensors"
+    assert harmonica("sample", "--model", folder, "--prompts", texts, "--steps", 2, "--out", latents).exit_code == 0
+    assert load_tensors(latents)[0]["samples"].shape == (2, 4, 8, 8)
 
 
 def test_a_forecaster_is_trained_sampled_with_and_shown(tmp_path):
@@ -206,19 +238,21 @@ def test_demo_leaves_its_pictures(tmp_path):
     (["sample", "--threshold", "0.2"], "--threshold"),
     (["sample", "--image-size", "64"], "image_size"),
     (["sample", "--device", "nonsense"], "device"),
-    (["evaluate", "--device", "cuda:99"], "cuda:99"),
-    (["evaluate", "--scheduler", "HeunDiscreteScheduler"], "one call a step"),
+    (["compare", "--device", "cuda:99"], "cuda:99"),
+    (["compare", "--scheduler", "HeunDiscreteScheduler"], "one call a step"),
     (["train", "--steps", "0"], "steps"),
     (["train", "--target-speedup", "0.5"], "target_speedup"),
     (["train", "--extrapolation", "perhaps"], "--extrapolation"),
-    (["evaluate", "--samples", "0"], "--samples"),
-    (["evaluate", "--fora", "0"], "every"),
-    (["evaluate", "--router", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["compare", "--samples", "0"], "--samples"),
+    (["compare", "--processes", "0"], "--processes"),
+    (["compare", "--method", "magic"], "method: got 'magic', expected one of"),
+    (["compare", "--speedup", "0.5"], "speedup: got 0.5"),
+    (["compare", "--router", "nowhere.safetensors"], "nowhere.safetensors"),
     (["show", "nowhere.safetensors"], "nowhere.safetensors"),
     (["sample", "--scheduler", "nonsense"], "scheduler"),
-    (["evaluate", "--fewer", "0"], "steps"),
-    (["evaluate", "--batch", "0"], "batch"),
-    (["evaluate", "--fora", "2", "--fora", "2"], "FORA n=2"),
+    (["sample", "--vae", "nowhere"], "vae: fashion-dit makes images"),
+    (["compare", "--batch", "0"], "batch"),
+    (["compare", "--method", "fora", "--method", "fora"], "FORA 1.9"),
     (["sing"], "sing"),
 ])
 def test_what_cannot_be_done_is_said_in_one_line(tmp_path, arguments, said):
@@ -230,7 +264,7 @@ def test_what_cannot_be_done_is_said_in_one_line(tmp_path, arguments, said):
     assert said in result.stderr and "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", [["demo"], ["train", *TINY], ["evaluate"], ["sample"], ["show", __file__]])
+@pytest.mark.parametrize("command", [["demo"], ["train", *TINY], ["compare"], ["sample"], ["show", __file__]])
 def test_what_cannot_be_written_is_known_before_the_work(tmp_path, monkeypatch, command):
     monkeypatch.setattr(harmonica_dit, "load", lambda *_: pytest.fail("the work began"))
     (tmp_path / "file").touch()

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from harmonica_dit import load
-from harmonica_dit.evaluate.pictures import plot
+from harmonica_dit.evaluate.heat_maps import plot
 from harmonica_dit.fashion import ROUTERS
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops

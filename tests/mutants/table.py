@@ -84,6 +84,7 @@ PARTS = (
     Part("evaluate", 10, {
         DIT + "evaluate/metrics.py": ("dit/evaluate/test_metrics.py", "dit/evaluate/test_compare.py"),
         DIT + "evaluate/compare.py": ("dit/evaluate/test_compare.py",),
+        DIT + "evaluate/samples.py": ("dit/evaluate/test_samples.py", "dit/evaluate/test_compare.py"),
     }),
     Part("ops", 20, {
         OPS + "_arguments.py": (RESIDUAL_NORM, BLEND, PLAIN_OPS, "kernels/test_extension.py", INTERPRETED),

@@ -1,11 +1,15 @@
 """Pipelines whose loops are not diffusers': a small Flux, called in the ways that people's own pipelines do."""
 
+import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+import harmonica_dit
 from support.flux_pipes import make_flux
+from support.trunk_by_hooks import trunk_by_hooks
 
 TOKENS, WIDTH, TEXT, POOLED = 6, 4, 16, 12
+SPEEDUP = 1.7
 
 
 class OwnLoop(FluxPipeline):
@@ -53,3 +57,35 @@ def make_own(cls: type[OwnLoop] = OwnLoop, scheduler=None) -> OwnLoop:
     pipe = cls(**parts | dict(scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def with_cache(pipe, **call):
+    """The output with a cache, and the summary."""
+    harmonica_dit.enable_cache(pipe, SPEEDUP)
+    try:
+        return pipe(**call), harmonica_dit.summary(pipe)
+    finally:
+        harmonica_dit.disable_cache(pipe)
+
+
+def by_hooks(pipe, calls, **call):
+    """The output where every second of 8 steps is computed, each call of a step with states of its own."""
+    with trunk_by_hooks(pipe.transformer, calls, 8, 4):
+        return pipe(**call)
+
+
+def check_computed(pipe, **call):
+    """Nothing is reused, which is said: the output is the plain one to the bit."""
+    plain = pipe(**call)
+    with pytest.warns(UserWarning, match="the cache reused nothing in this call"):
+        found, summary = with_cache(pipe, **call)
+    assert torch.equal(found, plain) and summary.cur == 0
+    return summary
+
+
+def check_reused(pipe, calls=2, **call):
+    """Each of a step's calls is reused from its own."""
+    found, summary = with_cache(pipe, **call)
+    torch.testing.assert_close(found, by_hooks(pipe, calls, **call))
+    assert [stream.steps for stream in summary.streams] == [8] * calls and summary.cur == 0.5
+    return summary

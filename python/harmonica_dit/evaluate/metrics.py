@@ -12,14 +12,16 @@ from harmonica_dit.files import load_tensors
 MIN_FRECHET = 2000  # with fewer samples the features' covariance, and so the distance, means nothing
 
 
-def rmse(images: Tensor, reference: Tensor) -> Tensor:
+def rmse(images: Tensor, reference: Tensor, clip: bool = True) -> Tensor:
     """Root mean square error of each image [n], images and reference [n, C, H, W] from the same noise.
 
-    Images are clipped to [-1, 1], as a viewer would do. An error of 2 is black for white.
+    Images are clipped to [-1, 1], as a viewer would do: an error of 2 is black for white. clip=False is for latents.
     """
     if images.shape != reference.shape:
         raise ValueError(f"images: got shape {tuple(images.shape)}, expected the reference's {tuple(reference.shape)}")
-    return (images.clamp(-1, 1) - reference.clamp(-1, 1)).square().flatten(1).mean(1).sqrt()
+    if clip:
+        images, reference = images.clamp(-1, 1), reference.clamp(-1, 1)
+    return (images - reference).square().flatten(1).mean(1).sqrt()
 
 
 def psnr(error: float) -> float:

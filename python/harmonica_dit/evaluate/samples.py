@@ -1,53 +1,132 @@
-"""Samples kept on disk, so that a comparison goes on where it stopped and its metrics can be taken anew."""
+"""Samples kept on disk: a comparison goes on where it stopped, and its metrics can be taken anew."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-from harmonica_dit.evaluate import Method
-from harmonica_dit.evaluate.compare import time_sample
 from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.sample import sample
 from harmonica_dit.sample.schedulers import make_scheduler
 from harmonica_dit.schedule import Schedule
 
-PART = 500  # images a file
+from .named_methods import Method
+
+PAUSE = 0.2  # seconds between two looks at what another process makes
 
 
-def kept_samples(net, method: Method, labels: Tensor, folder: Path, **options) -> Iterator[Tensor]:
-    """The images of a method [n, C, H, W], part by part: those in the folder, and those that are made now.
+class Samples:
+    """What methods make of the same labels and noise: a folder for each method and seed, in it a file for each batch.
 
-    labels: [n], one for each image, from noise 0, 1, … of the seed. options: seed, guidance, batch, scheduler.
+    What decides the samples is in a folder's name, as a checksum, so that another model, method, seed or guidance finds
+    nothing. Latents are kept as they are, not decoded.
+
+    Args:
+        net: a denoiser.
+        labels: [n], of the images 0, 1, … of a seed.
+        folder: may be used by several processes at once.
+        guidance, scheduler, batch: as in `harmonica_dit.sample`.
+        run: names the run that makes them, where it times them; "" does not time them.
     """
-    place = folder / digest(net, method, **options)
-    for first in range(0, len(labels), PART):
-        path = place / f"{first}.safetensors"
-        part = labels[first : first + PART]
-        if path.exists():
-            tensors, metadata = load_tensors(path)
-            if metadata["labels"][: len(part)] == part.tolist():
-                yield tensors["images"][: len(part)]
-                continue
-        images, _ = time_sample(net, part, method, first=first, **options)
-        save_tensors(path, {"images": images}, {"labels": part.tolist(), "method": method.name})
-        yield images
 
+    def __init__(self, net, labels: Tensor, folder: Path, *, guidance: float, scheduler="ddim", batch: int = 64,
+                 run: str = ""):
+        self.net, self.labels, self.folder = net, labels, folder
+        self.guidance, self.scheduler, self.batch, self.run = guidance, scheduler, batch, run
+        self._weights = checksum([t for name, t in net.state_dict().items() if not name.startswith("vae.")])
+        self._places: dict[tuple[str, int], Path] = {}
 
-def digest(net, method: Method, *, seed: int, guidance: float, scheduler="ddim", batch: int = 0) -> str:
-    """Checksum of everything that decides the images, but for the labels."""
-    made = make_scheduler(method.scheduler or scheduler, method.steps, net)
-    config = {name: str(value) for name, value in made.config.items() if not name.startswith("_")}
-    parts = [json.dumps([type(made).__name__, config, method.steps, seed, guidance], sort_keys=True).encode()]
-    tensors = list(net.state_dict().values())
-    if method.schedule is not None:
-        settings, tables = content(method.schedule)
-        parts.append(json.dumps(settings).encode())
-        tensors += tables
-    parts += [t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    @property
+    def firsts(self) -> range:
+        """The number of each batch's first image."""
+        return range(0, len(self.labels), self.batch)
+
+    def make(self, methods: Sequence[Method], seeds: Sequence[int], progress: Callable[[int], None]) -> None:
+        """Makes what is missing: one batch by every method, then the next batch, so that timings are interleaved.
+
+        A batch that another process makes is waited for; if that process dies, it is made here.
+
+        Args:
+            progress: called with the number of images that are there, of all methods and seeds.
+        """
+        done, missing = 0, [(method, seed, first) for seed in seeds for first in self.firsts for method in methods]
+        while missing:
+            rest = []
+            for key in missing:
+                if self.read(*key) is None and not self._make(*key):
+                    rest.append(key)
+                    continue
+                done += len(self.labels_of(key[2]))
+                progress(done)
+            missing = rest
+            if missing:
+                time.sleep(PAUSE)
+
+    def batches(self, method: Method, seed: int) -> Iterator[Tensor]:
+        """The samples [n, C, H, W] batch by batch; what is missing is made."""
+        for first in self.firsts:
+            while (found := self.read(method, seed, first)) is None:
+                self._make(method, seed, first) or time.sleep(PAUSE)
+            yield found[0]
+
+    def seconds(self, method: Method, seed: int) -> dict[int, float]:
+        """How long each batch that this run has made took, by its first image's number."""
+        found = {first: self.read(method, seed, first)[1] for first in self.firsts}
+        return {first: about["seconds"] for first, about in found.items() if about["run"] == self.run != ""}
+
+    def read(self, method: Method, seed: int, first: int) -> tuple[Tensor, dict] | None:
+        """A batch that is kept, and what is noted of it; None if there is none for these labels."""
+        path, labels = self._path(method, seed, first), self.labels_of(first).tolist()
+        if not path.exists():
+            return None
+        tensors, about = load_tensors(path)
+        return (tensors["images"][: len(labels)], about) if about["labels"][: len(labels)] == labels else None
+
+    def _make(self, method: Method, seed: int, first: int) -> bool:
+        """Makes a batch; False if another process is at it."""
+        path = self._path(method, seed, first)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(path.with_suffix(".lock"), blocking=False):
+                if self.read(method, seed, first) is None:
+                    labels, start = self.labels_of(first), time.perf_counter()
+                    made = sample(self.net, labels, steps=method.steps, schedule=method.schedule, seed=seed,
+                                  first=first, scheduler=method.scheduler or self.scheduler,
+                                  guidance=self.guidance, batch=self.batch, latents=True).cpu()
+                    save_tensors(path, {"images": made}, dict(
+                        labels=labels.tolist(), method=method.name, run=self.run, process=os.getpid(),
+                        seconds=time.perf_counter() - start))
+        except Timeout:
+            return False
+        path.with_suffix(".lock").unlink(missing_ok=True)
+        return True
+
+    def labels_of(self, first: int) -> Tensor:
+        """Of the batch that begins with this image."""
+        return self.labels[first : first + self.batch]
+
+    def _path(self, method: Method, seed: int, first: int) -> Path:
+        key = method.name, seed
+        if key not in self._places:
+            self._places[key] = self.folder / self.digest(method, seed)
+        return self._places[key] / f"{first}.safetensors"
+
+    def digest(self, method: Method, seed: int) -> str:
+        """Checksum of everything that decides the samples, but for the labels."""
+        made = make_scheduler(method.scheduler or self.scheduler, method.steps, self.net)
+        config = {name: str(value) for name, value in made.config.items() if not name.startswith("_")}
+        about = [self._weights, type(made).__name__, config, method.steps, seed, self.guidance]
+        tables = []
+        if method.schedule is not None:
+            settings, tables = content(method.schedule)
+            about += settings
+        return checksum(tables, json.dumps(about, sort_keys=True))
 
 
 def content(schedule: Schedule) -> tuple[list, list[Tensor]]:
@@ -58,3 +137,11 @@ def content(schedule: Schedule) -> tuple[list, list[Tensor]]:
     if schedule.forecaster is not None:
         tables += [t for t in vars(schedule.forecaster).values() if isinstance(t, Tensor)]
     return settings, tables
+
+
+def checksum(tensors: Sequence[Tensor], text: str = "") -> str:
+    """Of tensors' bytes and a text: 16 hexadecimal digits."""
+    found = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]

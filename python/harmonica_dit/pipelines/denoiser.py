@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from harmonica_dit.models import VAE_FACTOR, latent_side
+from harmonica_dit.sample.decoding import load_vae
 
 from .adapters import adapt, model_name
 from .prompts import Prompts, prepare
@@ -68,10 +69,11 @@ class PipelineDenoiser(nn.Module):
 
 
 def load_pipeline(source: str, *, prompts: Sequence[str] | None, embeddings: str | os.PathLike | None,
-                  image_size: int | None, dtype: torch.dtype, device: str | torch.device) -> PipelineDenoiser:
+                  image_size: int | None, vae: str | os.PathLike | None, dtype: torch.dtype,
+                  device: str | torch.device) -> PipelineDenoiser:
     """Loads the denoiser in a diffusers pipeline's folder or repository, see `harmonica_dit.load`.
 
-    Neither the text encoder nor the VAE stays in memory.
+    The text encoder does not stay in memory. vae: in place of the pipeline's own.
     """
     config = DiffusionPipeline.load_config(source)
     kind = config.get("_class_name")
@@ -87,5 +89,10 @@ def load_pipeline(source: str, *, prompts: Sequence[str] | None, embeddings: str
     unused = {part: None for part in ("vae", "text_encoder", "tokenizer") if part in config}
     pipe = cls.from_pretrained(source, dtype=dtype, **unused)
     guidance = inspect.signature(cls.__call__).parameters["guidance_scale"].default
-    return PipelineDenoiser(pipe.transformer, pipe.scheduler, name=name, guidance=guidance, prompts=texts,
-                            image_size=image_size).eval().requires_grad_(False).to(device)
+    net = PipelineDenoiser(pipe.transformer, pipe.scheduler, name=name, guidance=guidance, prompts=texts,
+                           image_size=image_size)
+    if vae is not None:
+        net.vae = load_vae(vae, net.sample_shape[0])
+    elif config.get("vae", [None])[0] is not None:
+        net.vae = load_vae(source, net.sample_shape[0], subfolder="vae")
+    return net.eval().requires_grad_(False).to(device)

@@ -1,7 +1,9 @@
 """Sampling: schedulers, trajectories and the call that turns labels into images."""
 
+from .decoding import decode
 from .sampling import denoise, sample
 from .schedulers import ReferenceDDIM, make_scheduler
 from .trajectory import Trajectory, check_labels, image_noise
 
-__all__ = ["ReferenceDDIM", "Trajectory", "check_labels", "denoise", "image_noise", "make_scheduler", "sample"]
+__all__ = ["ReferenceDDIM", "Trajectory", "check_labels", "decode", "denoise", "image_noise", "make_scheduler",
+           "sample"]

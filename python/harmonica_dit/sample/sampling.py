@@ -1,6 +1,7 @@
 """From labels to images."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,13 +10,14 @@ import harmonica_kernels as hk
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_whole
 
+from .decoding import decode
 from .trajectory import Trajectory, check_labels, image_noise
 
 
 @torch.no_grad()
 def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None = None, guidance: float | None = None,
            guidance_channels: int | None = None, seed: int = 0, first: int = 0, scheduler=None, batch: int = 64,
-           executor="eager", progress: Callable[[int], None] | None = None) -> Tensor:
+           executor="eager", latents: bool = False, progress: Callable[[int], None] | None = None) -> Tensor:
     """Samples one image for each label.
 
     Args:
@@ -32,10 +34,12 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None =
         executor: "eager" runs every call as it is. "captured" records the second batch as a CUDA graph and replays it
             for the batches after. An executor `harmonica_kernels.compile(harmonica_dit.denoise)` also keeps its graphs
             for the next call. On the CPU all three run alike.
+        latents: whether a latent model's samples are left as they are, not decoded by its VAE.
         progress: called with the number of images done after each batch.
 
     Returns:
-        [n, C, H, W] float32, unclipped; the model's images lie in about [-1, 1].
+        [n, C, H, W] float32, unclipped. Images lie in about [-1, 1]; the samples of a latent model are images if it
+        has a VAE, see `harmonica_dit.load`, and latents otherwise.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the schedule is for another model or another T.
@@ -62,7 +66,8 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None =
         if schedule is not None:
             schedule.check(net, trajectory)
         noise = image_noise(seed, first + start, len(part), net.sample_shape)
-        images.append(run(trajectory, noise.to(device), schedule))
+        made = run(trajectory, noise.to(device), schedule)
+        images.append(made if latents else decode(net, made))
         if progress is not None:
             progress(start + len(part))
     return torch.cat(images)
@@ -74,6 +79,13 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = N
 
     `harmonica_kernels.compile(denoise)` makes an executor that runs the whole trajectory as one CUDA graph.
     """
+    (images,) = deque(walk(trajectory, noise, schedule), maxlen=1)
+    return images
+
+
+@torch.no_grad()
+def walk(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = None) -> Iterator[Tensor]:
+    """Yields x_1, …, x_T [n, C, H, W] of a trajectory from its noise."""
     cache = None if schedule is None else schedule.new_cache()
     rows = [None] * trajectory.steps if schedule is None else schedule.rows
     weights = None if schedule is None else schedule.forecast_weights_on(noise.device)
@@ -83,7 +95,7 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = N
     for s, precomputed in enumerate(trajectory.hoist(every, condition)):
         row = {} if schedule is None else dict(row=rows[s], forecast_weights=weights[s], cache=cache)
         x = trajectory.step(x, s, **row, **precomputed)
-    return x
+        yield x
 
 
 def own_timesteps(schedule: Schedule | None) -> tuple[float, ...] | None:

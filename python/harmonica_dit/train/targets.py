@@ -47,8 +47,8 @@ def make_targets(net, target: Target, labels: Tensor, *, seed: int, first: int, 
             parts.append(_read(path, made_of, torch.empty(len(mine), *shape)))
         else:
             parts.append(sample(net, mine, steps=target.steps, guidance=guidance, guidance_channels=guidance_channels,
-                                scheduler=target.scheduler or scheduler, seed=seed, first=first + start,
-                                batch=PART).cpu())
+                                scheduler=target.scheduler or scheduler, seed=seed, first=first + start, batch=PART,
+                                latents=True).cpu())
             if path is not None:
                 save_tensors(path, {"images": parts[-1]}, made_of)
         progress(start + len(mine))

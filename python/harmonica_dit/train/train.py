@@ -114,7 +114,7 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         budget.set_threshold(router)
         budget.check(router)
     if out is not None:
-        from harmonica_dit.evaluate.pictures import plot  # not at the top: matplotlib takes a second to import
+        from harmonica_dit.evaluate.heat_maps import plot  # not at the top: matplotlib takes a second to import
 
         router.save(out / "router.safetensors")
         plot(router, out / "router.png")

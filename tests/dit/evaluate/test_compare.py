@@ -4,6 +4,8 @@ import inspect
 import io
 import json
 import sys
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -11,12 +13,24 @@ from rich.console import Console
 
 import harmonica_dit
 from harmonica_dit.demo import fashion_judge
-from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file
-from harmonica_dit.evaluate.table import table
+from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file, samples
+from harmonica_dit.evaluate.catalogue import CATALOGUE, make_methods
+from harmonica_dit.evaluate.report import table
+from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import uncached
+from harmonica_dit.models import DiT
 from harmonica_dit.router import Router
 from harmonica_dit.sample import sample
+from support.pipeline_folders import small_vae
+
+
+def small_latent_dit() -> DiT:
+    torch.manual_seed(0)
+    net = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, name="DiT-S/2")
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return net.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +45,7 @@ def test_a_schedule_that_computes_everything_costs_nothing_and_saves_nothing(net
     assert [row["name"] for row in rows] == ["uncached", "all"] and done == [0, 2, 4, 5, 6]
     for row in rows:
         assert (row["error"], row["psnr"], row["cur"], row["flops_speedup"]) == (0, None, 0, 1)
-        assert row["label_accuracy"] is row["frechet"] is None
+        assert row["label_accuracy"] is row["frechet"] is None and "latent_error" not in row
         assert row["samples"] == 3 and row["wall_speedup"] > 0
     assert rows[0]["wall_speedup"] == 1
     json.dumps(rows)
@@ -51,7 +65,95 @@ def test_rows_say_what_the_methods_do(net):
 
 def test_seed_and_batches_are_by_default_those_of_sample():
     mine, theirs = (inspect.signature(function).parameters for function in (compare, sample))
-    assert [mine[name].default for name in ("seed", "batch")] == [theirs[name].default for name in ("seed", "batch")]
+    assert mine["batch"].default == theirs["batch"].default and mine["seeds"].default == (theirs["seed"].default,)
+
+
+def test_seeds_are_compared_each_by_itself(net):
+    methods = [fewer_steps(4, 2.0)]
+    rows = compare(net, methods, [0, 1, 2], steps=4, batch=2, seeds=(3, 5))
+    assert [(row["name"], row["seed"]) for row in rows] == [
+        (name, seed) for seed in (3, 5) for name in ("uncached", "2 steps")]
+    one = compare(net, methods, [0, 1, 2], steps=4, batch=2, seeds=(5,))
+    assert one[1]["error"] == rows[3]["error"] != rows[1]["error"]
+
+
+def test_what_is_kept_is_not_sampled_again_nor_timed(net, tmp_path, monkeypatch):
+    options = dict(steps=4, batch=2, folder=tmp_path)
+    first = compare(net, [fewer_steps(4, 2.0)], [0, 1, 2], **options)
+    monkeypatch.setattr(samples, "sample", lambda *_, **__: pytest.fail("it sampled"))
+    again = compare(net, [fewer_steps(4, 2.0)], [0, 1, 2], **options)
+    assert all(row.pop("wall_speedup") for row in first) and not any(row.pop("wall_speedup") for row in again)
+    assert first == again
+
+
+def test_an_interrupted_comparison_says_what_is_kept_and_goes_on(net, tmp_path):
+    def interrupt(done):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    options = dict(steps=3, batch=2)
+    for folder, message in ((None, "nothing is kept"), (tmp_path, f"what is done is in {tmp_path}")):
+        with pytest.raises(KeyboardInterrupt, match=message):
+            compare(net, [fewer_steps(3, 1.5)], [0, 1, 2], folder=folder, progress=interrupt, **options)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    whole = compare(net, [fewer_steps(3, 1.5)], [0, 1, 2], **options)
+    assert compare(net, [fewer_steps(3, 1.5)], [0, 1, 2], folder=tmp_path, **options)[1]["error"] == whole[1]["error"]
+
+
+def test_processes_share_the_work(net, tmp_path):
+    """The other makes a part of it, and the result is that of one alone."""
+    def wait(done):  # for the other, which has to be started
+        while done == 5 and len(list(tmp_path.rglob("*.safetensors"))) < 2:
+            time.sleep(0.05)
+
+    methods, load = [fewer_steps(4, 2.0), *fora_methods(net, 4, 2)], partial(harmonica_dit.load, "fashion-dit")
+    labels, options = torch.arange(15) % 10, dict(steps=4, batch=5)
+    rows = compare(net, methods, labels, processes=2, load=load, folder=tmp_path, progress=wait, **options)
+    made = [load_tensors(path)[1]["process"] for path in tmp_path.rglob("*.safetensors")]
+    assert len(made) == 4 * 3 and len(set(made)) == 2 and not list(tmp_path.rglob("*.lock"))
+    for mine, theirs in zip(rows, compare(net, methods, labels, **options)):
+        assert mine.pop("wall_speedup") is None and theirs.pop("wall_speedup") > 0 and mine == theirs
+
+
+def test_a_process_that_fails_is_told_and_its_work_is_done(net):
+    with pytest.warns(UserWarning, match="1 of 2 failed, and the others did their work"):
+        rows = compare(net, [], [0, 1], steps=2, processes=2, load=partial(harmonica_dit.load, "no-such-model"))
+    assert rows[0]["samples"] == 2
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_methods_by_name_reach_the_speedup_and_no_more_than_the_next_step(net, name):
+    for speedup in (1.5, 2.7):
+        (method,) = make_methods(net, [name], [speedup], 20)
+        assert method.name.endswith(f" {speedup:g}×") and speedup <= method.speedup(20) < speedup * 1.2
+
+
+@pytest.mark.parametrize("names, speedups, message", [
+    (["fora", "nonsense"], [2.0], "method: got 'nonsense', expected one of fora, "),
+    (["fora"], [200.0], "method: fora at 200×: speedup: got 200.0, expected at most"),
+])
+def test_methods_by_name_that_there_are_not(net, names, speedups, message):
+    with pytest.raises(ValueError, match=message):
+        make_methods(net, names, speedups, 20)
+
+
+def test_latents_are_compared_unclipped_and_decoded(monkeypatch):
+    """The samples of a latent model lie far outside [-1, 1]; they were compared as if they were images."""
+    net = small_latent_dit()
+    assert net.sample_shape[0] == 4
+    rows = compare(net, [fewer_steps(3, 3.0)], [0, 1], steps=3)
+    made = [sample(net, [0, 1], steps=steps, guidance=1.5) for steps in (3, 1)]
+    expected = (made[0] - made[1]).square().flatten(1).mean(1).sqrt().mean().item()
+    assert rows[1]["latent_error"] == pytest.approx(expected, rel=1e-4) and "error" not in rows[1]
+    with pytest.raises(ValueError, match="judge: DiT-S/2 makes latents, and no VAE decodes them"):
+        compare(net, [], [0], steps=3, judge=fashion_judge)
+    net.vae = small_vae(scaling_factor=0.5).eval()
+    rows = compare(net, [fewer_steps(3, 3.0)], [0, 1], steps=3)
+    images = [net.vae.decode(latents / 0.5).sample.clamp(-1, 1) for latents in made]
+    assert images[0].shape == (2, 3, 64, 64)
+    difference = (images[0] - images[1]).square().flatten(1).mean(1).sqrt().mean().item()
+    assert rows[1]["error"] == pytest.approx(difference, rel=1e-4)
+    assert rows[1]["latent_error"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_bundled_model_is_judged(net):
@@ -64,14 +166,18 @@ def test_the_bundled_model_is_judged(net):
     ([], dict(batch=2.0), "batch"), ([Method("0 steps", "fewer steps", 0)], {}, "steps: got 0"),
     ([Method("a", "a", 2), Method("b", "b", 2), Method("a", "c", 2)], {}, "more than one is called 'a'"),
     ([Method("uncached", "mine", 2)], {}, "'uncached'"), ([], dict(scheduler="nonsense"), "scheduler"),
+    ([], dict(seeds=(-1,)), "seeds: got -1"), ([], dict(processes=0), "processes: got 0"),
+    ([], dict(processes=2), "more than one need load"),
 ])
 def test_what_cannot_be_compared_is_refused_before_the_first_batch(net, monkeypatch, methods, options, message):
+    monkeypatch.setattr(samples, "sample", lambda *_, **__: pytest.fail("it sampled"))
     monkeypatch.setattr(sys.modules[compare.__module__], "sample", lambda *_, **__: pytest.fail("it sampled"))
     with pytest.raises(ValueError, match=message):
         compare(net, methods, **dict(labels=[0], steps=2, judge=None) | options)
 
 
 def test_a_schedule_that_does_not_fit_is_refused_before_the_first_batch(net, monkeypatch):
+    monkeypatch.setattr(samples, "sample", lambda *_, **__: pytest.fail("it sampled"))
     monkeypatch.setattr(sys.modules[compare.__module__], "sample", lambda *_, **__: pytest.fail("it sampled"))
     with pytest.raises(ValueError, match="4 steps, the trajectory has 3"):
         compare(net, [Method("all", "all", 3, uncached(net, 4))], [0], steps=3, judge=None)
@@ -91,8 +197,8 @@ def test_routers_and_schedules_are_read_from_files(net, tmp_path, extrapolation,
     assert frozen.family.startswith("frozen") and mine.speedup(4) == frozen.speedup(4) > 1
 
 
-@pytest.mark.parametrize("speedup, steps", [(1.67, 12), (1.6, 12), (2.5, 8), (1.05, 19), (100.0, 1)])
-def test_fewer_steps_are_those_nearest_to_the_speedup(speedup, steps):
+@pytest.mark.parametrize("speedup, steps", [(1.67, 11), (1.66, 12), (2.5, 8), (20 / 7, 7), (1.05, 19), (100.0, 1)])
+def test_fewer_steps_are_as_many_as_the_speedup_allows(speedup, steps):
     method = fewer_steps(20, speedup)
     assert (method.steps, method.name, method.family) == (steps, f"{steps} steps", "fewer steps")
 

@@ -5,15 +5,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from harmonica_dit.evaluate.pictures import (
-    COLOURS,
-    _panel,
-    image_grid,
-    image_sheet,
-    plot_router,
-    plot_schedule,
-    plot_tradeoff,
-)
+from harmonica_dit.evaluate.heat_maps import plot_router, plot_schedule, plot_schedules
+from harmonica_dit.evaluate.pictures import image_grid, image_sheet
+from harmonica_dit.evaluate.plots import COLOURS, _panel, plot_along, plot_tradeoff
 from harmonica_dit.flops import Flops
 from harmonica_dit.schedule import Schedule
 
@@ -67,6 +61,34 @@ def test_schedule(tmp_path, extrapolation):
     assert 300 < width < 1500 and 200 < height < 1500
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_schedules_side_by_side(tmp_path, count):
+    compute = torch.rand(4, 6) > 0.5
+    compute[0] = True
+    schedule = Schedule(compute, NAMES, Flops((1.0,) * 6, 1.0))
+    plot_schedules({f"method {i}": schedule for i in range(count)}, tmp_path / "schedules.png")
+    width, height = size(tmp_path / "schedules.png")
+    assert 300 < width < 2200 and 200 < height < 900
+
+
+def test_errors_along_the_trajectory(tmp_path):
+    groups = {"2×": {"a": [0.1, 0.2], "b": [0.1, 0.5]}, "3×": {"c": [0.1, 2.0]}}
+    plot_along(groups, dict(a="FORA", b="mine", c="mine"), tmp_path / "along.png")
+    width, height = size(tmp_path / "along.png")
+    assert 1000 < width < 2000 and 300 < height < 800
+
+
+def test_tradeoff_against_measured_time_leaves_out_what_was_not_timed(tmp_path):
+    rows = [dict(name=name, family=name, flops_speedup=2.0, wall_speedup=time, seed=0, error=0.1, frechet=None)
+            for name, time in (("a", 1.5), ("b", None))]
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("harmonica_dit.evaluate.plots._panel", lambda axis, rows, *_: drawn.append([*rows]))
+        for against in ("flops_speedup", "wall_speedup"):
+            plot_tradeoff({"": rows}, tmp_path / "tradeoff.png", against=against)
+    assert [[row["name"] for row in rows] for rows in drawn] == [["a", "b"], ["a"]]
+
+
 def test_tradeoff(tmp_path):
     def row(name, family, speedup, seed, frechet):
         return dict(name=name, family=family, flops_speedup=speedup, seed=seed, error=0.1 * (speedup - 1),
@@ -86,7 +108,7 @@ def test_what_methods_are_measured_against_is_a_line_across(family):
     axis = Figure().add_subplot()
     rows = [dict(name=family, family=family, flops_speedup=0.1, seed=0, error=0.25),
             *(dict(name=f"FORA n={n}", family="FORA", flops_speedup=n, seed=0, error=0.1 * n) for n in (2, 3))]
-    _panel(axis, rows, "error", COLOURS)
+    _panel(axis, rows, "error", COLOURS, "flops_speedup")
     across = [line for line in axis.lines if list(line.get_xdata()) == [0, 1]]
     assert [list(line.get_ydata()) for line in across] == [[0.25, 0.25]]
     assert axis.get_xlim()[0] > 1.5

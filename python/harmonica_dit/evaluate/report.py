@@ -1,0 +1,148 @@
+"""A comparison as its reader wants it: a progress bar while it runs, then tables, files and pictures."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from harmonica_dit.files import replacement
+from harmonica_dit.progress import progress_bar
+from harmonica_dit.sample import decode
+from harmonica_dit.sample.schedulers import scheduler_name
+
+from .along import errors_along
+from .compare import compare
+from .heat_maps import plot_schedules
+from .named_methods import Method
+from .pictures import image_grid
+from .plots import METRICS, plot_along, plot_tradeoff
+from .samples import Samples
+
+FOLLOWED, SHOWN = 16, 10  # images: for the errors along the trajectory, in the picture
+ALIKE = 1.25  # methods cost about the same up to this ratio of their speedups
+
+
+def _number(key: str, form: str):
+    """The cell of a column; a dash where nothing was measured."""
+    return lambda row: "–" if row.get(key) is None else format(row[key], form)
+
+
+COLUMNS = {  # heading -> cell of a row
+    "method": lambda row: row["name"],
+    "CUR": _number("cur", ".1%"),
+    "FLOPs speedup": lambda row: f"{row['flops_speedup']:.2f}×",
+    "wall clock speedup": lambda row: "–" if row.get("wall_speedup") is None else f"{row['wall_speedup']:.2f}×",
+    "error": _number("error", ".4f"),
+    "to accurate": _number("accurate_error", ".4f"),
+    "error of latents": _number("latent_error", ".4f"),
+    "latents to accurate": _number("accurate_latent_error", ".4f"),
+    "label accuracy": _number("label_accuracy", ".1%"),
+    "Fréchet distance": _number("frechet", ".2f"),
+}
+CAPTION = ("error: RMSE against the uncached images, pixels in [-1, 1]; to accurate: against a more accurate solution "
+           "from the same noise")
+LATENTS = "; of latents: unclipped, not decoded"
+
+
+def cells(rows: Sequence[dict]) -> dict[str, list[str]]:
+    """Heading -> cells, without the columns that are empty in all rows."""
+    found = {heading: [cell(row) for row in rows] for heading, cell in COLUMNS.items()}
+    return {heading: column for heading, column in found.items() if set(column) != {"–"}}
+
+
+def caption(rows: Sequence[dict]) -> str:
+    return CAPTION + (LATENTS if any("latent_error" in row for row in rows) else "")
+
+
+def table(rows: Sequence[dict], title: str) -> Table:
+    """Rows of `compare` as a rich table."""
+    made = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left",
+                 title_style="bold", caption_justify="left", caption=caption(rows))
+    columns = cells(rows)
+    for heading, column in columns.items():
+        least = max(map(len, [*heading.split(), *column]))  # no word of a heading, and no number, is cut
+        made.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method",
+                        min_width=least)
+    for line in zip(*columns.values()):
+        made.add_row(*line)
+    return made
+
+
+def markdown(rows: Sequence[dict], title: str) -> str:
+    """The same as a Markdown page."""
+    columns = cells(rows)
+    lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values()))]
+    return "\n".join([f"# {title}", "", *(f"| {' | '.join(line)} |" for line in lines), "", caption(rows), ""])
+
+
+def write(out: Path, net, methods: Sequence[Method], labels: Tensor, rows: Sequence[dict], title: str, *, steps: int,
+          guidance: float, scheduler, batch: int) -> None:
+    """Writes a comparison into its folder, whose folder samples holds its samples.
+
+    rows.json has the rows and the settings, table.csv and table.md the same to read, tradeoff.png quality against
+    FLOPs and tradeoff-time.png against time, schedules.png what is computed when, along.png errors along the
+    trajectory, images.png samples of the same noise.
+    """
+    settings = dict(model=net.name, steps=steps, guidance=guidance, scheduler=scheduler_name(scheduler),
+                    samples=len(labels), dtype=str(next(net.parameters()).dtype).removeprefix("torch."),
+                    torch=torch.__version__)
+    with replacement(out / "rows.json") as path:
+        path.write_text(json.dumps(settings | {"rows": rows}, indent=1) + "\n")
+    with replacement(out / "table.csv") as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
+        writer.writeheader()
+        writer.writerows(rows)
+    with replacement(out / "table.md") as path:
+        path.write_text(markdown(rows, title))
+    if any(row.get(key) is not None for row in rows for key, *_ in METRICS):
+        plot_tradeoff({title: rows}, out / "tradeoff.png")
+        if all(row["wall_speedup"] is not None for row in rows):
+            plot_tradeoff({title: rows}, out / "tradeoff-time.png", against="wall_speedup")
+    speedups = {method.name: method.speedup(steps) for method in methods}
+    tables = {f"{method.name}: {speedups[method.name]:.2f}×": method.schedule for method in methods
+              if method.schedule is not None and method.schedule.cur > 0}
+    if tables:
+        plot_schedules(tables, out / "schedules.png")
+    options = dict(guidance=guidance, scheduler=scheduler)
+    errors = errors_along(net, methods, labels[:FOLLOWED], steps=steps, **options)
+    if errors:
+        families = {method.name: method.family for method in methods}
+        plot_along(_by_speedup(errors, speedups), families, out / "along.png")
+    kept = Samples(net, labels[:SHOWN], out / "samples", batch=batch, **options)
+    images = {method.name: decode(net, next(kept.batches(method, rows[0]["seed"])))
+              for method in (Method("uncached", "uncached", steps), *methods)}
+    if images["uncached"].shape[1] in (1, 3):
+        titles = [f"{name}\n{speedups.get(name, 1):.2f}× fewer FLOPs" for name in images]
+        image_grid(list(images.values()), titles, out / "images.png")
+
+
+def _by_speedup(errors: Mapping[str, Sequence[float]], speedups: Mapping[str, float]) -> dict[str, dict]:
+    """Errors in groups of methods that cost about the same: heading -> method's name -> its errors."""
+    groups: list[list[str]] = []
+    for name in sorted(errors, key=speedups.__getitem__):
+        if not groups or speedups[name] > ALIKE * speedups[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(name)
+    return {f"from {speedups[names[0]]:.2f}× fewer FLOPs": {name: errors[name] for name in names} for names in groups}
+
+
+def compare_with_bar(net, methods: Sequence[Method], labels, **options) -> list[dict]:
+    """`compare` with a progress bar on stderr."""
+    bar = progress_bar(Console(stderr=True))
+    ways = len(methods) + 1 + (options.get("accurate") is not None)
+    task = bar.add_task("sampling", total=ways * len(labels) * len(options.get("seeds", (0,))))
+    with ExitStack() as stack:
+
+        def progress(done: int) -> None:
+            if done == 0:
+                stack.enter_context(bar)  # not earlier: a refused argument should leave no bar above its message
+            bar.update(task, completed=done)
+
+        return compare(net, methods, labels, progress=progress, **options)

@@ -1,0 +1,53 @@
+"""The yardstick of every way to skip work: a better solver in as many steps as the work allows."""
+
+import inspect
+from dataclasses import replace
+
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+from harmonica_dit.forecaster import taylor
+from harmonica_dit.methods import uncached
+from harmonica_dit.methods.spacing import spread
+from harmonica_dit.sample.schedulers import NOISE, make_scheduler
+from harmonica_dit.schedule import Schedule
+
+from .named_methods import Method
+
+EVERY = "every nth"  # of the uncached trajectory's timesteps, as evenly as caching methods compute them
+SPACINGS = {"trailing": dict(timestep_spacing="trailing"), "linspace": dict(timestep_spacing="linspace"),
+            "karras": dict(use_karras_sigmas=True), "lu": dict(use_lu_lambdas=True), EVERY: {}}
+SOLVERS = {"DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
+# order and spacing with the smallest Fréchet distance on the bundled model (bench/results/solvers-cpu.json), from so
+# many steps on
+BEST = {"DPM-Solver++": {5: (3, EVERY), 1: (2, EVERY)},
+        "UniPC": {7: (2, "karras"), 5: (3, "trailing"), 1: (2, "linspace")}}
+
+
+def solver(net, name: str, steps: int, order: int, spacing: str, uncached_steps: int) -> Method | None:
+    """A solver of diffusers in so many steps; None if it has no such spacing.
+
+    Args:
+        name: of SOLVERS. order: 2 or 3, lower at the first steps. spacing: of SPACINGS.
+        uncached_steps: of the trajectory whose timesteps the spacing "every nth" takes.
+    """
+    wanted = NOISE | SPACINGS[spacing]
+    parameters = inspect.signature(SOLVERS[name]).parameters
+    if not wanted.keys() <= parameters.keys() or (
+            spacing == EVERY and "timesteps" not in inspect.signature(SOLVERS[name].set_timesteps).parameters):
+        return None
+    schedule = every_nth(net, steps, uncached_steps) if spacing == EVERY else None
+    return Method(f"{name}, {steps} steps", name, steps, schedule, SOLVERS[name](**wanted, solver_order=order))
+
+
+def best_solver(net, name: str, steps: int, uncached_steps: int) -> Method:
+    """`solver` at its best order and spacing, as found on the bundled model."""
+    order, spacing = next(setting for least, setting in BEST[name].items() if steps >= least)
+    return solver(net, name, steps, order, spacing, uncached_steps)
+
+
+def every_nth(net, steps: int, uncached_steps: int, adams: bool = False) -> Schedule:
+    """So many of the uncached trajectory's timesteps, as evenly as they can be; all computed, corrected or not."""
+    times = make_scheduler("ddim", uncached_steps).timesteps.tolist()
+    kept = tuple(t for t, computed in zip(times, spread(uncached_steps, steps)) if computed)
+    forecaster = taylor([True] * steps, int(adams), net.tokens * net.width, adams)
+    return replace(uncached(net, steps), timesteps=kept, forecaster=forecaster)
