@@ -215,7 +215,9 @@ def compare(
     accurate: Annotated[bool, typer.Option("--accurate", help="Also measure errors against a more accurate solution: "
                                            "40 steps of DPM-Solver++ from the same noise.")] = False,
     samples: Annotated[int, typer.Option(help="Images per method; the Fréchet distance needs 2,000.")] = 200,
-    seeds: Annotated[int, typer.Option(help="How often to repeat the comparison, with seeds 0, 1, …")] = 1,
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(help="How often to make the comparison, with --seed and the seeds after "
+                                            "it.")] = 1,
     processes: Annotated[int, typer.Option(help="Sample in so many processes at once; more than one are not "
                                                 "timed.")] = 1,
     model: Model = "fashion-dit",
@@ -245,7 +247,7 @@ def compare(
     methods += make_methods(net, method or RIVALS, speedup or (1.9, 2.7), steps)
     labels = torch.arange(samples) % net.num_classes
     options = dict(steps=steps, guidance=guidance, scheduler=scheduler)
-    rows = compare_with_bar(net, methods, labels, **options, seeds=range(seeds), batch=batch, processes=processes,
+    rows = compare_with_bar(net, methods, labels, **options, seeds=range(seed, seed + seeds), batch=batch, processes=processes,
                             accurate=ACCURATE if accurate else None, folder=out / "samples", load=make,
                             judge=fashion_judge if net.name == "fashion-dit" else None)
     title = f"{net.name}, {steps} steps, {samples:,} images a method and seed"

@@ -149,12 +149,12 @@ def test_show_draws_routers_and_schedules(router, tmp_path):
 
 def test_compare_leaves_tables_and_pictures_and_goes_on(router, tmp_path, monkeypatch):
     command = ["compare", "--router", router, "--method", "fora", "--method", "fewer-steps", "--speedup", 1.5,
-               "--steps", 3, "--samples", 3, "--seeds", 2, "--accurate", "--out", tmp_path]
+               "--steps", 3, "--samples", 3, "--seed", 1, "--seeds", 2, "--accurate", "--out", tmp_path]
     result = harmonica(*command)
     assert result.exit_code == 0, result.output
     names = ["uncached", "DPM-Solver++ 40 steps", router.parent.name, "FORA 1.5×", "fewer steps 1.5×"]
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["name"] for row in found["rows"]] == 2 * names and {row["seed"] for row in found["rows"]} == {0, 1}
+    assert [row["name"] for row in found["rows"]] == 2 * names and {row["seed"] for row in found["rows"]} == {1, 2}
     assert (found["model"], found["steps"], found["guidance"], found["scheduler"]) == ("fashion-dit", 3, 1.5, "ddim")
     with open(tmp_path / "table.csv", newline="") as file:
         lines = list(csv.DictReader(file))

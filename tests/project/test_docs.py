@@ -67,6 +67,13 @@ def test_my_diffusers_pipeline(at_work, capsys):
         assert "_harmonica" not in vars(target)
 
 
+def test_compare(at_work, capsys):
+    rows = run("compare.md", {})["methods"]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.rsplit(" ", 2)[0] for line in printed] == ["uncached", *(method.name for method in rows)]
+    assert Path("samples").is_dir()
+
+
 def test_the_pipelines_that_the_tests_run_are_named():
     part = (DOCS / "pipelines.md").read_text().split("## What is not known")[1]
     assert set(re.findall(r"`(\w+Pipeline)`", part)) == {type(entry.pipe()).__name__ for entry in PIPES.values()}
