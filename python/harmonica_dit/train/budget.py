@@ -65,7 +65,7 @@ class Budget:
                              else ("target_cur", schedule.cur, self.cur))
         if abs(got - target) > TOLERANCE * target:
             warnings.warn(f"{name}={target:g}: the nearest schedule above it that the scores allow has {got:.4g}",
-                          stacklevel=3)
+                          stacklevel=4)
 
 
 class Steering:

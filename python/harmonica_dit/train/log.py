@@ -33,7 +33,7 @@ class Log:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                warnings.warn("tensorboard is not installed: the log is written to log.csv only", stacklevel=3)
+                warnings.warn("tensorboard is not installed: the log is written to log.csv only", stacklevel=4)
             else:
                 self._board = SummaryWriter(str(out), purge_step=first)
 

@@ -1,4 +1,4 @@
-"""Training a router: HarmoniCa's SDT and IEPO, without images. This is the loop over trajectories."""
+"""Training a router: HarmoniCa's SDT and IEPO, without images."""
 
 import inspect
 import os
@@ -18,7 +18,7 @@ from harmonica_dit.sample.trajectory import run_eagerly
 from .checkpoint import Training
 from .frozen_model import checkpoint_bodies, freeze
 from .importance import measure_importance, normalise
-from .log import Log
+from .loop import run_training
 from .sdt import train_trajectory
 from .settings import Settings, check_weights
 from .start import make_noise, make_trajectory, start_training
@@ -92,33 +92,10 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     training, budget = start_training(net, settings)
     run = new_executor(net, training.router.steps) if executor == "captured" else run_eagerly
     cache = hk.FeatureCache(training.router.history)  # one for all trajectories: recorded graphs use its memory
-    if out is not None:
-        checkpoint, record = out / "checkpoint.safetensors", settings.record(net)
-        if checkpoint.exists():
-            training.restore(checkpoint, record)
-        training.save(checkpoint, record)  # if the folder cannot be written, this fails before the work begins
     recomputation = checkpoint_bodies(net) if checkpointing else nullcontext()
-    with freeze(net), recomputation, Log(out, trajectories, training.trajectory, progress) as log:
-        try:
-            while training.trajectory < trajectories:
-                log.line(**_train_one(net, settings, training, run, cache))
-                if out is not None:
-                    training.save(checkpoint, record)
-        except KeyboardInterrupt:
-            where = "nothing is kept without out=" if out is None else f"the same call goes on from {checkpoint}"
-            raise KeyboardInterrupt(f"stopped after {training.trajectory} of {trajectories} trajectories; "
-                                    f"{where}") from None
-    router = training.router
-    router.beta = training.beta
-    if budget is not None:
-        budget.set_threshold(router)
-        budget.check(router)
-    if out is not None:
-        from harmonica_dit.evaluate.heat_maps import plot  # not at the top: matplotlib takes a second to import
-
-        router.save(out / "router.safetensors")
-        plot(router, out / "router.png")
-    return router
+    with freeze(net), recomputation:
+        return run_training(training, trajectories, lambda: _train_one(net, settings, training, run, cache), out=out,
+                            record=settings.record(net), budget=budget, progress=progress)
 
 
 def check_arguments(*, dtype: str | torch.dtype = torch.float32, **arguments) -> None:
