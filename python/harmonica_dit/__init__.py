@@ -6,7 +6,7 @@ from .published_routers import load_published_router
 from .router import Router
 from .sample import denoise, sample
 from .schedule import Schedule
-from .train import train_forecaster, train_router
+from .train import train_forecaster, train_learning_to_cache, train_router
 
 __all__ = ["HarmoniCaConfig", "Router", "Schedule", "denoise", "disable_cache", "enable_cache", "load",
-           "load_published_router", "sample", "summary", "train_forecaster", "train_router"]
+           "load_published_router", "sample", "summary", "train_forecaster", "train_learning_to_cache", "train_router"]

@@ -11,12 +11,11 @@ from harmonica_dit.load import read_checkpoint
 from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
-from harmonica_dit.router import Router
+from harmonica_dit.router import ALWAYS, Router
 from harmonica_dit.sample.schedulers import make_scheduler
 from harmonica_dit.validate import describe
 
 KINDS = ("learning-to-cache", "harmonica")
-ALWAYS = 20.0  # a logit whose score is 1 in float32: above every threshold but 1
 
 
 def load_published_router(path: str | os.PathLike, kind: str = "learning-to-cache", *, net=None,

@@ -26,6 +26,7 @@ from harmonica_dit.validate import (
 from harmonica_kernels.graphs.gated import DecisionTables
 
 LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
+ALWAYS = 20.0  # the logit of what is computed and not learned: its score is 1 in float32, above every threshold but 1
 FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
 OPTIONAL = ("resolution", "architecture")  # older files lack these
 
