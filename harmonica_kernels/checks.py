@@ -23,7 +23,10 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def check_forward(branches, x, mod, row, forecast_weights, cache, threshold, model) -> Sequence[bool]:
-    """Raises on wrong arguments, before anything is changed. Returns for each entry whether it is computed."""
+    """Raises on wrong arguments, before anything is changed. Returns for each entry whether it is computed.
+
+    Where the row is a function, all but the first run are reused until it says otherwise.
+    """
     K = len(branches)
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
         what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -71,6 +74,12 @@ def check_modulation(branches, x, mod, whole: bool) -> None:
 def check_row(K, row, cache) -> Sequence[bool]:
     if row is None:
         return (True,) * K
+    if callable(row):
+        runs = getattr(cache, "runs", None)
+        if runs is None or len(runs) < 2 or runs[0] < 2:
+            raise ValueError("row: a function decides on runs of branches; pass cache=FeatureCache(runs=) with two "
+                             f"runs or more, the first of two branches or more, got runs={runs}")
+        row = (True,) + (False,) * (K - 1)
     if isinstance(row, Tensor) and not row.is_floating_point():
         raise TypeError(f"row: got a tensor of {row.dtype}; a hard row is a tuple of Python bools "
                         "(tensor.tolist()), a soft row a float tensor")

@@ -52,7 +52,7 @@ class Modulation(NamedTuple):
 
 
 def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
-                   row: Sequence[bool] | Tensor | bool | None = None,
+                   row: Sequence[bool] | Tensor | Callable[[Tensor, Tensor], bool] | bool | None = None,
                    forecast_weights: Sequence[float | Sequence[float]] | Tensor | TrunkWeights | None = None,
                    cache: FeatureCache | TrunkCache | None = None,
                    threshold: float = 0.1, context: Any = None, eps: float = 1e-6, model: Any = None) -> Tensor:
@@ -65,7 +65,11 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         row: None computes every branch and, if there is a cache, stores every output. A sequence of K bools is a hard
             row: True computes and stores, False reuses without calling the body. A float tensor [K] is a soft row of
             scores r, differentiable: o = r·body(h) + (1 - r)·reuse. After the backward, o renews the entries with
-            r > threshold (`FeatureCache.commit`, which the next forward calls).
+            r > threshold (`FeatureCache.commit`, which the next forward calls). A function decides within the forward:
+            with a `FeatureCache` of runs, the first of two branches or more, the first run is computed, and
+            `row(added, reference)` says whether the others are too, or are all reused. added: what the first run has
+            added to x, [B, N, D]; reference: the same in the last forward that computed the others, which is what its
+            entry goes on to hold.
         forecast_weights: K weights e for reuse = (1 + e)·latest - e·previous; None or 0 repeats the latest. A float
             tensor [K] is differentiable; an entry has no effect while the cache holds fewer than two outputs. With a
             hard row an entry may also be the weights (w_0, w_1, …) of the branch's last outputs, the newest first:
@@ -123,8 +127,12 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
         if several:
             before = stream.materialise()
             stream.through(branches, range(k, end), mod, context)
-            store = cache._push(i, x.dtype)
-            store.copy_((stream.materialise() - before).detach())
+            added = (stream.materialise() - before).detach()
+            if i == 0 and callable(row):
+                if not row(added, cache.latest(0)):
+                    continue  # the others are reused, as `compute` says
+                compute = (True,) * len(compute)
+            cache._push(i, x.dtype).copy_(added)
             continue
         h = stream.norm(mod.shift[k], mod.scale[k], branch.norm, branch.eps)
         if in_place_bodies and branch.body_out is not None and cache.dtype in (None, h.dtype):

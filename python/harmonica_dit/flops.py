@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
@@ -20,6 +21,14 @@ class Flops:
     @property
     def total(self) -> float:
         return sum(self.branches) + self.fixed
+
+    def speedup(self, compute: Tensor, more: float = 0.0) -> float:
+        """FLOPs of T whole forwards / those of T forwards that compute what `compute` [T, K] says, and `more` beside.
+
+        compute: bools, or the share of forwards in which a branch is computed. The fixed FLOPs are in both.
+        """
+        T, each = len(compute), torch.tensor(self.branches, dtype=torch.float64)
+        return T * self.total / (T * self.fixed + (compute.double() @ each).sum().item() + more)
 
 
 def count_flops(net) -> Flops:

@@ -168,10 +168,8 @@ class Schedule:
     @property
     def speedup(self) -> float:
         """FLOPs of the uncached trajectory / FLOPs of this one. Both include the FLOPs that no schedule skips."""
-        computed = (self.compute.double() @ torch.tensor(self.flops.branches, dtype=torch.float64)).sum().item()
-        if self.unit == "trunk":
-            computed += self.forecaster.flops(self.compute[:, 0].tolist())
-        return self.steps * self.flops.total / (self.steps * self.flops.fixed + computed)
+        forecasts = self.forecaster.flops(self.compute[:, 0].tolist()) if self.unit == "trunk" else 0.0
+        return self.flops.speedup(self.compute, forecasts)
 
     @property
     def history(self) -> int:

@@ -123,6 +123,18 @@ def check_whole(name: str, value, least: int) -> int:
     return value
 
 
+def check_one(**values) -> None:
+    """Raises ValueError unless exactly one of two arguments is given; the other is None."""
+    if sum(value is not None for value in values.values()) != 1:
+        got = " and ".join(map(repr, values.values()))
+        raise ValueError(f"{', '.join(values)}: give exactly one of them, got {got}")
+
+
+def check_speedup(speedup) -> None:
+    if not is_number(speedup) or speedup < 1:
+        raise ValueError(f"speedup: got {speedup!r}, expected a number from 1 on")
+
+
 def is_number(value) -> bool:
     """Whether value is a finite float or an int that fits in 64 bits, and no bool."""
     if isinstance(value, float):

@@ -15,7 +15,7 @@ ORDER = {
     "harmonica_kernels": (("__main__", "_command"), ("__init__",), ("graphs",), ("forward",), ("checks",),
                           ("cache", "trunk"), ("ops", "_info"), ("triton_kernels",)),
     "harmonica_dit": (("cli",), ("demo",), ("__init__",), ("published_routers",), ("load",), ("train",), ("evaluate",),
-                      ("pipelines",), ("sample",), ("methods",), ("router",), ("schedule",), ("resample",),
+                      ("pipelines",), ("methods",), ("sample",), ("router",), ("adaptive", "schedule"), ("resample",),
                       ("fashion",), ("forecaster",), ("validate",), ("models",), ("files", "progress"), ("flops",)),
 }
 COMPILED = {"harmonica_kernels._C"}  # has no Python file

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
-from harmonica_dit.methods import fora, trunk_forecast
+from harmonica_dit.methods import delta_dit, first_block, fora, smoothcache, step_search, trunk_forecast
 from harmonica_dit.schedule import Schedule
 
 from .named_methods import Method, fewer_steps
@@ -28,6 +28,10 @@ CATALOGUE: dict[str, Callable[..., Method]] = {
     "taylorseer-3": _scheduled("TaylorSeer-3", fora, order=3),
     "trunk": _scheduled("trunk forecast", trunk_forecast),
     "adams": _scheduled("Adams forecast", trunk_forecast, adams=True),
+    "step-search": _scheduled("steps searched", step_search),
+    "smoothcache": _scheduled("SmoothCache", smoothcache),
+    "delta-dit": _scheduled("Δ-DiT", delta_dit),
+    "first-block": _scheduled("first block", first_block),
     "fewer-steps": lambda net, steps, speedup: fewer_steps(steps, speedup),
     **{name.lower(): partial(_solver, name) for name in SOLVERS},
 }

@@ -167,7 +167,7 @@ def _rows(samples: Samples, methods: Sequence[Method], seed: int, steps: int, ac
                       for prefix, method in (("", methods[0]), ("accurate_", accurate)) if method is not None}
         for method, tally in zip(methods, tallies):
             tally.update(_made(samples, method, seed, first, images), samples.labels_of(first), references)
-    return [tally.row(method, steps, _wall_speedup(samples, methods[0], method, seed), seed)
+    return [tally.row(samples.as_run(method, seed), steps, _wall_speedup(samples, methods[0], method, seed), seed)
             for method, tally in zip(methods, tallies)]
 
 

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.router import Router
 from harmonica_dit.schedule import Schedule
 
@@ -83,7 +84,8 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike, title: str | None
     save(draw, path)
 
 
-def plot_schedules(schedules: Mapping[str, Schedule], path: str | os.PathLike, columns: int = 4) -> None:
+def plot_schedules(schedules: Mapping[str, Schedule | AdaptiveSchedule], path: str | os.PathLike,
+                   columns: int = 4) -> None:
     """Writes several schedules side by side, each under its title, all with steps from left to right."""
 
     def draw() -> Figure:
@@ -106,9 +108,9 @@ def plot_schedules(schedules: Mapping[str, Schedule], path: str | os.PathLike, c
     save(draw, path)
 
 
-def _entries(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+def _entries(schedule: Schedule | AdaptiveSchedule) -> tuple[np.ndarray, np.ndarray]:
     """What is computed, bool [T, K], and how strongly the others are forecast [T, K]; 0 repeats."""
-    compute = schedule.compute.cpu().numpy().astype(bool)
+    compute = schedule.compute.cpu().numpy() > 0.5  # by an adaptive one in most forwards
     strengths = schedule.extrapolation.float().cpu().numpy() if schedule.forecaster is None else 1.0
     return compute, np.where(compute, 0, strengths)
 

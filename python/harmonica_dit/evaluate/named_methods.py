@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from diffusers import SchedulerMixin
 
+from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors
 from harmonica_dit.methods import fora
@@ -21,18 +22,18 @@ class Method:
     Args:
         name: of this setting, such as "FORA n=2". family: of the method, such as "FORA"; it is one line in a plot.
         steps: how often the model is called. The method "fewer steps" has fewer than the uncached run.
-        schedule: a `Schedule` for these steps; None computes everything.
+        schedule: a `Schedule` for these steps, or an `AdaptiveSchedule`; None computes everything.
         scheduler: of this method, a name or an instance; None is the comparison's.
     """
 
     name: str
     family: str
     steps: int
-    schedule: Schedule | None = None
+    schedule: Schedule | AdaptiveSchedule | None = None
     scheduler: str | SchedulerMixin | None = None
 
     def speedup(self, uncached_steps: int) -> float:
-        """FLOPs of the uncached trajectory / FLOPs of this one."""
+        """FLOPs of the uncached trajectory / FLOPs of this one; of an adaptive schedule as it has run."""
         return (1.0 if self.schedule is None else self.schedule.speedup) * uncached_steps / self.steps
 
 

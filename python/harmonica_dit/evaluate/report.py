@@ -105,18 +105,19 @@ def write(out: Path, net, methods: Sequence[Method], labels: Tensor, rows: Seque
         plot_tradeoff({title: rows}, out / "tradeoff.png")
         if all(row["wall_speedup"] is not None for row in rows):
             plot_tradeoff({title: rows}, out / "tradeoff-time.png", against="wall_speedup")
+    options = dict(guidance=guidance, scheduler=scheduler)
+    kept = Samples(net, labels, out / "samples", batch=batch, **options)
+    methods = [kept.as_run(method, rows[0]["seed"]) for method in methods]
     speedups = {method.name: method.speedup(steps) for method in methods}
     tables = {f"{method.name}: {speedups[method.name]:.2f}×": method.schedule for method in methods
               if method.schedule is not None and method.schedule.cur > 0}
     if tables:
         plot_schedules(tables, out / "schedules.png")
-    options = dict(guidance=guidance, scheduler=scheduler)
     errors = errors_along(net, methods, labels[:FOLLOWED], steps=steps, **options)
     if errors:
         families = {method.name: method.family for method in methods}
         plot_along(_by_speedup(errors, speedups), families, out / "along.png")
-    kept = Samples(net, labels[:SHOWN], out / "samples", batch=batch, **options)
-    images = {method.name: decode(net, next(kept.batches(method, rows[0]["seed"])))
+    images = {method.name: decode(net, next(kept.batches(method, rows[0]["seed"]))[:SHOWN])
               for method in (Method("uncached", "uncached", steps), *methods)}
     if images["uncached"].shape[1] in (1, 3):
         titles = [f"{name}\n{speedups.get(name, 1):.2f}× fewer FLOPs" for name in images]

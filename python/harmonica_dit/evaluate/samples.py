@@ -5,12 +5,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.schedulers import make_scheduler
@@ -80,6 +82,14 @@ class Samples:
         found = {first: self.read(method, seed, first)[1] for first in self.firsts}
         return {first: about["seconds"] for first, about in found.items() if about["run"] == self.run != ""}
 
+    def as_run(self, method: Method, seed: int) -> Method:
+        """The method; where its schedule is adaptive, with account of what these samples took, all of which are there.
+        """
+        if not isinstance(method.schedule, AdaptiveSchedule):
+            return method
+        ran = [row for first in self.firsts for row in self.read(method, seed, first)[1]["ran"]]
+        return replace(method, schedule=replace(method.schedule, ran=ran))
+
     def read(self, method: Method, seed: int, first: int) -> tuple[Tensor, dict] | None:
         """A batch that is kept, and what is noted of it; None if there is none for these labels."""
         path, labels = self._path(method, seed, first), self.labels_of(first).tolist()
@@ -95,13 +105,16 @@ class Samples:
         try:
             with FileLock(path.with_suffix(".lock"), blocking=False):
                 if self.read(method, seed, first) is None:
+                    adaptive, schedule = isinstance(method.schedule, AdaptiveSchedule), method.schedule
+                    if adaptive:
+                        schedule = replace(schedule, ran=[])  # with an account of its own
                     labels, start = self.labels_of(first), time.perf_counter()
-                    made = sample(self.net, labels, steps=method.steps, schedule=method.schedule, seed=seed,
+                    made = sample(self.net, labels, steps=method.steps, schedule=schedule, seed=seed,
                                   first=first, scheduler=method.scheduler or self.scheduler,
                                   guidance=self.guidance, batch=self.batch, latents=True).cpu()
                     save_tensors(path, {"images": made}, dict(
                         labels=labels.tolist(), method=method.name, run=self.run, process=os.getpid(),
-                        seconds=time.perf_counter() - start))
+                        seconds=time.perf_counter() - start) | (dict(ran=schedule.ran) if adaptive else {}))
         except Timeout:
             return False
         path.with_suffix(".lock").unlink(missing_ok=True)
@@ -126,11 +139,15 @@ class Samples:
         if method.schedule is not None:
             settings, tables = content(method.schedule)
             about += settings
+        if isinstance(method.schedule, AdaptiveSchedule):
+            about += [self.batch]  # which is decided on as a whole
         return checksum(tables, json.dumps(about, sort_keys=True))
 
 
-def content(schedule: Schedule) -> tuple[list, list[Tensor]]:
+def content(schedule: Schedule | AdaptiveSchedule) -> tuple[list, list[Tensor]]:
     """What of a schedule decides the images: settings, as JSON takes them, and tables."""
+    if isinstance(schedule, AdaptiveSchedule):
+        return [schedule.runs, schedule.threshold], []
     settings = [schedule.timesteps, getattr(schedule.forecaster, "order", None)]
     settings += [] if schedule.runs is None else [schedule.runs]
     tables = [schedule.compute, schedule.extrapolation]

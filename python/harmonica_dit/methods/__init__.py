@@ -1,7 +1,11 @@
-"""Schedules of methods that need no training, one file each."""
+"""Methods that need no training, one file each. Some are calibrated: they sample a few images."""
 
+from .delta_dit import delta_dit
+from .first_block import first_block
 from .fora import fora
+from .smoothcache import smoothcache
+from .step_search import step_search
 from .trunk import trunk_forecast
 from .uncached import uncached
 
-__all__ = ["fora", "trunk_forecast", "uncached"]
+__all__ = ["delta_dit", "first_block", "fora", "smoothcache", "step_search", "trunk_forecast", "uncached"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from harmonica_dit.flops import Flops
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_whole, is_number
+from harmonica_dit.validate import check_one, check_speedup, check_whole
 
 
 def space(steps: int, flops: Flops, make: Callable[[list[bool], str], Schedule], *, every: int | None,
@@ -23,12 +23,10 @@ def space(steps: int, flops: Flops, make: Callable[[list[bool], str], Schedule],
     for name, value in (("steps", steps), ("every", every)):
         if name == "steps" or value is not None:
             check_whole(name, value, 1)
-    if (every is None) == (speedup is None):
-        raise ValueError(f"every, speedup: give exactly one of them, got {every!r} and {speedup!r}")
+    check_one(every=every, speedup=speedup)
     if every is not None:
         return make([s % every == 0 for s in range(steps)], f"every {every}")
-    if not is_number(speedup) or speedup < 1:
-        raise ValueError(f"speedup: got {speedup!r}, expected a number from 1 on")
+    check_speedup(speedup)
     least = speedup * (1 - 1e-9)  # FLOPs are sums of floats
     for computed in range(steps, 0, -1):
         # without what forecasts cost, for which `make` would have to make them

@@ -1,5 +1,7 @@
 """Whole steps with forecasts of the trunk between them: TaylorSeer's idea with the trunk as its unit."""
 
+from functools import partial
+
 import torch
 
 from harmonica_dit.flops import Flops, trunk_costs
@@ -48,9 +50,16 @@ def whole_steps(steps: int, flops: Flops, size: int, *, every: int | None = None
     """
     check_flops(flops, len(names))
 
-    def make(computed: list[bool], which: str) -> Schedule:
-        forecaster = taylor(computed, order, size, adams)
-        return Schedule(torch.tensor(computed)[:, None].repeat(1, len(names)), names, flops, model=model,
-                        origin=f"trunk, {forecaster.origin}, {which}", forecaster=forecaster)
-
+    make = partial(forecast_between, flops=flops, size=size, order=order, adams=adams, names=names, model=model)
     return space(steps, flops, make, every=every, speedup=speedup)
+
+
+def forecast_between(computed: list[bool], which: str, *, flops: Flops, size: int, order: int, adams: bool = False,
+                     names: tuple[str, ...], model: str) -> Schedule:
+    """The schedule that computes some of T steps whole and forecasts the trunk at the others.
+
+    computed: [T], whether a step is computed. which: the same in words. The others as in `whole_steps`.
+    """
+    forecaster = taylor(computed, order, size, adams)
+    return Schedule(torch.tensor(computed)[:, None].repeat(1, len(names)), names, flops, model=model,
+                    origin=f"trunk, {forecaster.origin}, {which}", forecaster=forecaster)

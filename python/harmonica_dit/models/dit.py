@@ -301,4 +301,4 @@ class DiT(nn.Module):
 
 def _reuses(row: Sequence[bool] | Tensor | None, k: int, K: int) -> bool:
     """Whether `row` is hard and reuses branch k; one of another length (of runs, or a wrong one) does not."""
-    return row is not None and not isinstance(row, Tensor) and len(row) == K and not row[k]
+    return isinstance(row, Sequence) and len(row) == K and not row[k]

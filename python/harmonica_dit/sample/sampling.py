@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_whole
 
@@ -15,16 +16,17 @@ from .trajectory import Trajectory, check_labels, image_noise
 
 
 @torch.no_grad()
-def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None = None, guidance: float | None = None,
-           guidance_channels: int | None = None, seed: int = 0, first: int = 0, scheduler=None, batch: int = 64,
-           executor="eager", latents: bool = False, progress: Callable[[int], None] | None = None) -> Tensor:
+def sample(net, labels, *, steps: int | None = None, schedule: Schedule | AdaptiveSchedule | None = None,
+           guidance: float | None = None, guidance_channels: int | None = None, seed: int = 0, first: int = 0,
+           scheduler=None, batch: int = 64, executor="eager", latents: bool = False,
+           progress: Callable[[int], None] | None = None) -> Tensor:
     """Samples one image for each label.
 
     Args:
         net: a denoiser, see `harmonica_dit.load`.
         labels: [n] whole numbers: classes or, of a text model, the numbers of its prompts.
         steps: T, the scheduler's steps; None is the schedule's number, or 20.
-        schedule: for this model and T; None computes every branch at every step.
+        schedule: for this model and T; None computes every branch at every step. An adaptive one decides for a batch.
         guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`; None is the
             model's own.
         seed, first: image i starts from noise number `first` + i of the seed, whatever the batch size.
@@ -47,7 +49,7 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None =
             why.
     """
     labels = check_labels(labels, net.num_classes)
-    if schedule is not None and not isinstance(schedule, Schedule):
+    if schedule is not None and not isinstance(schedule, (Schedule, AdaptiveSchedule)):
         raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
     for name, value, least in (("batch", batch, 1), ("seed", seed, 0), ("first", first, 0)):
         check_whole(name, value, least)
@@ -74,7 +76,7 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | None =
 
 
 @torch.no_grad()
-def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = None) -> Tensor:
+def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | AdaptiveSchedule | None = None) -> Tensor:
     """Runs one trajectory from its noise [n, C, H, W] to images.
 
     `harmonica_kernels.compile(denoise)` makes an executor that runs the whole trajectory as one CUDA graph.
@@ -84,7 +86,8 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = N
 
 
 @torch.no_grad()
-def walk(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = None) -> Iterator[Tensor]:
+def walk(trajectory: Trajectory, noise: Tensor,
+         schedule: Schedule | AdaptiveSchedule | None = None) -> Iterator[Tensor]:
     """Yields x_1, …, x_T [n, C, H, W] of a trajectory from its noise."""
     cache = None if schedule is None else schedule.new_cache()
     rows = [None] * trajectory.steps if schedule is None else schedule.rows
@@ -98,7 +101,7 @@ def walk(trajectory: Trajectory, noise: Tensor, schedule: Schedule | None = None
         yield x
 
 
-def own_timesteps(schedule: Schedule | None) -> tuple[float, ...] | None:
+def own_timesteps(schedule: Schedule | AdaptiveSchedule | None) -> tuple[float, ...] | None:
     """The timesteps that a trajectory has to take: a forecaster's weights belong to those of its schedule."""
     return None if schedule is None or schedule.unit == "branch" else schedule.timesteps
 

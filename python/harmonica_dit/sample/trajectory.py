@@ -16,6 +16,9 @@ from harmonica_kernels.graphs.gated import Loop
 
 from .schedulers import ReferenceDDIM, make_scheduler, scheduler_name
 
+# Images to train or calibrate on are numbered from here, so that no sampled image has noise from them.
+FIRST_IMAGE = 1 << 32
+
 
 def image_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
     """Starting noise [count, *shape] of images first, first+1, … of a seed. It does not depend on the batch size."""

@@ -17,7 +17,7 @@ from harmonica_dit.forecaster import taylor
 from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.progress import progress_bar
 from harmonica_dit.sample.schedulers import make_scheduler, scheduler_name
-from harmonica_dit.sample.trajectory import Trajectory, check_labels, image_noise
+from harmonica_dit.sample.trajectory import FIRST_IMAGE, Trajectory, check_labels, image_noise
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_fits, check_whole, is_number
 from harmonica_kernels.cache import check_history
@@ -26,7 +26,6 @@ from .checkpoint import check_like, check_same_settings
 from .frozen_model import freeze
 from .own_features import feature_error
 from .settings import check_weights, record_of
-from .start import FIRST_IMAGE
 from .targets import Target, make_targets
 from .unrolled import LearnedForecaster, unroll
 

@@ -8,13 +8,11 @@ import torch
 from harmonica_dit.flops import count_flops
 from harmonica_dit.router import LIMIT, Router
 from harmonica_dit.sample.schedulers import scheduler_name
-from harmonica_dit.sample.trajectory import Trajectory, image_noise, run_eagerly
+from harmonica_dit.sample.trajectory import FIRST_IMAGE, Trajectory, image_noise, run_eagerly
 
 from .budget import Budget, Steering
 from .checkpoint import Training
 from .settings import Settings
-
-FIRST_IMAGE = 1 << 32  # training's images are numbered from here, so that no sampled image has noise from training
 
 
 def start_training(net, settings: Settings) -> tuple[Training, Budget | None]:

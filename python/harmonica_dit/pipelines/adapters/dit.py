@@ -37,8 +37,9 @@ class DiTAdapter(FusedAdapter):
         height, width = (side // model.patch_size for side in hidden_states.shape[-2:])
         x = model.pos_embed(hidden_states)
         if modulation is None:
-            # all of it for scores, and for a row of runs, whose entries are not those of branches
-            every = isinstance(row, Tensor) or (isinstance(row, Sequence) and len(row) != len(self.branches))
+            # all of it for scores, for a function, and for a row of runs, whose entries are not those of branches
+            every = isinstance(row, Tensor) or callable(row) or (
+                isinstance(row, Sequence) and len(row) != len(self.branches))
             modulation = self._modulations(timestep, class_labels, x.dtype, [None if every else row],
                                            None if condition is None else condition[None])[0]
         x = hk.cached_forward(self.branches, x, modulation, row=row, forecast_weights=forecast_weights,
