@@ -8,8 +8,6 @@ linears of its blocks are quantized by torchao. The router's schedule reuses a s
 runs in every round, so -k chooses what is shown, not what is run.
 """
 
-import copy
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -19,16 +17,16 @@ from torch import Tensor, nn
 
 from bench.diffusers_models import MODELS
 from bench.problems import random_schedule
-from bench.record import cell, installed_version
+from bench.record import cell
 from bench.replay import Measured
 from bench.timing import interleave, medians, quartiles, relative_error
 from harmonica_dit.flops import count_call
+from harmonica_dit.models import quantize
 from harmonica_dit.pipelines import enable_cache
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
 
 TINY = dict(steps=3, cur=0.5, rounds=1, warmup=0, heads=4, layers=2)
-GROUP = 72  # weights that share a scale of int4: the width of a head, which divides that of every linear
 COLUMNS = {
     "weights": cell("weights"),
     "speedup, quantized": cell("speedup_quantized", "{:.2f}×"),
@@ -44,39 +42,8 @@ product: of the two speedups, which both together would reach if neither stood i
 error: of the final latents, root mean square relative to those of the unquantized pipeline without router."""
 
 
-def int8_weight_only():
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return Int8WeightOnlyConfig()
-
-
-def int8_dynamic():
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
-    return Int8DynamicActivationInt8WeightConfig()
-
-
-def int4_unpacked():
-    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
-
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
-
-
-def int4_packed():
-    from torchao.quantization import Int4WeightOnlyConfig
-
-    return Int4WeightOnlyConfig(group_size=32)
-
-
-def fp8_dynamic():
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
-
-    return Float8DynamicActivationFloat8WeightConfig()
-
-
-KINDS: dict[str, Callable] = {"int8 weight-only": int8_weight_only, "int8 dynamic": int8_dynamic,
-                              "int4 weight-only, dequantized": int4_unpacked,
-                              "int4 weight-only, packed": int4_packed, "fp8 dynamic": fp8_dynamic}
+KINDS = {"int8 weight-only": "int8", "int8 dynamic": "int8-dynamic", "int4 weight-only, dequantized": "int4",
+         "int4 weight-only, packed": "int4-packed", "fp8 dynamic": "fp8-dynamic"}
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +68,10 @@ def measure(steps: int, cur: float, rounds: int, warmup: int, heads: int | None,
     wanted, of_router = plain.run(steps), router.run(steps)
     candidates = {"plain": partial(plain.run, steps), "router": partial(router.run, steps)}
     rows: dict[str, dict] = {}
-    for kind, config in KINDS.items():
+    for kind, name in KINDS.items():
         row = rows[kind] = dict(weights=kind)
         try:
-            model = quantize(transformer, config)
+            model = quantize(transformer, name)
             alone = Pipeline(model, arguments)
             of_quantized = alone.run(steps)
         except (ImportError, AssertionError, NotImplementedError, RuntimeError, ValueError, TypeError) as error:
@@ -125,24 +92,6 @@ def measure(steps: int, cur: float, rounds: int, warmup: int, heads: int | None,
                         seconds={name: quartiles(seconds[key]) for name, key in (
                             ("plain", "plain"), ("router", "router"), ("quantized", kind), ("both", f"{kind}: both"))})
     return Measured("PixArtAlphaPipeline", seconds, rows)
-
-
-def quantize(transformer: nn.Module, config: Callable) -> nn.Module:
-    """A copy with the linears of its blocks quantized.
-
-    Raises:
-        ImportError: torchao is not installed. ValueError: it left a linear as it was. Whatever else torchao raises.
-    """
-    if installed_version("torchao") is None:
-        raise ImportError("torchao is not installed (pip install torchao)")
-    from torchao.quantization import quantize_
-
-    model = copy.deepcopy(transformer)
-    quantize_(model.transformer_blocks, config())
-    for name, module in model.transformer_blocks.named_modules():
-        if isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter:
-            raise ValueError(f"torchao left transformer_blocks.{name}, {module.in_features} wide, as it was")
-    return model
 
 
 class Pipeline:

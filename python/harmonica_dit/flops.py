@@ -99,11 +99,12 @@ def count_call(net, call: Callable[[], object]) -> Flops:
 def flop_counter() -> FlopCounterMode:
     """torch's counter, of this thread's operations.
 
-    By itself it leaves out the attention kernel of the CPU, and puts hooks on the modules of all threads, to tell what
-    each costs.
+    By itself it leaves out the attention kernel of the CPU and products of integers, and puts hooks on the modules of
+    all threads, to tell what each costs.
     """
     counter = FlopCounterMode(display=False, custom_mapping={
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention})
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
+        torch.ops.aten._int_mm: _count_product})
     counter.mod_tracker = _NoModules()
     return counter
 
@@ -114,6 +115,11 @@ class _NoModules(nullcontext):
 
 def _count_attention(query, key, value, *_, out_shape=None, **__) -> int:
     return sdpa_flop_count(query, key, value)
+
+
+def _count_product(a, b, *_, out_shape=None, **__) -> int:
+    (m, k), (_, n) = a, b
+    return 2 * m * k * n
 
 
 @contextmanager

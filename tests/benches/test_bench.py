@@ -188,22 +188,6 @@ def test_an_error_of_ours_is_not_called_the_hardwares(monkeypatch):
         bench_quantized.measure(**bench_quantized.TINY)
 
 
-def test_quantization_is_of_the_blocks_linears_alone():
-    pytest.importorskip("torchao")
-    transformer, _ = MODELS["pixart-alpha-256"].build(1, 1)
-    model = bench_quantized.quantize(transformer, bench_quantized.int8_weight_only)
-    block = model.transformer_blocks[0]
-    assert type(block.attn1.to_q.weight) is not torch.nn.Parameter and type(model.proj_out.weight) is torch.nn.Parameter
-    assert type(transformer.transformer_blocks[0].attn1.to_q.weight) is torch.nn.Parameter
-
-
-def test_weights_that_were_left_as_they_were_are_no_row():
-    torchao = pytest.importorskip("torchao.quantization")
-    transformer, _ = MODELS["pixart-alpha-256"].build(1, 1)  # 72 and 288 wide: int4's groups of 128 fit neither
-    with pytest.raises(ValueError, match="left transformer_blocks.0"):
-        bench_quantized.quantize(transformer, lambda: torchao.Int4WeightOnlyConfig(group_size=128))
-
-
 def test_a_trajectorys_rows_hold_together():
     found = bench_forward.measure("fashion-dit", **bench_forward.TINY)
     assert found.seconds.keys() == {"plain", "ours", "clocked", *bench_forward.SCHEDULES}
