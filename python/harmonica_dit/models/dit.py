@@ -57,10 +57,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def mix(self, h: Tensor) -> Tensor:
-        """Everything before the last linear: [B, N, D] -> [B, N, D]."""
-        B, N, D = h.shape
-        q, k, v = self.qkv(h).view(B, N, 3, self.heads, D // self.heads).unbind(2)
-        return self.back_end(q, k, v).reshape(B, N, D)
+        """Everything before the last linear: [B, N, D] -> [B, N, D], or narrower where heads have been pruned."""
+        B, N, _ = h.shape
+        q, k, v = self.qkv(h).view(B, N, 3, self.heads, -1).unbind(2)
+        return self.back_end(q, k, v).reshape(B, N, -1)
 
     def forward(self, h: Tensor, context=None) -> Tensor:
         return self.proj(self.mix(h))

@@ -1,7 +1,8 @@
-"""Training along the whole trajectory: a router by SDT and IEPO, a forecaster by the gradient of the final image."""
+"""Training: routers (SDT and IEPO; Learning-to-Cache), a forecaster by the gradient of the final image, pruning."""
 
 from .forecaster import train_forecaster
 from .learning_to_cache import train_learning_to_cache
+from .pruning import prune
 from .train import check_arguments, train_router
 
-__all__ = ["check_arguments", "train_forecaster", "train_learning_to_cache", "train_router"]
+__all__ = ["check_arguments", "prune", "train_forecaster", "train_learning_to_cache", "train_router"]

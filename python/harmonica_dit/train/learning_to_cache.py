@@ -72,7 +72,7 @@ def train_learning_to_cache(net, images: Tensor, labels, *, steps: int = 20, bet
         FloatingPointError: the loss is not finite; the last good checkpoint stays.
         KeyboardInterrupt: Ctrl-C; the message says how to go on.
 
-    Source: Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733), section 3.3, and its published code.
+    Source: Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733), and its published code.
     """
     for name, value, least in (("steps", steps, 2), ("iterations", iterations, 1), ("batch", batch, 1),
                                ("seed", seed, 0)):
