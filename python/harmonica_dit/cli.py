@@ -247,9 +247,9 @@ def compare(
     methods += make_methods(net, method or RIVALS, speedup or (1.9, 2.7), steps)
     labels = torch.arange(samples) % net.num_classes
     options = dict(steps=steps, guidance=guidance, scheduler=scheduler)
-    rows = compare_with_bar(net, methods, labels, **options, seeds=range(seed, seed + seeds), batch=batch, processes=processes,
-                            accurate=ACCURATE if accurate else None, folder=out / "samples", load=make,
-                            judge=fashion_judge if net.name == "fashion-dit" else None)
+    rows = compare_with_bar(net, methods, labels, **options, seeds=range(seed, seed + seeds), batch=batch,
+                            processes=processes, accurate=ACCURATE if accurate else None, folder=out / "samples",
+                            load=make, judge=fashion_judge if net.name == "fashion-dit" else None)
     title = f"{net.name}, {steps} steps, {samples:,} images a method and seed"
     write(out, net, methods, labels, rows, title, batch=batch, **options)
     console.print(table(rows, title))

@@ -86,7 +86,7 @@ def test_the_code_in_the_docs_runs(docs):
     names = dict(transformer=transformer, arguments=arguments, timesteps=timesteps, denoise=denoise)
     before, plain = state(transformer), denoise(transformer, timesteps)
     blocks = re.findall(r"```python\n(.*?)```", docs["Generic"], re.DOTALL)
-    assert len(blocks) == 4 and not any("```python" in text for name, text in docs.items() if name != "Generic")
+    assert len(blocks) == 5 and not any("```python" in text for name, text in docs.items() if name != "Generic")
     for code in blocks:
         exec(code, names)
     adapter = names["adapter"]
