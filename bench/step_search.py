@@ -79,7 +79,7 @@ def main() -> None:
                  "dynamic programming": dynamic([1.0] * STEPS), "dynamic programming, weighed": dynamic(weights)}
     methods = [Method(name, name, STEPS, schedule) for name, schedule in schedules.items()]
     rows = compare(net, methods, torch.arange(args.samples) % net.num_classes, steps=STEPS, guidance=GUIDANCE,
-                   seed=args.seed)
+                   seeds=[args.seed])
     print("| method | computed steps | FLOPs speedup | error to uncached |\n|---|---|---|---|")
     for row, schedule in zip(rows[1:], schedules.values(), strict=True):
         steps = ", ".join(map(str, schedule.compute[:, 0].nonzero().flatten().tolist()))

@@ -52,7 +52,7 @@ def first_block(net, steps: int, threshold: float | None = None, *, speedup: flo
     def reaches(threshold: float) -> bool:
         trial = make(threshold)
         sample(net, labels, steps=steps, schedule=trial, guidance=guidance, scheduler=scheduler, seed=seed,
-               first=FIRST_IMAGE, batch=images)
+               first=FIRST_IMAGE, batch=images, latents=True)
         return trial.speedup >= least
 
     alone = torch.ones(steps, len(net.branch_names))

@@ -19,8 +19,8 @@ def step_search(net, steps: int, computed: int | None = None, *, speedup: float 
     """Computes some steps whole and forecasts the trunk at the others; a search on calibration images says which.
 
     It begins with evenly spaced steps, and goes from one choice to a neighbour whose final images are nearer to the
-    uncached ones of the same noise (RMSE, the mean over the images), until none is. In a neighbour one computed step,
-    or all from one on, lie a step earlier or later. It samples the images some dozens of times.
+    uncached ones of the same noise (mean RMSE; of a latent model the latents'), until none is. In a neighbour one
+    computed step, or all from one on, lie a step earlier or later. It samples the images some dozens of times.
 
     Args:
         net: a denoiser.
@@ -52,7 +52,7 @@ def step_search(net, steps: int, computed: int | None = None, *, speedup: float 
 
     def draw(schedule: Schedule | None):
         return sample(net, labels, steps=steps, schedule=schedule, guidance=guidance, scheduler=scheduler, seed=seed,
-                      first=FIRST_IMAGE, batch=images)
+                      first=FIRST_IMAGE, batch=images, latents=True)
 
     def error(chosen: tuple[int, ...]) -> float:
         return (draw(make(chosen)) - uncached).square().flatten(1).mean(1).sqrt().mean().item()

@@ -14,7 +14,7 @@ from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import fora
 from harmonica_dit.router import ALWAYS, LIMIT, Router
 from harmonica_dit.sample.schedulers import make_scheduler
-from harmonica_dit.sample.trajectory import Guided, check_labels, image_noise
+from harmonica_dit.sample.trajectory import FIRST_IMAGE, Guided, check_labels, image_noise
 from harmonica_dit.validate import check_threshold, check_whole, describe, is_number
 
 from .budget import Budget
@@ -22,7 +22,6 @@ from .checkpoint import Training
 from .frozen_model import freeze
 from .loop import run_training
 from .settings import check_weights, record_of
-from .start import FIRST_IMAGE
 from .student import new_executor, student_step
 
 LABEL_DROPOUT = 0.1  # share of labels that are hidden, so that the router serves guidance's unconditional half too

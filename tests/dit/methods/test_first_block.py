@@ -105,8 +105,12 @@ def test_a_comparison_says_what_its_own_samples_took(net, tmp_path):
     assert (tmp_path / "schedules.png").exists()
 
 
-def test_a_speedup_takes_the_least_threshold_on_calibration_images(net):
+def test_a_speedup_takes_the_least_threshold_on_calibration_images(net, monkeypatch):
+    numbers = set()
+    monkeypatch.setitem(first_block.__globals__, "sample", lambda *args, **kwargs: numbers.add(
+        kwargs["first"]) or sample(*args, **kwargs))
     made = first_block(net, T, speedup=1.2, images=4, guidance=1.5)
+    assert numbers == {FIRST_IMAGE}
     speedups = []
     for threshold in (made.threshold, made.threshold - 1 / 256):  # the least but for the bisection's last half
         trial = first_block(net, T, threshold)

@@ -34,9 +34,13 @@ def test_it_goes_on_until_no_neighbour_is_better_and_looks_at_nothing_twice():
     assert len(set(looked)) == len(looked)
 
 
-def test_it_searches_on_final_images_of_calibration_noise(net):
+def test_it_searches_on_final_images_of_calibration_noise(net, monkeypatch):
     """No neighbour is nearer to the uncached images, evenly spaced steps are further; all as `sample` makes them."""
+    numbers = set()
+    monkeypatch.setitem(step_search.__globals__, "sample", lambda *args, **kwargs: numbers.add(
+        kwargs["first"]) or sample(*args, **kwargs))
     made = step_search(net, 6, 3, images=4, guidance=1.5, seed=2)
+    assert numbers == {FIRST_IMAGE}
     labels, (flops, size) = calibration_labels(net, 4, 2), trunk_costs(net)
 
     def draw(schedule):
