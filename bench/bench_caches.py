@@ -25,10 +25,11 @@ from bench.diffusers_models import MODELS
 from bench.other_caches import METHODS, count_lines
 from bench.record import cell, installed_version
 from bench.replay import Measured
-from bench.timing import branch_seconds, forward_clocks, interleave, medians, quartiles, relative_error
+from bench.timing import branch_seconds, forward_clocks, quartiles, relative_error
 from harmonica_dit.flops import Flops, count_call
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
+from harmonica_dit.timing import interleave, medians
 
 TINY = dict(steps=6, rounds=1, warmup=0, heads=1, layers=3)
 COLUMNS = {

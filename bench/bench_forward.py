@@ -22,7 +22,7 @@ import harmonica_kernels as hk
 from bench.problems import Plain, random_schedule
 from bench.record import cell
 from bench.replay import Measured
-from bench.timing import add_time, branch_seconds, interleave, medians
+from bench.timing import add_time, branch_seconds
 from harmonica_dit.fashion import FASHION
 from harmonica_dit.flops import count_flops
 from harmonica_dit.forecaster import TrunkForecaster
@@ -30,6 +30,7 @@ from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.sample import Trajectory, denoise, image_noise
 from harmonica_dit.schedule import Schedule
+from harmonica_dit.timing import interleave, medians
 
 LONE = "trunk, one step computed"
 SIZES = {"fashion-dit": dict(images=32, steps=20), "DiT-B/2": dict(images=8, steps=4)}

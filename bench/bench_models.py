@@ -22,11 +22,12 @@ from bench.diffusers_models import MODELS, Model
 from bench.problems import random_schedule
 from bench.record import cell
 from bench.replay import Measured
-from bench.timing import add_time, branch_seconds, forward_clocks, interleave, medians, quartiles
+from bench.timing import add_time, branch_seconds, forward_clocks, quartiles
 from harmonica_dit.flops import count_call
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
 from harmonica_dit.schedule import Schedule
+from harmonica_dit.timing import interleave, medians
 
 LONG = {"pixart-alpha-1024"}
 TINY = dict(steps=4, rounds=1, warmup=0, heads=1, layers=2)

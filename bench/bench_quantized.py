@@ -19,12 +19,13 @@ from bench.diffusers_models import MODELS
 from bench.problems import random_schedule
 from bench.record import cell
 from bench.replay import Measured
-from bench.timing import interleave, medians, quartiles, relative_error
+from bench.timing import quartiles, relative_error
 from harmonica_dit.flops import count_call
 from harmonica_dit.models import quantize
 from harmonica_dit.pipelines import enable_cache
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
+from harmonica_dit.timing import interleave, medians
 
 TINY = dict(steps=3, cur=0.5, rounds=1, warmup=0, heads=4, layers=2)
 COLUMNS = {

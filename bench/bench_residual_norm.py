@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm
 
 from bench.record import cell
 from bench.replay import Measured
-from bench.timing import interleave, medians
+from harmonica_dit.timing import interleave, medians
 from harmonica_kernels.ops import Term, residual_norm
 
 

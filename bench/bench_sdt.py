@@ -10,7 +10,6 @@ made.
 
 import multiprocessing
 import re
-import time
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +19,7 @@ import torch
 from bench.record import cell
 from bench.replay import Measured
 from bench.sdt_loops import LOOPS, Problem
-from bench.timing import interleave, medians
+from harmonica_dit.timing import interleave, medians, steady_clock
 
 TOLERANCES = {"float32": 1e-2, "bfloat16": 0.5}  # relative, of losses that are little more than roundings in bfloat16
 TINY = dict(model="DiT-S/8", images=1, steps=2, depth=1, rounds=1, warmup=0)
@@ -60,8 +59,7 @@ def measure(dtype: str, model: str, images: int, steps: int, depth: int | None, 
             losses[loop] = torch.tensor(problem.run(loop))
         return call
 
-    seconds = interleave({loop: run(loop) for loop in LOOPS}, rounds, warmup=warmup,
-                         clock=time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
+    seconds = interleave({loop: run(loop) for loop in LOOPS}, rounds, warmup=warmup, clock=steady_clock())
     for loop in LOOPS:
         torch.testing.assert_close(losses[loop], losses["ours"], rtol=TOLERANCES[dtype], atol=0)
     rows = {loop: dict(loop=loop, dtype=dtype, rows=2 * images, steps=steps, seconds=medians(seconds)[loop],

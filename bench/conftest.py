@@ -21,8 +21,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench.record import machine, moment, processor, table
+from bench.record import machine, moment, table
 from bench.replay import Measured, ReplayClock
+from harmonica_dit.timing import processor
 
 CLOCK = ReplayClock()
 CASES = pytest.StashKey[dict]()

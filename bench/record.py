@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import ROOT
+from harmonica_dit.timing import processor
 
 PACKAGES = ("torch", "triton", "diffusers", "torchao", "cache-dit", "harmonica-kernels")
 
@@ -29,14 +29,6 @@ def moment() -> dict[str, Any]:
     """The time (UTC), the machine's load, and the commit."""
     return dict(date=datetime.now(timezone.utc).isoformat(timespec="seconds"), load=list(os.getloadavg()),
                 commit=commit())
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def installed_version(package: str) -> str | None:

@@ -1,54 +1,15 @@
-"""Clocks: candidates timed in turn, and work recorded as a CUDA graph so that no launch is waited for."""
+"""Clocks around calls, and work recorded as a CUDA graph so that no launch is waited for."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from harmonica_kernels.graphs.recording import record_into
-
-CPU = torch.device("cpu")
-
-
-def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = 1,
-               device: torch.device = CPU, clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of every candidate's call in each of the rounds, after `warmup` rounds that do not count.
-
-    A round calls every candidate once: whatever slows the machine slows all of them alike.
-
-    On a GPU the time is that between two events, with nothing in flight before them: a call's launches count as far as
-    the GPU waits for them. clock: in seconds, of calls on the CPU.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(warmup + rounds):
-        for name, candidate in candidates.items():
-            taken = time_call(candidate, device, clock)
-            if number >= warmup:
-                seconds[name].append(taken)
-    return seconds
-
-
-def time_call(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    """Seconds of one call."""
-    if device.type == "cpu":
-        start = clock()
-        call()
-        return clock() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {name: median(values) for name, values in seconds.items()}
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -35,9 +35,9 @@ from torch import Tensor
 import harmonica_kernels as hk
 from bench import ROOT
 from bench.problems import random_schedule
-from bench.timing import interleave, medians
 from harmonica_dit.flops import Flops
 from harmonica_dit.sample import denoise
+from harmonica_dit.timing import interleave, medians
 from support.loops import Table, Trajectory
 
 from . import models

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from bench.record import machine, moment, read_output
-from bench.timing import interleave, medians, quartiles
+from bench.timing import quartiles
+from harmonica_dit.timing import interleave, medians
 
 from .merge import ratio_line
 

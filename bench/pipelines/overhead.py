@@ -21,8 +21,9 @@ from bench.pipelines.leftovers import LEFTOVERS, leftovers
 from bench.pipelines.rivals import RIVALS, Rival, ours, put, tune
 from bench.problems import random_weights
 from bench.record import installed_version
-from bench.timing import interleave, medians, quartiles
+from bench.timing import quartiles
 from harmonica_dit.flops import flop_counter
+from harmonica_dit.timing import interleave, medians
 from support.many_pipes import PIPES
 from support.small_pipe import SmallPipe
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import harmonica_kernels as hk
 from harmonica_dit.flops import Flops
-from harmonica_dit.validate import check_branches, check_fits, check_flops, check_whole, is_number
+from harmonica_dit.validate import check_branches, check_costs, check_fits, check_whole, is_number
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class AdaptiveSchedule:
     def __post_init__(self):
         check_whole("steps", self.steps, 1)
         self.branches = check_branches(self.branches, len(self.branches))
-        check_flops(self.flops, len(self.branches))
+        check_costs("flops", self.flops, len(self.branches), Flops)
         if check_whole("first", self.first, 2) >= len(self.branches):
             raise ValueError(f"first: got {self.first}, expected fewer than all {len(self.branches)} branches")
         if not is_number(self.threshold) or self.threshold < 0:

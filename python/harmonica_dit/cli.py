@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import harmonica_dit
 from harmonica_dit import demo as demonstration
+from harmonica_dit.costs import Seconds
 from harmonica_dit.demo import ACCURATE, fashion_judge
 from harmonica_dit.evaluate.catalogue import CATALOGUE, RIVALS, make_methods
 from harmonica_dit.evaluate.heat_maps import plot
@@ -20,8 +21,10 @@ from harmonica_dit.evaluate.report import compare_with_bar, table, write
 from harmonica_dit.fashion import find
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import check_file, check_folder, save_tensors
+from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.pipelines.prompts import read_texts
 from harmonica_dit.published_routers import KINDS, load_published_router
+from harmonica_dit.sample import measure_costs
 from harmonica_dit.sample.decoding import makes_images
 from harmonica_dit.sample.schedulers import steps_of
 from harmonica_dit.schedule import Schedule
@@ -98,8 +101,12 @@ def train(
     image_size: ImageSize = None,
     device: Device = None,
     steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
-    target_speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach; 1.6 unless --target-cur or "
+    target_speedup: Annotated[float | None, typer.Option(help="Speedup to reach; 1.6 unless --target-cur or "
                                                               "--beta is given, 2.7 for a forecaster.")] = None,
+    costs: Annotated[str, typer.Option(help='What a branch costs, and what the speedup is in: "flops"; "time", which '
+                                            'is measured on this device for --batch images at a time; or a file of '
+                                            'such costs, .json. "ones": all branches alike, the speedup in FLOPs.')]
+    = "flops",
     target_cur: Annotated[float | None, typer.Option(help="Cache utilization ratio to reach, from 0 to 1.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the cost in the loss, instead of a target.")] = None,
     trajectories: Annotated[int, typer.Option(help="Number of trajectories to train a router on.")] = 500,
@@ -127,16 +134,22 @@ def train(
 ) -> None:
     """Train a router, which decides which branches to compute at which step, or a forecaster. No images are needed."""
     check_folder(out)
+    table = Seconds.load(costs) if costs.endswith(".json") else None
     if forecast is not None:
         given = [name for name in ROUTERS_OWN if context.get_parameter_source(name).name == "COMMANDLINE"]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: is a router's; a forecaster (--forecast) has none")
+        if costs not in ("flops", "time") and table is None:
+            raise ValueError(f'--costs: got {costs!r}, for a forecaster expected "flops", "time" or a .json file')
         net = load(model, checkpoint, prompts, dtype, image_size, device, out)
-        schedule = train_forecaster(net, 2.7 if target_speedup is None else target_speedup, target=forecast,
-                                    steps=steps, iterations=iterations, batch=10 if batch is None else batch,
+        batch = 10 if batch is None else batch
+        if costs == "time":
+            table = measure_costs(net, batch=batch, guidance=guidance, scheduler=scheduler)
+        whole = trunk_forecast(net, steps, speedup=2.7 if target_speedup is None else target_speedup, costs=table)
+        schedule = train_forecaster(net, whole, target=forecast, steps=steps, iterations=iterations, batch=batch,
                                     lr=4e-3 if lr is None else lr, guidance=guidance, scheduler=scheduler, seed=seed,
                                     out=out)
-        describe(schedule, out / "forecast.safetensors")
+        describe(schedule, out / "forecast.safetensors", table)
         return
     batch, lr = 32 if batch is None else batch, 1e-2 if lr is None else lr
     if target_speedup is None and target_cur is None and beta is None:
@@ -145,11 +158,14 @@ def train(
         extrapolation = None if extrapolation == "none" else number("--extrapolation", extrapolation)
     options = dict(steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta,
                    trajectories=trajectories, batch=batch, lr=lr, threshold=threshold, importance=importance,
-                   extrapolation=extrapolation, guidance=guidance, scheduler=scheduler, seed=seed)
+                   extrapolation=extrapolation, costs=table or costs, guidance=guidance, scheduler=scheduler,
+                   seed=seed)
     check_arguments(**options, dtype=dtype)
     net = load(model, checkpoint, prompts, dtype, image_size, device, out)
     router = train_router(net, **options, checkpointing=checkpointing, out=out)
-    describe(router.schedule(), out / "router.safetensors")
+    if costs == "time":
+        table = Seconds.load(out / "costs.json")
+    describe(router.schedule(), out / "router.safetensors", table)
 
 
 @app.command()
@@ -280,9 +296,9 @@ def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, 
                               embeddings=prompts and folder and folder / "prompts.safetensors")
 
 
-def describe(schedule: Schedule, path: Path) -> None:
-    console.print(f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×",
-                  soft_wrap=True)
+def describe(schedule: Schedule, path: Path, costs: Seconds | None = None) -> None:
+    console.print(f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×" + (
+        f", in time by what was measured {schedule.speedup_by(costs):.2f}×" if costs else ""), soft_wrap=True)
 
 
 def option_value(option: str, given, found: list, default):

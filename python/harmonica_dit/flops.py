@@ -6,29 +6,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from .costs import Costs
 
 
 @dataclass(frozen=True)
-class Flops:
+class Flops(Costs):
     """Floating-point operations of a forward of batch 1: each of the K branches', and `fixed`, which no schedule skips.
+
+    A multiplication and the addition of its product are two, as torch counts; the DiT paper and fvcore count them as
+    one, so that their numbers are half of these.
     """
 
-    branches: tuple[float, ...]
-    fixed: float
-
-    @property
-    def total(self) -> float:
-        return sum(self.branches) + self.fixed
-
-    def speedup(self, compute: Tensor, more: float = 0.0) -> float:
-        """FLOPs of T whole forwards / those of T forwards that compute what `compute` [T, K] says, and `more` beside.
-
-        compute: bools, or the share of forwards in which a branch is computed. The fixed FLOPs are in both.
-        """
-        T, each = len(compute), torch.tensor(self.branches, dtype=torch.float64)
-        return T * self.total / (T * self.fixed + (compute.double() @ each).sum().item() + more)
+    def of_forecasts(self, schedule) -> float:
+        """Of a schedule's forecasts of the trunk. Those of branches are left out, as norms are."""
+        return schedule.forecaster.flops(schedule.compute[:, 0].tolist()) if schedule.unit == "trunk" else 0.0
 
 
 def count_flops(net) -> Flops:

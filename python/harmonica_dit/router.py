@@ -14,8 +14,8 @@ from harmonica_dit.validate import (
     check_architecture,
     check_branches,
     check_content,
+    check_costs,
     check_fits,
-    check_flops,
     check_resolution,
     check_table,
     check_threshold,
@@ -65,7 +65,7 @@ class Router(nn.Module):
         T, K = logits.shape
         check_table("logits", logits, T, K)
         self.branches, self.timesteps = check_branches(branches, K), check_timesteps(timesteps, T)
-        check_flops(flops, K)
+        check_costs("flops", flops, K, Flops)
         self.flops = flops
         for name, value in (("model", model), ("scheduler", scheduler)):
             if not isinstance(value, str):

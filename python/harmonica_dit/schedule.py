@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit.costs import Costs
 from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops
@@ -30,8 +31,8 @@ from harmonica_dit.validate import (
     check_architecture,
     check_branches,
     check_content,
+    check_costs,
     check_fits,
-    check_flops,
     check_resolution,
     check_table,
     check_timesteps,
@@ -93,15 +94,14 @@ class Schedule:
         T, K = compute.shape
         if not compute[0].all():
             skipped = (~compute[0]).nonzero().flatten().tolist()
-            raise ValueError(f"compute: row 0 has to compute every branch, for there is nothing to reuse yet; it "
-                             f"reuses {skipped}")
+            raise ValueError(f"compute: row 0 has to compute every branch, nothing is cached yet; it reuses {skipped}")
         if self.extrapolation is None:
             object.__setattr__(self, "extrapolation", torch.zeros(T, K))
         check_table("extrapolation", self.extrapolation, T, K)
         object.__setattr__(self, "compute", compute.cpu())
         object.__setattr__(self, "extrapolation", self.extrapolation.detach().cpu())
         object.__setattr__(self, "branches", check_branches(self.branches, K))
-        check_flops(self.flops, K)
+        check_costs("flops", self.flops, K, Flops)
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", check_timesteps(self.timesteps, T))
         for name in ("origin", "model", "scheduler"):
@@ -147,8 +147,7 @@ class Schedule:
             raise ValueError(f"forecaster: keeps {forecaster.history} states, the schedule computes {computed} steps")
         partly = (compute.any(1) & ~compute.all(1)).nonzero().flatten().tolist()
         if partly:
-            raise ValueError(f"compute: steps {partly} are computed in part; a forecaster of the trunk needs each step "
-                             "computed whole or not at all")
+            raise ValueError(f"compute: steps {partly} are computed in part; a forecaster of the trunk has whole ones")
 
     @property
     def steps(self) -> int:
@@ -168,8 +167,11 @@ class Schedule:
     @property
     def speedup(self) -> float:
         """FLOPs of the uncached trajectory / FLOPs of this one. Both include the FLOPs that no schedule skips."""
-        forecasts = self.forecaster.flops(self.compute[:, 0].tolist()) if self.unit == "trunk" else 0.0
-        return self.flops.speedup(self.compute, forecasts)
+        return self.speedup_by(self.flops)
+
+    def speedup_by(self, costs: Costs) -> float:
+        """`speedup` in other costs, such as the seconds that `measure_costs` found."""
+        return self.steps * costs.total / costs.of_trajectory(self)
 
     @property
     def history(self) -> int:

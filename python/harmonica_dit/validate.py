@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from harmonica_dit.costs import Costs
 from harmonica_dit.flops import Flops
 
 FORMAT = 1  # of router and schedule files
@@ -76,14 +77,14 @@ def check_branches(branches, K: int) -> tuple[str, ...]:
     return tuple(branches)
 
 
-def check_flops(flops, K: int) -> None:
-    """Refuses everything but a `Flops` of K branches with numbers ≥ 0 whose sum is finite and above 0."""
-    if not isinstance(flops, Flops):
-        raise TypeError(f"flops: got {type(flops).__name__}, expected Flops")
-    numbers = (*flops.branches, flops.fixed)
-    good = len(flops.branches) == K and all(map(is_number, numbers)) and min(numbers) >= 0
-    if not good or not 0 < flops.total < math.inf:
-        raise ValueError(f"flops: expected {K} branches' numbers ≥ 0 and a fixed one, got {shorten(flops)}")
+def check_costs(name: str, costs, K: int, kind: type[Costs] = Costs) -> None:
+    """Refuses everything but costs of this kind of K branches with numbers ≥ 0 whose sum is finite and above 0."""
+    if not isinstance(costs, kind):
+        raise TypeError(f"{name}: got {type(costs).__name__}, expected {kind.__name__}")
+    numbers = (*costs.branches, costs.fixed)
+    good = len(costs.branches) == K and all(map(is_number, numbers)) and min(numbers) >= 0
+    if not good or not 0 < costs.total < math.inf:
+        raise ValueError(f"{name}: expected {K} branches' numbers ≥ 0 and a fixed one, got {shorten(costs)}")
 
 
 def check_timesteps(timesteps, T: int) -> tuple[float, ...]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench import ROOT
-from bench.timing import branch_seconds, interleave, quartiles, relative_error
+from bench.timing import branch_seconds, quartiles, relative_error
+from harmonica_dit.timing import interleave
 
 pytest_plugins = "pytester"
 QUICK = "-pno:hypothesispytest"  # imported anew, it takes a second

@@ -19,8 +19,8 @@ from bench.gpu.merge import merge
 from bench.gpu.record import Record
 from bench.gpu.reference_way import ReferenceWay
 from bench.problems import Plain
-from bench.timing import interleave
 from harmonica_dit.sample import denoise
+from harmonica_dit.timing import interleave
 
 MEASURED = ("kernels", "trajectory", "compiled", "attention", "sdt")
 

@@ -16,7 +16,8 @@ ORDER = {
                           ("cache", "trunk"), ("ops", "_info"), ("triton_kernels",)),
     "harmonica_dit": (("cli",), ("demo",), ("__init__",), ("published_routers",), ("load",), ("train",), ("evaluate",),
                       ("pipelines",), ("methods",), ("sample",), ("router",), ("adaptive", "schedule"), ("resample",),
-                      ("fashion",), ("forecaster",), ("validate",), ("models",), ("files", "progress"), ("flops",)),
+                      ("fashion",), ("forecaster",), ("validate",), ("models",), ("flops",), ("costs",),
+                      ("files", "progress", "timing")),
 }
 COMPILED = {"harmonica_kernels._C"}  # has no Python file
 LINES = 350

@@ -2,21 +2,25 @@
 
 import torch
 
+from harmonica_dit.costs import Costs
 from harmonica_dit.flops import count_flops
 from harmonica_dit.forecaster import BranchForecaster, check_order, describe_order
 from harmonica_dit.schedule import Schedule
+from harmonica_dit.validate import check_costs
 
 from .spacing import space
 
 
-def fora(net, steps: int, every: int | None = None, order: int = 0, *, speedup: float | None = None) -> Schedule:
+def fora(net, steps: int, every: int | None = None, order: int = 0, *, speedup: float | None = None,
+         costs: Costs | None = None) -> Schedule:
     """Computes every branch at the steps 0, n, 2n, … and reuses every branch at the others.
 
     Args:
         net: a denoiser, or a traced adapter.
         steps: T.
         every, speedup: exactly one. every: n ≥ 1; 1 caches nothing. speedup: in place of every n-th step as few as it
-            takes for at least this speedup in FLOPs, as evenly spaced as they can be.
+            takes for at least this speedup, as evenly spaced as they can be.
+        costs: what the speedup is in: None is FLOPs; measured seconds, see `harmonica_dit.measure_costs`.
         order: of the forecast of each branch, 0 to 3; 0 repeats (FORA), the others are TaylorSeer's. It is lower where
             too few steps have been computed.
 
@@ -28,6 +32,8 @@ def fora(net, steps: int, every: int | None = None, order: int = 0, *, speedup: 
     """
     check_order(order)
     flops, K = count_flops(net), len(net.branch_names)
+    if costs is not None:
+        check_costs("costs", costs, K)
 
     def make(computed: list[bool], which: str) -> Schedule:
         coefficients = torch.full((steps, K), float(order == 1))  # which every executor knows; they are the first order
@@ -36,4 +42,4 @@ def fora(net, steps: int, every: int | None = None, order: int = 0, *, speedup: 
                         model=net.name, origin=f"FORA, {which}{forecast}",
                         forecaster=BranchForecaster(order) if order > 1 else None)
 
-    return space(steps, flops, make, every=every, speedup=speedup)
+    return space(steps, flops if costs is None else costs, make, every=every, speedup=speedup)

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable
 
-from harmonica_dit.flops import Flops
+from harmonica_dit.costs import Costs
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_one, check_speedup, check_whole
 
 
-def space(steps: int, flops: Flops, make: Callable[[list[bool], str], Schedule], *, every: int | None,
+def space(steps: int, costs: Costs, make: Callable[[list[bool], str], Schedule], *, every: int | None,
           speedup: float | None) -> Schedule:
     """The schedule that `make(computed, which)` makes of the steps that are asked for.
 
     Args:
-        steps: T. flops: of a forward of batch 1.
+        steps: T. costs: what the speedup is in.
         make: computed says of each step whether it is computed, which says the same in words.
         every, speedup: exactly one. every: n ≥ 1, the steps 0, n, 2n, … are computed. speedup: as few steps as it takes
-            for at least this speedup in FLOPs, as evenly spaced as they can be.
+            for at least this speedup, as evenly spaced as they can be.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -27,16 +27,16 @@ def space(steps: int, flops: Flops, make: Callable[[list[bool], str], Schedule],
     if every is not None:
         return make([s % every == 0 for s in range(steps)], f"every {every}")
     check_speedup(speedup)
-    least = speedup * (1 - 1e-9)  # FLOPs are sums of floats
+    least = speedup * (1 - 1e-9)  # costs are sums of floats
     for computed in range(steps, 0, -1):
-        # without what forecasts cost, for which `make` would have to make them
-        if computed > 1 and steps * flops.total < least * (steps * flops.fixed + computed * sum(flops.branches)):
+        # not what forecasts cost, for which `make` would have to make them, but the least that they may
+        if computed > 1 and steps * costs.total < least * (computed * costs.total + (steps - computed) * costs.least):
             continue
         made = make(spread(steps, computed), f"{computed} of {steps} steps")
-        if made.speedup >= least:
+        if made.speedup_by(costs) >= least:
             return made
-    raise ValueError(f"speedup: got {speedup}, expected at most {made.speedup:.4g}, which is that of {steps} steps of "
-                     "which only the first is computed")
+    raise ValueError(f"speedup: got {speedup}, expected at most {made.speedup_by(costs):.4g}, which is that of {steps} "
+                     "steps of which only the first is computed")
 
 
 def spread(steps: int, computed: int) -> list[bool]:

@@ -4,21 +4,22 @@ from functools import partial
 
 import torch
 
+from harmonica_dit.costs import Costs
 from harmonica_dit.flops import Flops, trunk_costs
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_flops
+from harmonica_dit.validate import check_costs
 
 from .spacing import space
 
 
 def trunk_forecast(net, steps: int, *, every: int | None = None, speedup: float | None = None,
-                   order: int = 1, adams: bool = False) -> Schedule:
+                   costs: Costs | None = None, order: int = 1, adams: bool = False) -> Schedule:
     """Computes some steps whole and forecasts the trunk at the others, by Lagrange extrapolation.
 
     Args:
         net: a denoiser, or a traced adapter.
-        steps, every, speedup, order, adams: as in `whole_steps`.
+        steps, every, speedup, costs, order, adams: as in `whole_steps`.
 
     Raises:
         ValueError: an argument is out of range, or the adapter has not been traced, or its trunk cannot be reused; the
@@ -27,19 +28,21 @@ def trunk_forecast(net, steps: int, *, every: int | None = None, speedup: float 
     Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923), which forecasts branch by branch.
     """
     flops, size = trunk_costs(net)
-    return whole_steps(steps, flops, size, every=every, speedup=speedup, order=order, adams=adams,
+    return whole_steps(steps, flops, size, every=every, speedup=speedup, costs=costs, order=order, adams=adams,
                        names=net.branch_names, model=net.name)
 
 
 def whole_steps(steps: int, flops: Flops, size: int, *, every: int | None = None, speedup: float | None = None,
-                order: int = 1, adams: bool = False, names: tuple[str, ...], model: str = "") -> Schedule:
+                costs: Costs | None = None, order: int = 1, adams: bool = False, names: tuple[str, ...],
+                model: str = "") -> Schedule:
     """`trunk_forecast` without a model at hand.
 
     Args:
         steps: T.
         flops: of a forward of batch 1, branch by branch. size: values of one image's trunk state, N·D.
         every, speedup: exactly one. every: n ≥ 1, the steps 0, n, 2n, … are computed. speedup: as few steps as it takes
-            for at least this speedup in FLOPs, as evenly spaced as they can be.
+            for at least this speedup, as evenly spaced as they can be.
+        costs: what the speedup is in: None is FLOPs; measured seconds, see `harmonica_dit.measure_costs`.
         order: of the forecast, 0 to 3; 0 repeats the last state. It is lower where too few steps have been computed.
         adams: forecasts the mean over a step and corrects computed steps likewise, for schedulers of first order; see
             `harmonica_dit.forecaster.taylor`.
@@ -48,10 +51,12 @@ def whole_steps(steps: int, flops: Flops, size: int, *, every: int | None = None
     Raises:
         ValueError: an argument is out of range; the message names it. So few steps may have no such speedup.
     """
-    check_flops(flops, len(names))
+    check_costs("flops", flops, len(names), Flops)
+    if costs is not None:
+        check_costs("costs", costs, len(names))
 
     make = partial(forecast_between, flops=flops, size=size, order=order, adams=adams, names=names, model=model)
-    return space(steps, flops, make, every=every, speedup=speedup)
+    return space(steps, flops if costs is None else costs, make, every=every, speedup=speedup)
 
 
 def forecast_between(computed: list[bool], which: str, *, flops: Flops, size: int, order: int, adams: bool = False,

@@ -1,11 +1,13 @@
 """How a training meets its target: β steers the router there, and at the end a threshold is chosen that meets it."""
 
 import warnings
+from bisect import bisect_left
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from harmonica_dit.flops import Flops
+from harmonica_dit.costs import Costs
 from harmonica_dit.router import Router
 
 WINDOW = 10  # the running mean of the values looks back on about so many trajectories
@@ -16,23 +18,27 @@ class Budget:
     """How much the rows s ≥ 1 of a schedule may compute, as Σ weight·computed, if it is to reach a target.
 
     Args:
-        flops: of a forward of batch 1. steps: T.
-        speedup: the FLOPs speedup to reach. cur: the cache utilization ratio to reach. One of the two is None.
+        costs: what the speedup is in. steps: T.
+        speedup: the speedup to reach. cur: the cache utilization ratio to reach. One of the two is None.
+        forecasts: whether what is reused is forecast.
 
     Raises:
         ValueError: no schedule can reach the target; the message gives the limits.
     """
 
-    def __init__(self, flops: Flops, steps: int, *, speedup: float | None = None, cur: float | None = None):
-        self.speedup, self.cur = speedup, cur
-        K = len(flops.branches)
+    def __init__(self, costs: Costs, steps: int, *, speedup: float | None = None, cur: float | None = None,
+                 forecasts: bool = False):
+        self.costs, self.speedup, self.cur = costs, speedup, cur
+        K = len(costs.branches)
+        costs = costs.forecasting() if forecasts else costs
+        self.exact = cur is not None or costs is self.costs  # a forecast that takes two outputs may not have them
         if speedup is not None:
-            most = steps * flops.total / (flops.total + (steps - 1) * flops.fixed)
+            most = steps * costs.total / (costs.total + (steps - 1) * costs.fixed)
             if not 1 < speedup <= most:
                 raise ValueError(f"target_speedup: got {speedup}, expected a number above 1 and up to {most:.4g}, "
                                  f"where everything after the first of {steps} steps is reused")
-            self.weights = torch.tensor(flops.branches, dtype=torch.float64)
-            allowed = steps * flops.total / speedup - steps * flops.fixed - sum(flops.branches)
+            self.weights = torch.tensor(costs.branches, dtype=torch.float64)
+            allowed = steps * costs.total / speedup - steps * costs.fixed - sum(costs.branches)
         else:
             most = 1 - 1 / steps
             if not 0 < cur <= most:
@@ -56,12 +62,19 @@ class Budget:
 
     def set_threshold(self, router: Router) -> None:
         """Sets the router's threshold, so that its schedule meets the target as nearly as the scores allow."""
-        router.threshold = self.cut(router.scores()[1:])
+        scores = router.scores()[1:]
+        if self.exact:
+            router.threshold = self.cut(scores)
+            return
+        values = scores.double().unique().tolist()
+        cuts = [(a + b) / 2 for a, b in pairwise([0.0, *values, values[-1]])]
+        router.threshold = cuts[bisect_left(cuts, True, key=lambda cut: router.schedule(cut).speedup_by(
+            self.costs) >= self.speedup * (1 - 1e-9))]
 
     def check(self, router: Router) -> None:
         """Warns if the frozen schedule is further than 2 % from the target."""
         schedule = router.schedule()
-        name, got, target = (("target_speedup", schedule.speedup, self.speedup) if self.cur is None
+        name, got, target = (("target_speedup", schedule.speedup_by(self.costs), self.speedup) if self.cur is None
                              else ("target_cur", schedule.cur, self.cur))
         if abs(got - target) > TOLERANCE * target:
             warnings.warn(f"{name}={target:g}: the nearest schedule above it that the scores allow has {got:.4g}",

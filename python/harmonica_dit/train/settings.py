@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from diffusers import SchedulerMixin
 
+from harmonica_dit.costs import Costs
 from harmonica_dit.sample.schedulers import scheduler_name
 from harmonica_dit.validate import check_threshold, check_whole, is_number
 
@@ -31,7 +32,7 @@ class Settings:
     importance_rows: str
     refresh: int
     extrapolation: float | str | None
-    costs: str
+    costs: str | Costs
     compare: str
     guidance: float
     guidance_channels: int | None
@@ -56,10 +57,11 @@ class Settings:
             raise ValueError(f"lr: got {self.lr!r}, expected a number above 0")
         check_threshold(self.threshold)
         for name, known in (("importance", ("paper", "reference", "gain")), ("importance_rows", ("soft", "hard")),
-                            ("costs", ("flops", "ones")), ("compare", ("all", "noise")),
-                            ("autocast", (None, "bfloat16"))):
+                            ("compare", ("all", "noise")), ("autocast", (None, "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
+        if self.costs not in ("flops", "ones", "time") and not isinstance(self.costs, Costs):
+            raise ValueError(f'costs: got {self.costs!r}, expected "flops", "ones", "time" or measured Seconds')
         if not (self.extrapolation is None or self.extrapolation == "learned" or is_number(self.extrapolation)):
             raise ValueError(f"extrapolation: got {self.extrapolation!r}, expected None, a number or 'learned'")
 

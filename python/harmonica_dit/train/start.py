@@ -1,29 +1,36 @@
 """The start of a training (router, optimiser and budget), and its trajectories by their numbers."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from harmonica_dit.costs import Costs, Seconds
+from harmonica_dit.files import check_file
 from harmonica_dit.flops import count_flops
 from harmonica_dit.router import LIMIT, Router
+from harmonica_dit.sample.measure import measure_costs
 from harmonica_dit.sample.schedulers import scheduler_name
 from harmonica_dit.sample.trajectory import FIRST_IMAGE, Trajectory, image_noise, run_eagerly
+from harmonica_dit.validate import check_costs
 
 from .budget import Budget, Steering
 from .checkpoint import Training
 from .settings import Settings
 
 
-def start_training(net, settings: Settings) -> tuple[Training, Budget | None]:
-    """The state before the first trajectory, and the budget, which is None if there is no target."""
+def start_training(net, settings: Settings, costs: Costs) -> tuple[Training, Budget | None]:
+    """The state before the first trajectory, and the budget, which is None if there is no target.
+
+    costs: what a target speedup is in.
+    """
     first = make_trajectory(net, settings, 0)
     T, flops = first.steps, count_flops(net)
     K = len(flops.branches)
-    if settings.costs == "flops" and min(flops.branches) == 0:
-        free = net.branch_names[flops.branches.index(0)]
-        raise ValueError(f'costs: got "flops", but the branch {free!r} costs nothing; use "ones", the same for every '
-                         "branch")
+    if settings.costs != "ones" and min(costs.branches) == 0:
+        free = net.branch_names[costs.branches.index(0)]
+        raise ValueError(f'costs: the branch {free!r} costs nothing; use "ones", the same for every branch')
     device = next(net.parameters()).device
     generator = torch.Generator().manual_seed(settings.seed)
     logits = torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)
@@ -40,9 +47,32 @@ def start_training(net, settings: Settings) -> tuple[Training, Budget | None]:
                                   weight_decay=0)
     budget = steering = None
     if settings.beta is None:
-        budget = Budget(flops, T, speedup=settings.target_speedup, cur=settings.target_cur)
+        budget = Budget(costs, T, speedup=settings.target_speedup, cur=settings.target_cur,
+                        forecasts=settings.extrapolation is not None)
         steering = Steering(budget, T, K, device)
     return Training(router, optimizer, torch.ones(T, device=device), steering, settings.beta), budget
+
+
+def find_costs(net, settings: Settings, folder: Path | None) -> Costs:
+    """What a target speedup is in, by `settings.costs`.
+
+    folder: keeps what is measured, for the same training's next call; None keeps it in the user's cache folder alone.
+    """
+    costs = settings.costs
+    if costs in ("flops", "ones"):
+        return count_flops(net)
+    if costs == "time":
+        kept = folder and folder / "costs.json"
+        if kept and kept.exists():  # measured when this training began, on another machine perhaps
+            costs = Seconds.load(kept)
+        else:
+            if kept:
+                check_file(kept)
+            costs = measure_costs(net, batch=settings.batch, guidance=settings.guidance, scheduler=settings.scheduler)
+            if kept:
+                costs.save(kept)
+    check_costs("costs", costs, len(net.branch_names))
+    return costs
 
 
 def make_trajectory(net, settings: Settings, n: int, executor: Callable = run_eagerly) -> Trajectory:

@@ -12,6 +12,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit.costs import Costs
 from harmonica_dit.router import Router
 from harmonica_dit.sample.trajectory import run_eagerly
 
@@ -21,14 +22,14 @@ from .importance import measure_importance, normalise
 from .loop import run_training
 from .sdt import train_trajectory
 from .settings import Settings, check_weights
-from .start import make_noise, make_trajectory, start_training
+from .start import find_costs, make_noise, make_trajectory, start_training
 from .student import Student, new_executor
 
 
 def train_router(net, *, steps: int = 20, target_speedup: float | None = None, target_cur: float | None = None,
                  beta: float | None = None, trajectories: int = 500, batch: int = 32, lr: float = 1e-2,
                  threshold: float = 0.1, importance: str = "paper", importance_rows: str = "soft",
-                 refresh: int = 500, extrapolation: float | str | None = None, costs: str = "flops",
+                 refresh: int = 500, extrapolation: float | str | None = None, costs: str | Costs = "flops",
                  compare: str = "all", guidance: float | None = None, guidance_channels: int | None = None,
                  scheduler: str | SchedulerMixin | None = None, autocast: str | None = None,
                  checkpointing: bool = False, executor: str = "captured", seed: int = 0,
@@ -38,9 +39,9 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     Args:
         net: a denoiser, see `harmonica_dit.load`.
         steps: T, at least 2.
-        target_speedup, target_cur, beta: exactly one of them. A target is the FLOPs speedup or the cache utilization
-            ratio that the frozen schedule should have; the training finds β and τ for it. beta is β itself, the weight
-            of the cost, in units of the guided output's mean squared error (λ has mean 1).
+        target_speedup, target_cur, beta: exactly one of them. A target is the speedup (see costs) or the cache
+            utilization ratio that the frozen schedule should have; the training finds β and τ for it. beta is β itself,
+            the weight of the cost, in units of the guided output's mean squared error (λ has mean 1).
         trajectories: how many are run; each updates every row once. With a target at least 2, because the first only
             measures, to find β.
         batch: images per trajectory; with guidance the model's batch is twice as large.
@@ -54,7 +55,10 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
         refresh: C; λ is measured again every C denoising steps.
         extrapolation: None repeats cached outputs; a number is the coefficient a of the forecasts; "learned" learns
             one for each entry.
-        costs: c_k, in proportion to "flops" (every branch must have some) or all "ones"; scaled to mean 1.
+        costs: c_k, scaled to mean 1, and what the target speedup is in. "flops": every branch must have some. "time":
+            measured seconds (`measure_costs`) of sampling `batch` images on this device, kept in `out/costs.json`; or
+            what `measure_costs` found for another batch or device. "ones": all alike, and the target is in FLOPs. A
+            target is met as nearly from above as whole entries of the table can.
         compare: the output channels in the loss: "all", the learned variance's too (published code), or "noise" alone.
         guidance, guidance_channels, scheduler: of the trajectories, as in `Trajectory`; None is the model's own. If the
             scheduler is an instance, the router keeps only the name of its class: pass the instance again to sample.
@@ -89,13 +93,14 @@ def train_router(net, *, steps: int = 20, target_speedup: float | None = None, t
     if executor not in ("captured", "eager"):
         raise ValueError(f'executor: got {executor!r}, expected "captured" or "eager"')
     out = None if out is None else Path(out)
-    training, budget = start_training(net, settings)
+    costs = find_costs(net, settings, out)
+    training, budget = start_training(net, settings, costs)
     run = new_executor(net, training.router.steps) if executor == "captured" else run_eagerly
     cache = hk.FeatureCache(training.router.history)  # one for all trajectories: recorded graphs use its memory
     recomputation = checkpoint_bodies(net) if checkpointing else nullcontext()
     with freeze(net), recomputation:
-        return run_training(training, trajectories, lambda: _train_one(net, settings, training, run, cache), out=out,
-                            record=settings.record(net), budget=budget, progress=progress)
+        return run_training(training, trajectories, lambda: _train_one(net, settings, costs, training, run, cache),
+                            out=out, record=settings.record(net), budget=budget, progress=progress)
 
 
 def check_arguments(*, dtype: str | torch.dtype = torch.float32, **arguments) -> None:
@@ -110,11 +115,12 @@ def check_arguments(*, dtype: str | torch.dtype = torch.float32, **arguments) ->
     Settings(**settings)
 
 
-def _train_one(net, settings: Settings, training: Training, executor: Callable,
+def _train_one(net, settings: Settings, costs: Costs, training: Training, executor: Callable,
                cache: hk.FeatureCache) -> dict[str, float]:
     """Measures λ if it is due, runs the next trajectory, and returns the values to log.
 
-    executor: runs the model, see `Trajectory`. cache: the one to work in, see `Student`.
+    costs: what a target speedup is in. executor: runs the model, see `Trajectory`. cache: the one to work in, see
+    `Student`.
     """
     begun, n, router = time.monotonic(), training.trajectory, training.router
     noise = make_noise(net, settings, n).to(training.importance.device)
@@ -123,11 +129,11 @@ def _train_one(net, settings: Settings, training: Training, executor: Callable,
         found = measure_importance(router, make_trajectory(net, settings, n, executor), noise, kind=settings.importance,
                                    rows=settings.importance_rows, cache=cache)
         training.importance = normalise(_check_finite(found, "λ", n))
-    costs = torch.tensor(router.flops.branches if settings.costs == "flops" else [1.0] * len(router.branches))
-    costs = (costs / costs.mean()).to(noise.device)
+    c = torch.tensor([1.0] * len(router.branches) if settings.costs == "ones" else costs.branches)
+    c = (c / c.mean()).to(noise.device)
     beta = training.beta
     student = Student(router, make_trajectory(net, settings, n, executor), noise, cache=cache)
-    measurements = train_trajectory(router, student, training.optimizer, training.importance, costs, beta,
+    measurements = train_trajectory(router, student, training.optimizer, training.importance, c, beta,
                                     threshold=settings.threshold,
                                     channels=net.sample_shape[0] if settings.compare == "noise" else None)
     _check_finite(measurements.losses, "the loss", n)
@@ -138,7 +144,7 @@ def _train_one(net, settings: Settings, training: Training, executor: Callable,
     schedule = router.schedule()
     return dict(trajectory=n, seconds=time.monotonic() - begun, loss=measurements.losses.mean().item(),
                 error=measurements.errors.mean().item(), beta=beta or 0.0, threshold=router.threshold,
-                cur=schedule.cur, speedup=schedule.speedup)
+                cur=schedule.cur, speedup=schedule.speedup_by(costs))
 
 
 def _check_finite(values: Tensor, what: str, n: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harmonica_dit.costs import Seconds
 from harmonica_dit.flops import Flops
 from harmonica_dit.router import Router
 from harmonica_dit.train.budget import Budget, Steering
@@ -39,6 +40,25 @@ def test_cur_as_well(seed, target):
     router = router_of(torch.rand(5, 3, generator=torch.Generator().manual_seed(seed)) * 0.98 + 0.01)
     Budget(FLOPS, 6, cur=target).set_threshold(router)
     assert target - 1e-6 <= router.schedule().cur < target + 1 / 18 + 1e-6
+
+
+@pytest.mark.parametrize("forecasts", [False, True])
+@pytest.mark.parametrize("target", [1.2, 1.5, 2.0, 3.0])
+def test_a_target_in_measured_seconds_is_met_to_two_percent(target, forecasts):
+    """By a made-up table, with as many entries as a model has; in FLOPs the schedule is elsewhere."""
+    flops, seconds = Flops((1.0,) * 24, 0.0), Seconds((3.0, 1.0) * 12, 2.0, 0.1, 1.0)
+    router = Router(torch.randn(20, 24, generator=torch.Generator().manual_seed(0)), tuple(map(str, range(24))), flops,
+                    tuple(range(20)), extrapolation=torch.ones(20, 24) if forecasts else None)
+    budget = Budget(seconds, 20, speedup=target, forecasts=forecasts)
+    budget.set_threshold(router)
+    schedule = router.schedule()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        budget.check(router)
+    assert target <= schedule.speedup_by(seconds) < 1.02 * target
+    assert abs(schedule.speedup - target) > 0.02 * target
+    lower = router.schedule(router.scores()[~schedule.compute].max().item() - 1e-6)  # the next entry is computed too
+    assert lower.compute.sum() == schedule.compute.sum() + 1 and lower.speedup_by(seconds) < target
 
 
 def test_rounding_costs_no_entry():

@@ -203,7 +203,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training(net, tmp_pa
     (dict(beta=1.0, lr=0.0), "lr"), (dict(beta=1.0, lr=float("nan")), "lr"),
     (dict(beta=1.0, threshold=1.5), "threshold"), (dict(beta=1.0, seed=-1), "seed"),
     (dict(beta=1.0, importance="soft"), "importance"), (dict(beta=1.0, importance_rows="x"), "importance_rows"),
-    (dict(beta=1.0, costs="time"), "costs"), (dict(beta=1.0, compare="x"), "compare"),
+    (dict(beta=1.0, costs="x"), "costs: got 'x'"), (dict(beta=1.0, compare="x"), "compare"),
     (dict(beta=1.0, extrapolation="yes"), "extrapolation"), (dict(beta=1.0, extrapolation=float("inf")),
                                                              "extrapolation"),
     (dict(beta=1.0, scheduler="nonsense"), "scheduler"), (dict(beta=1.0, guidance=float("nan")), "guidance"),

@@ -1,0 +1,125 @@
+"""What steps take on this device: measured on trajectories once, and kept on disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from harmonica_dit.costs import Seconds
+from harmonica_dit.files import check_file
+from harmonica_dit.flops import Flops, count_flops
+from harmonica_dit.forecaster import taylor
+from harmonica_dit.schedule import Schedule
+from harmonica_dit.timing import device_name, interleave, medians, steady_clock
+from harmonica_dit.validate import check_whole
+
+from .sampling import denoise
+from .trajectory import Trajectory, image_noise
+
+STEPS = 6  # of a measured trajectory, the first one or two of which are computed: the others should weigh more
+
+
+def measure_costs(net, *, batch: int, guidance: float | None = None, scheduler=None, rounds: int = 5,
+                  path: str | os.PathLike | None = None) -> Seconds:
+    """What each branch and a skipped step take on the device of `net`; read from a file where they are known already.
+
+    Short trajectories are timed in turn, run as `sample` does by default: with everything computed, with everything
+    repeated or forecast after the first steps, and with branches of one kind computed alone. Of a kind are branches of
+    as many FLOPs whose names end alike. What all branches take together is shared out in proportion to what the kinds
+    take alone.
+
+    Args:
+        net: a denoiser, see `harmonica_dit.load`.
+        batch: images at a time; with guidance the model's batch is twice as large.
+        guidance, scheduler: of the trajectories; None is the model's own.
+        rounds: each times every trajectory once; medians count.
+        path: file of the table. None is one in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache), named by device,
+            threads, model, dtype, shape, batch, guidance, scheduler and torch's version.
+
+    Raises:
+        ValueError: an argument is out of range, or the file in `path` was measured on something else; the message names
+            it.
+        OSError: the file cannot be written.
+        RuntimeError: the branches take too little time to be told from noise.
+    """
+    for name, value in (("batch", batch), ("rounds", rounds)):
+        check_whole(name, value, 1)
+    flops, weight = count_flops(net), next(net.parameters())
+    labels = (torch.arange(batch) % net.num_classes).to(weight.device)
+    trajectory = Trajectory(net, labels, steps=STEPS, guidance=guidance, scheduler=scheduler)
+    where = dict(device=device_name(weight.device), model=net.name, flops=flops.total, dtype=str(weight.dtype),
+                 shape=list(net.sample_shape), batch=batch, guidance=trajectory.model.scale,
+                 scheduler=trajectory.scheduler_name, torch=torch.__version__)
+    if weight.device.type == "cpu":
+        where["threads"] = torch.get_num_threads()
+    path = kept_at(where) if path is None else Path(path)
+    if path.exists():
+        return _read(path, where)
+    check_file(path)
+    kinds: dict[tuple[float, str], list[int]] = {}
+    for k, (count, name) in enumerate(zip(flops.branches, net.branch_names)):
+        kinds.setdefault((count, name.rpartition(".")[2]), []).append(k)
+    schedules = _schedules(net, flops, trajectory.steps, list(kinds.values()))
+    noise = image_noise(0, 0, batch, net.sample_shape).to(weight.device)
+    calls = {name: lambda made=made: denoise(trajectory.fork(), noise, made) for name, made in schedules.items()}
+    seconds = interleave(calls, rounds, warmup=2, device=weight.device, clock=steady_clock())
+    costs = _table(medians(seconds), schedules, list(kinds.values()), where)
+    costs.save(path)
+    return costs
+
+
+def kept_at(where: dict) -> Path:
+    """The file in the user's cache folder of what was measured on `where`."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "harmonica" / f"costs-{hashlib.sha256(json.dumps(where).encode()).hexdigest()[:16]}.json"
+
+
+def _read(path: Path, where: dict) -> Seconds:
+    costs = Seconds.load(path)
+    for name, value in where.items():
+        if costs.where.get(name) != value:
+            raise ValueError(f"path: {path} was measured with {name}={costs.where.get(name)!r}, here it is {value!r}; "
+                             "give another file, or remove it to measure again")
+    return costs
+
+
+def _schedules(net, flops: Flops, steps: int, kinds: Sequence[list[int]]) -> dict[str, Schedule | None]:
+    """The trajectories that are timed: after their computed steps, all others are alike."""
+    def make(computed: int, kind: Sequence[int] = (), **how) -> Schedule:
+        compute = torch.zeros(steps, len(flops.branches), dtype=torch.bool)
+        compute[:computed] = True
+        compute[:, kind] = True
+        return Schedule(compute, net.branch_names, flops, **how)
+
+    forecast = torch.ones(steps, len(flops.branches))
+    trunk = taylor([s < 2 for s in range(steps)], 1, net.tokens * net.width)
+    return {"computed": None, "repeated": make(1), "forecast": make(2, extrapolation=forecast),
+            "trunk": make(2, forecaster=trunk)} | {f"kind {i}": make(1, kind) for i, kind in enumerate(kinds)}
+
+
+def _table(seconds: dict[str, float], schedules: dict[str, Schedule | None], kinds: Sequence[list[int]],
+           where: dict) -> Seconds:
+    """What explains the trajectories' times."""
+    T, K = schedules["repeated"].compute.shape
+    total = seconds["computed"] / T
+
+    def other_step(name: str) -> float:
+        """Of the trajectory, a step after the computed ones."""
+        computed = int(schedules[name].compute.all(1).sum())
+        return (seconds[name] - computed * total) / (T - computed) if computed < T else total
+
+    fixed = other_step("repeated")
+    alone = [(other_step(f"kind {i}") - fixed) / len(kind) for i, kind in enumerate(kinds)]
+    if min(*alone, fixed, total - fixed) <= 0:
+        raise RuntimeError(f"net: what its branches take cannot be told from noise: {total:.3g} s a step computed, "
+                           f"{fixed:.3g} s repeated; measure more rounds or a larger batch, on a quiet machine")
+    scale = (total - fixed) / sum(one * len(kind) for one, kind in zip(alone, kinds))
+    branches = [0.0] * K
+    for one, kind in zip(alone, kinds):
+        for k in kind:
+            branches[k] = scale * one
+    forecast, trunk = (other_step("forecast") - fixed) / K, other_step("trunk")
+    return Seconds(tuple(branches), fixed, max(0.0, forecast), max(0.0, trunk), where)
