@@ -47,11 +47,8 @@ def test_sdt(measured, replay, candidate):
 
 
 def measure(dtype: str, model: str, images: int, steps: int, depth: int | None, rounds: int, warmup: int) -> Measured:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports once, before each process counts its own memory
     made = dict(model=model, images=images, steps=steps, depth=depth, dtype=dtype, device="cpu")
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        peaks = dict(zip(LOOPS, pool.starmap(peak, [(loop, made) for loop in LOOPS], chunksize=1)))
+    peaks = dict(zip(LOOPS, peaks_of([(loop, made) for loop in LOOPS])))
     problem, losses = Problem(**made), {}
 
     def run(loop: str):
@@ -66,6 +63,14 @@ def measure(dtype: str, model: str, images: int, steps: int, depth: int | None, 
                        time_over_ours=median(own / ours for own, ours in zip(seconds[loop], seconds["ours"])),
                        peak_gib=peaks[loop] / 2**30, ours_over_peak=peaks["ours"] / peaks[loop]) for loop in LOOPS}
     return Measured(f"{model}, {dtype}", seconds, rows)
+
+
+def peaks_of(runs: list[tuple[str, dict]]) -> list[int]:
+    """`peak` of each, one after the other."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports once, before each process counts its own memory
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        return pool.starmap(peak, runs, chunksize=1)
 
 
 def peak(loop: str, made: dict) -> int:

@@ -7,12 +7,24 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import bench_caches, bench_forward, bench_models, bench_quantized, bench_residual_norm, other_caches
+from bench import (
+    bench_caches,
+    bench_forward,
+    bench_models,
+    bench_overhead,
+    bench_quantized,
+    bench_residual_norm,
+    other_caches,
+    sdt_models,
+)
 from bench.bench_sdt import resident
 from bench.diffusers_models import MODELS
 from bench.problems import random_schedule
 from bench.record import installed_version, table
+from bench.sdt_loops import LEARNING_TO_CACHE, Problem
+from bench.sdt_models import PIXART
 from harmonica_dit.flops import Flops
+from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.schedule import Schedule
 
 
@@ -26,6 +38,36 @@ def use_memory(size: int) -> int:
     before = resident()
     torch.ones(size, dtype=torch.uint8)
     return resident() - before
+
+
+@pytest.mark.parametrize("layers, whole", [(None, lambda one, two: one + 27 * (two - one)), (1, lambda one, _: one)])
+def test_what_a_router_costs_is_scaled_from_one_block_and_two(monkeypatch, layers, whole):
+    """Of the seconds and bytes that are found; the model's own numbers are those of 28 blocks."""
+    took = {"ours": (2.0, 3.0), "published": (4.0, 7.0), LEARNING_TO_CACHE: (5.0, 8.0)}
+    monkeypatch.setattr(bench_overhead, "peaks_of", lambda runs: [took[r][m["depth"] - 1] * 2**30 for r, m in runs])
+    monkeypatch.setattr(bench_overhead, "interleave", lambda calls, *_, **__: {
+        (loop, i): [4 * took[loop][i]] for loop, i in calls})
+    rows = bench_overhead.measure("DiT-S/8", images=1, steps=5, rounds=1, warmup=0, layers=layers).rows
+    for loop, pair in took.items():
+        row = rows[loop]
+        assert row["seconds"] == row["peak_gib"] == whole(*pair) and row["rows"] == 2
+        assert row["time_over_ours"] == pytest.approx(1 / row["ours_over_peak"]) == whole(*pair) / whole(*took["ours"])
+    with torch.device("meta"):
+        net = DiT(**CONFIGS["DiT-S/8"] | dict(depth=28 if layers is None else 1))
+    assert row["parameters_share"] == 20 * len(net.branches) / sum(p.numel() for p in net.parameters())
+    assert 0 < row["flops_share"] < 1e-4
+
+
+@pytest.mark.parametrize("model", ["DiT-S/8", PIXART])
+def test_every_loop_of_sdt_does_the_same_work(monkeypatch, model):
+    """Beyond the first update too. Learning-to-Cache is another method."""
+    monkeypatch.setattr(sdt_models, "HEADS", 1)
+    problem = Problem(model, images=1, steps=3, depth=1, dtype="float32", device="cpu")
+    ours = torch.tensor(problem.run("ours"))
+    for loop in ("plain", "published"):
+        torch.testing.assert_close(torch.tensor(problem.run(loop)), ours, rtol=1e-2, atol=0)
+    theirs = torch.tensor(problem.run(LEARNING_TO_CACHE))
+    assert theirs.isfinite().all() and len(theirs) == 2 and not torch.allclose(theirs, ours, rtol=1e-2)
 
 
 @pytest.fixture(scope="module")
