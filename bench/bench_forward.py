@@ -17,17 +17,14 @@ from statistics import median
 import pytest
 import torch
 
-import harmonica_dit
 import harmonica_kernels as hk
-from bench.problems import Plain, random_schedule
+from bench.problems import Plain, random_dit, random_schedule
 from bench.record import cell
 from bench.replay import Measured
 from bench.timing import add_time, branch_seconds
-from harmonica_dit.fashion import FASHION
 from harmonica_dit.flops import count_flops
 from harmonica_dit.forecaster import TrunkForecaster
 from harmonica_dit.methods import fora, trunk_forecast
-from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.sample import Trajectory, denoise, image_noise
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.timing import interleave, medians
@@ -76,14 +73,7 @@ def learned_like(schedule: Schedule, width: int) -> Schedule:
 @torch.inference_mode()
 def measure(name: str, images: int, steps: int, rounds: int, warmup: int, depth: int | None) -> Measured:
     """depth: of a model with random weights, in place of its own."""
-    if name == "fashion-dit":
-        net, config = harmonica_dit.load(name), FASHION
-    else:
-        torch.manual_seed(0)
-        config = CONFIGS[name] | dict(input_size=32, in_channels=4) | ({} if depth is None else dict(depth=depth))
-        net = DiT(**config, name=name).eval().requires_grad_(False)
-        for p in net.parameters():
-            p.normal_(std=0.02)
+    net, config = random_dit(name, depth)
     labels, noise = torch.arange(images) % net.num_classes, image_noise(0, 0, images, net.sample_shape)
     plain, ours = (Trajectory(model, labels, steps=steps) for model in (Plain(net, torch.float32, config), net))
     schedules = {kind: make(net, steps) for kind, make in SCHEDULES.items()}

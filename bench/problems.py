@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+import harmonica_dit
+from harmonica_dit.fashion import FASHION
 from harmonica_dit.flops import Flops
-from harmonica_dit.models import DiT
+from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.schedule import Schedule
 from support.plain_dit import PlainDiT
 
@@ -18,6 +20,18 @@ def random_weights(model: nn.Module, seed: int = 0) -> nn.Module:
         std = 0.3 if parameter.dim() < 2 else parameter[0].numel() ** -0.5
         parameter.data.normal_(std=std, generator=generator)
     return model.eval().requires_grad_(False)
+
+
+def random_dit(name: str, depth: int | None = None) -> tuple[DiT, dict]:
+    """A DiT and its configuration. Of the bundled one the weights are its own, and depth is not used."""
+    if name == "fashion-dit":
+        return harmonica_dit.load(name), FASHION
+    torch.manual_seed(0)
+    config = CONFIGS[name] | dict(input_size=32, in_channels=4) | ({} if depth is None else dict(depth=depth))
+    net = DiT(**config, name=name).eval().requires_grad_(False)
+    for p in net.parameters():
+        p.normal_(std=0.02)
+    return net, config
 
 
 def random_schedule(branches: Sequence[str], flops: Flops, steps: int, cur: float, seed: int = 0) -> Schedule:

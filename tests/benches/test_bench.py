@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bench import (
     bench_caches,
+    bench_costs,
     bench_forward,
     bench_models,
     bench_overhead,
@@ -23,6 +24,7 @@ from bench.problems import random_schedule
 from bench.record import installed_version, table
 from bench.sdt_loops import LEARNING_TO_CACHE, Problem
 from bench.sdt_models import PIXART
+from harmonica_dit.costs import Seconds
 from harmonica_dit.flops import Flops
 from harmonica_dit.models import CONFIGS, DiT
 from harmonica_dit.schedule import Schedule
@@ -38,6 +40,20 @@ def use_memory(size: int) -> int:
     before = resident()
     torch.ones(size, dtype=torch.uint8)
     return resident() - before
+
+
+def test_a_table_and_a_clock_are_set_side_by_side(monkeypatch):
+    """By made-up times: the clock is a tenth slower than the table, but where everything is computed."""
+    table = Seconds((3.0, 1.0) * 8, 1.0, 0.1, 0.5)
+    monkeypatch.setattr(bench_costs, "measure_costs", lambda net, **_: table)
+    monkeypatch.setattr(bench_costs, "interleave", lambda calls, *_, **__: {name: [
+        12 * table.total if call.__defaults__[0] is None else 1.1 * table.of_trajectory(call.__defaults__[0])]
+        for name, call in calls.items()})
+    found = bench_costs.measure("fashion-dit", **bench_costs.TINY | dict(steps=12))
+    assert len(found.rows) == len(found.seconds) - 1 == 12
+    for name, row in found.rows.items():
+        assert row["clock_over_table"] == pytest.approx(1 / 1.1)
+        assert row["asked"] <= row["table"] < row["asked"] * (1.02 if name.startswith("router") else 1.2)
 
 
 @pytest.mark.parametrize("layers, whole", [(None, lambda one, two: one + 27 * (two - one)), (1, lambda one, _: one)])

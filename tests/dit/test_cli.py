@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 import harmonica_dit.cli
 from harmonica_dit import demo
-from harmonica_dit.costs import Seconds
 from harmonica_dit.evaluate import compare, read_schedule, samples
 from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import Flops
@@ -200,33 +199,6 @@ def test_a_forecaster_is_trained_sampled_with_and_shown(tmp_path):
     assert harmonica("show", file, "--out", tmp_path / "table.png").exit_code == 0
 
 
-@pytest.fixture
-def seconds(monkeypatch):
-    """What is measured, wherever it is: attention takes long."""
-    table = Seconds((8.0, 1.0) * 8, 1.0, 0.1, 2.0)
-    for module in ("harmonica_dit.cli", "harmonica_dit.train.start"):
-        monkeypatch.setattr(f"{module}.measure_costs", lambda net, **_: table)
-    return table
-
-
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_speedup_in_time(tmp_path, monkeypatch, seconds, kept):
-    """Of a router, of a forecaster; measured now, or read from a file."""
-    file = tmp_path / "measured.json"
-    seconds.save(file)
-    costs = file if kept else "time"
-    result = harmonica("train", *TINY, "--target-speedup", 1.5, "--costs", costs, "--out", tmp_path / "router")
-    schedule = read_schedule(tmp_path / "router" / "router.safetensors")
-    assert result.exit_code == 0 and schedule.speedup_by(seconds) >= 1.5 - 1e-9, result.output
-    assert f"in time by what was measured {schedule.speedup_by(seconds):.2f}×" in " ".join(result.output.split())
-    monkeypatch.setattr("harmonica_dit.cli.train_forecaster", partial(train_forecaster, images=2, held_out=2))
-    result = harmonica("train", "--forecast", "uncached", "--steps", 4, "--iterations", 1, "--batch", 2,
-                       "--target-speedup", 1.5, "--costs", costs, "--out", tmp_path / "forecast")
-    schedule = Schedule.load(tmp_path / "forecast" / "forecast.safetensors")
-    assert result.exit_code == 0 and schedule.compute[:, 0].sum() == 2, result.output  # 4·73 / (2·73 + 2·2)
-    assert f"measured {schedule.speedup_by(seconds):.2f}×" in " ".join(result.output.split())
-
-
 @pytest.mark.parametrize("option", ["--beta", "--trajectories", "--threshold"])
 def test_a_routers_option_beside_a_forecaster_is_refused(tmp_path, option):
     result = harmonica("train", "--forecast", "accurate", "--out", tmp_path, option, "1")
@@ -271,9 +243,6 @@ def test_demo_leaves_its_pictures(tmp_path):
     (["train", "--steps", "0"], "steps"),
     (["train", "--target-speedup", "0.5"], "target_speedup"),
     (["train", "--extrapolation", "perhaps"], "--extrapolation"),
-    (["train", "--costs", "much"], "costs"),
-    (["train", "--costs", "nowhere.json"], "nowhere.json"),
-    (["train", "--forecast", "accurate", "--costs", "ones"], "--costs"),
     (["compare", "--samples", "0"], "--samples"),
     (["compare", "--processes", "0"], "--processes"),
     (["compare", "--method", "magic"], "method: got 'magic', expected one of"),
