@@ -23,12 +23,13 @@ from torch import Tensor
 import harmonica_dit
 from bench import ROOT
 from bench.record import machine, moment
-from harmonica_dit.demo import fashion_judge
 from harmonica_dit.evaluate import Method, from_file, rmse
+from harmonica_dit.evaluate.bootstrap import RESAMPLES
+from harmonica_dit.evaluate.fashion import fashion_judge
 from harmonica_dit.evaluate.samples import Samples
 from harmonica_dit.evaluate.solvers import EVERY, SOLVERS, SPACINGS, every_nth, solver
 from harmonica_dit.fashion import FORECASTS, data
-from harmonica_dit.fashion.classifier import JUDGES
+from harmonica_dit.fashion.classifier import JUDGES, load_classifier
 from harmonica_dit.files import replacement
 from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.progress import progress_bar
@@ -37,7 +38,6 @@ RESULTS = ROOT / "bench" / "results"
 CHOSEN = RESULTS / "solvers-cpu.json"  # the rivals' settings
 ACCURATE = "DPM-Solver++, 40 steps"
 STEPS, GUIDANCE, BATCH = 20, 1.5, 100
-RESAMPLES = 200  # of the bootstrap
 NEIGHBOURS = 5  # of precision and recall
 
 def methods(net, files: Sequence[Path] = ()) -> Iterator[Method]:
@@ -77,29 +77,16 @@ def measure(method: Method, samples: Samples, seed: int, references: dict[str, T
     row["judges"] = {}
     for name in JUDGES:
         judge = fashion_judge(name)
-        features = torch.cat([judge.features(part) for part in images.split(BATCH)])
-        judge.add(features, labels)
+        for part, asked in zip(images.split(BATCH), labels.split(BATCH)):
+            judge.update(part, asked)
         row["judges"][name] = dict(frechet=judge.frechet_distance, accuracy=judge.label_accuracy,
-                                   resampled=resampled(name, features, labels))
+                                   resampled=judge.draws()["frechet"].tolist())
     if real is not None:
-        from prdc import compute_prdc  # which needs scikit-learn
+        from prdc import compute_prdc
 
-        found = compute_prdc(real.numpy(), features.numpy(), NEIGHBOURS)
+        found = compute_prdc(real.numpy(), judge.kept.stack().numpy(), NEIGHBOURS)
         row |= dict(precision=float(found["precision"]), recall=float(found["recall"]))
     return row
-
-
-def resampled(judge_name: str, features: Tensor, labels: Tensor) -> list[float]:
-    """Fréchet distances of samples drawn with replacement, by the same draws for every method."""
-    generator, distances = torch.Generator().manual_seed(0), []
-    judge = fashion_judge(judge_name)
-    judge.frechet.reset_real_features = False
-    for _ in range(RESAMPLES):
-        drawn = torch.randint(len(labels), (len(labels),), generator=generator)
-        judge.frechet.reset()
-        judge.add(features[drawn], labels[drawn])
-        distances.append(judge.frechet_distance)
-    return distances
 
 
 def add_intervals(rows: list[dict]) -> None:
@@ -139,7 +126,7 @@ def table(net, args) -> None:
                   for name, of in (("uncached", "DDIM, 20 steps"), ("accurate", ACCURATE))}
     real = None
     if (data.FOLDER / "t10k-images-idx3-ubyte.gz").exists():
-        real = fashion_judge(JUDGES[1]).features(data.load("test")[0][: args.samples])
+        real = load_classifier(JUDGES[1]).features(data.load("test")[0][: args.samples])
     rows = [measure(method, samples, args.seed, references, real)
             for method in track(chosen(everything.values(), args.only), "judging")]
     add_intervals(rows)

@@ -10,13 +10,13 @@ import torch
 from rich.console import Console
 
 import harmonica_dit
-from harmonica_dit.evaluate import Judge, Method, fora_methods, from_file
+from harmonica_dit.evaluate import Method, fora_methods, from_file
+from harmonica_dit.evaluate.fashion import fashion_judge
 from harmonica_dit.evaluate.heat_maps import plot
 from harmonica_dit.evaluate.pictures import image_grid
 from harmonica_dit.evaluate.plots import plot_tradeoff
 from harmonica_dit.evaluate.report import compare_with_bar, table
 from harmonica_dit.fashion import CURVE
-from harmonica_dit.fashion.classifier import load_classifier, reference_of
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import replacement
 from harmonica_dit.methods import trunk_forecast
@@ -84,11 +84,6 @@ def run(out: str | os.PathLike, console: Console, *, iterations: int = 60, image
     console.print("Trained now is the first; the other learned forecasts, and the router, are bundled.")
     console.print(f"[bold]3.[/] Look at {out / 'grid.png'}, {out / 'router.png'} and {out / 'tradeoff.png'}")
     return rows
-
-
-def fashion_judge(name: str = "plain") -> Judge:
-    """A judge of the bundled model's samples, see `harmonica_dit.fashion.classifier.JUDGES`."""
-    return Judge(load_classifier(name), reference_of(name))
 
 
 def _heading(row: dict) -> str:

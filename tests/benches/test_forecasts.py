@@ -17,8 +17,8 @@ def fashion():
 
 
 def test_the_table_holds_together(fashion, tmp_path, monkeypatch):
-    monkeypatch.setattr("harmonica_dit.evaluate.metrics.MIN_FRECHET", 2)
-    monkeypatch.setattr(forecasts, "RESAMPLES", 5)
+    monkeypatch.setattr("harmonica_dit.evaluate.metrics.Judge._enough", True)
+    monkeypatch.setattr("harmonica_dit.evaluate.bootstrap.RESAMPLES", 5)
     monkeypatch.setattr(forecasts, "ACCURATE", "DPM-Solver++, 20 steps")  # cheaper
     monkeypatch.setattr(forecasts.data, "FOLDER", tmp_path)  # no data set: no precision and recall
     names = ["DDIM, 20 steps", "trunk, n = 5, Adams", "branches, n = 5, order 2", "DDIM, 4 steps"]

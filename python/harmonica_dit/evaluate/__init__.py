@@ -1,7 +1,11 @@
 """How good and how fast cached sampling is, in figures and in pictures."""
 
+from .bootstrap import interval
 from .compare import compare
-from .metrics import Judge, psnr, rmse
+from .extractors import Inception, load_clip
+from .metrics import Judge, image_errors, psnr, rmse
 from .named_methods import Method, fewer_steps, fora_methods, from_file, read_schedule
+from .reference import Reference
 
-__all__ = ["Judge", "Method", "compare", "fewer_steps", "fora_methods", "from_file", "psnr", "read_schedule", "rmse"]
+__all__ = ["Inception", "Judge", "Method", "Reference", "compare", "fewer_steps", "fora_methods",
+           "from_file", "image_errors", "interval", "load_clip", "psnr", "read_schedule", "rmse"]

@@ -1,9 +1,9 @@
 """Two small classifiers of Fashion-MNIST: the judges of the bundled model's samples.
 
-Their features stand in for Inception's in the Fréchet distance; their labels tell whether a sample shows the class
-asked for. The second, of another architecture and seed, is there to confirm the order that the first finds.
-`python -m harmonica_dit.fashion.classifier train NAME` writes the weights of one (fp16) into weights/, the training
-record beside it, and the reference: mean and covariance of its features over the 60,000 training images.
+Their features stand in for Inception's in the metrics; their labels tell whether a sample shows the class asked for.
+The second, of another architecture and seed, is there to confirm the order that the first finds.
+`python -m harmonica_dit.fashion.classifier train NAME` writes the weights of one (fp16) into weights/, and the training
+record beside it; `harmonica_dit.evaluate.fashion` then writes what it sees in the real images.
 """
 
 import argparse
@@ -33,15 +33,53 @@ def reference_of(name: str) -> Path:
     return FOLDER / weights_of(name).name.replace("classifier", "reference")
 
 
+def floor_of(name: str) -> Path:
+    """The file of what the test images score in a bundled classifier's eyes."""
+    return reference_of(name).with_name(reference_of(name).name.replace("reference", "floor")).with_suffix(".json")
+
+
 def _convolution(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
                          nn.MaxPool2d(2))
 
 
-class FashionClassifier(nn.Module):
+class _Classifier(nn.Module):
+    """A body whose parts run one after the other, ending in `num_features` features, and a linear head.
+
+    Spatial features are the first 7 channels of the 7×7 map between the parts, as sFID takes 7 channels of a map of
+    Inception's (Nash et al., 2021, arXiv 2103.03841).
+    """
+
+    num_features: int
+    num_labels, num_spatial = len(data.CLASSES), 7 * 7 * 7
+    body: nn.Sequential
+    map_after: int  # so many parts of the body
+
+    def features(self, images: Tensor) -> Tensor:
+        """[n, F] for images [n, 1, 28, 28] in [-1, 1]."""
+        return self.body(images)
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [n, F], spatial features [n, 343] and logits [n, 10] for images [n, 1, 28, 28] in [-1, 1].
+
+        Raises:
+            ValueError: the images have another shape.
+        """
+        if images.shape[1:] != (1, 28, 28):
+            raise ValueError(f"images: got shape {tuple(images.shape)}, expected [n, 1, 28, 28] as in Fashion-MNIST")
+        at_places = self.body[: self.map_after](images)
+        features = self.body[self.map_after :](at_places)
+        return features, at_places[:, :7].flatten(1), self.head(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [n, 10] for images [n, 1, 28, 28] in [-1, 1]."""
+        return self.head(self.features(images))
+
+
+class FashionClassifier(_Classifier):
     """Three 3×3 convolutions, a feature vector of 96, a linear head: 0.14 M parameters."""
 
-    num_features = 96
+    name, num_features, map_after = "bundled classifier", 96, 2
 
     def __init__(self):
         super().__init__()
@@ -49,14 +87,6 @@ class FashionClassifier(nn.Module):
                                   nn.Dropout(0.2), nn.Linear(96 * 3 * 3, self.num_features, bias=False),
                                   nn.BatchNorm1d(self.num_features), nn.ReLU())
         self.head = nn.Linear(self.num_features, len(data.CLASSES))
-
-    def features(self, images: Tensor) -> Tensor:
-        """[n, 96] for images [n, 1, 28, 28] in [-1, 1]."""
-        return self.body(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, 10] for images [n, 1, 28, 28] in [-1, 1]."""
-        return self.head(self.features(images))
 
 
 class _Residual(nn.Module):
@@ -72,10 +102,10 @@ class _Residual(nn.Module):
         return F.silu(self.inner(x) + self.beside(x))
 
 
-class ResidualClassifier(nn.Module):
+class ResidualClassifier(_Classifier):
     """Three residual blocks, the mean over the image as a feature vector of 80, a linear head: 0.11 M parameters."""
 
-    num_features = 80
+    name, num_features, map_after = "second bundled classifier", 80, 5
 
     def __init__(self):
         super().__init__()
@@ -83,14 +113,6 @@ class ResidualClassifier(nn.Module):
                                   _Residual(20, 20, 2), _Residual(20, 40, 2), _Residual(40, self.num_features, 2),
                                   nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(self.num_features, len(data.CLASSES))
-
-    def features(self, images: Tensor) -> Tensor:
-        """[n, 80] for images [n, 1, 28, 28] in [-1, 1]."""
-        return self.body(images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, 10] for images [n, 1, 28, 28] in [-1, 1]."""
-        return self.head(self.features(images))
 
 
 def make_classifier(name: str) -> FashionClassifier | ResidualClassifier:
@@ -115,7 +137,7 @@ def load_classifier(name: str = "plain", path: Path | None = None) -> FashionCla
 
 def train(name: str = "plain", folder=data.FOLDER, out: Path | None = None, epochs: int = 8, batch: int = 128,
           lr: float = 4e-3, seed: int = 0) -> dict:
-    """Trains a classifier, writes the three files, and returns the record with the written file's test accuracy.
+    """Trains a classifier, writes both files, and returns the record with the written file's test accuracy.
 
     AdamW with a one-cycle rate and label smoothing 0.05. Images are mirrored and moved by up to two pixels at random.
     """
@@ -142,9 +164,6 @@ def train(name: str = "plain", folder=data.FOLDER, out: Path | None = None, epoc
     with torch.inference_mode():
         test_images, test_labels = data.load("test", folder)
         predicted = torch.cat([shipped(part).argmax(1) for part in test_images.split(1000)])
-        features = torch.cat([shipped.features(part) for part in images.split(1000)]).double()
-    save_tensors(out.with_name(reference_of(name).name),
-                 {"mean": features.mean(0), "covariance": features.T.cov()}, {"count": len(features)})
     record = dict(test_accuracy=(predicted == test_labels).double().mean().item(), measured_on="the fp16 file",
                   parameters=sum(p.numel() for p in net.parameters()), epochs=epochs, batch=batch, lr=lr, seed=seed,
                   torch=torch.__version__, minutes=round((time.monotonic() - start) / 60, 1))

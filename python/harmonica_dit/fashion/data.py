@@ -21,8 +21,8 @@ def _idx(path: Path) -> torch.Tensor:
     return torch.from_numpy(values.reshape(sizes).copy())
 
 
-def load(split: str, folder: str | os.PathLike = FOLDER) -> tuple[torch.Tensor, torch.Tensor]:
-    """(images [n,1,28,28] float32 in [-1,1], labels [n] int64) of `split`, "train" or "test".
+def files(split: str, folder: str | os.PathLike = FOLDER) -> list[Path]:
+    """The two files of `split`, "train" or "test": images and labels.
 
     Raises:
         FileNotFoundError: the folder has no such file; the message says where to get the data.
@@ -33,4 +33,14 @@ def load(split: str, folder: str | os.PathLike = FOLDER) -> tuple[torch.Tensor, 
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: `apt-get install dataset-fashion-mnist`, or name the folder "
                                     "that holds the four idx files")
+    return paths
+
+
+def load(split: str, folder: str | os.PathLike = FOLDER) -> tuple[torch.Tensor, torch.Tensor]:
+    """(images [n,1,28,28] float32 in [-1,1], labels [n] int64) of `split`, "train" or "test".
+
+    Raises:
+        FileNotFoundError: as in `files`.
+    """
+    paths = files(split, folder)
     return _idx(paths[0]).unsqueeze(1).float() / 127.5 - 1, _idx(paths[1]).long()
