@@ -1,10 +1,8 @@
 """The command `harmonica`."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
@@ -12,23 +10,38 @@ from typer.core import TyperGroup
 import harmonica_dit
 from harmonica_dit import demo as demonstration
 from harmonica_dit.costs import Seconds
-from harmonica_dit.demo import ACCURATE, fashion_judge
-from harmonica_dit.evaluate.catalogue import CATALOGUE, RIVALS, make_methods
 from harmonica_dit.evaluate.heat_maps import plot
-from harmonica_dit.evaluate.named_methods import name_after, read, schedule_of
+from harmonica_dit.evaluate.named_methods import read, schedule_of
 from harmonica_dit.evaluate.pictures import image_sheet
-from harmonica_dit.evaluate.report import compare_with_bar, table, write
 from harmonica_dit.fashion import find
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import check_file, check_folder, save_tensors
 from harmonica_dit.methods import trunk_forecast
-from harmonica_dit.pipelines.prompts import read_texts
 from harmonica_dit.published_routers import KINDS, load_published_router
 from harmonica_dit.sample import measure_costs
 from harmonica_dit.sample.decoding import makes_images
 from harmonica_dit.sample.schedulers import steps_of
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.train import check_arguments, train_forecaster, train_router
+
+from .cli_compare import compare
+from .cli_options import (
+    FILE,
+    Batch,
+    Checkpoint,
+    Device,
+    Dtype,
+    ImageSize,
+    Model,
+    OwnGuidance,
+    OwnScheduler,
+    Prompts,
+    Seed,
+    Threshold,
+    Vae,
+    load,
+    option_value,
+)
 
 console = Console()
 
@@ -51,30 +64,6 @@ class Commands(TyperGroup):
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Learned feature caching for diffusion transformers (HarmoniCa, ICML 2025).")
-
-Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, or the folder "
-                                         "or repository of a diffusers pipeline.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="File of the model's weights, .pt or .safetensors; fashion-dit "
-                                                      "has its own.")]
-Vae = Annotated[str | None, typer.Option(help="Folder or repository of the VAE that decodes a latent model's samples; "
-                                              "a pipeline has its own.")]
-Prompts = Annotated[Path | None, typer.Option(help="File of prompts for a text pipeline, one a line; the labels are "
-                                                   "their numbers, from 0.")]
-Dtype = Annotated[str, typer.Option(help="Dtype of the model's weights: float32, bfloat16 or float16; training refuses "
-                                         "float16.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.", show_default="the model's own")]
-Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:1.",
-                                            show_default="cuda if there is one, else cpu")]
-FILE = "File of a router or a schedule, or the name of a bundled router, such as fashion-dit-2.0x"
-OwnGuidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.",
-                                                   show_default="the router's, or the model's own")]
-OwnScheduler = Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.',
-                                                  show_default="the router's, or the model's own")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")]
-Batch = Annotated[int, typer.Option(help="How many images to sample at a time.")]
-Threshold = Annotated[float | None, typer.Option(help="Compute a branch where the router's score is above this.",
-                                                 show_default="the router's own threshold")]
-
 
 ROUTERS_OWN = ("target_cur", "beta", "trajectories", "threshold", "importance", "extrapolation", "checkpointing")
 
@@ -216,59 +205,7 @@ def sample(
     console.print(f"{len(images)} images in {out}" + (f", {used.speedup:.2f}× fewer FLOPs" if used else ""))
 
 
-@app.command()
-def compare(
-    out: Annotated[Path, typer.Option(help="Folder for rows.json, table.csv, table.md and pictures; its folder samples "
-                                           "keeps what is sampled, so the same command goes on after Ctrl-C.")],
-    schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help=f"{FILE}; may be given "
-                                                        "again.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help=f"What else to compare, at each --speedup: "
-                                                     f"{', '.join(CATALOGUE)}; may be given again.",
-                                                     show_default=", ".join(RIVALS))] = None,
-    speedup: Annotated[list[float] | None, typer.Option(help="FLOPs speedup of these; may be given again.",
-                                                        show_default="1.9 and 2.7, half and a third of the "
-                                                        "steps")] = None,
-    accurate: Annotated[bool, typer.Option("--accurate", help="Also measure errors against a more accurate solution: "
-                                           "40 steps of DPM-Solver++ from the same noise.")] = False,
-    samples: Annotated[int, typer.Option(help="Images per method; the Fréchet distance needs 2,000.")] = 200,
-    seed: Seed = 0,
-    seeds: Annotated[int, typer.Option(help="How often to make the comparison, with --seed and the seeds after "
-                                            "it.")] = 1,
-    processes: Annotated[int, typer.Option(help="Sample in so many processes at once; more than one are not "
-                                                "timed.")] = 1,
-    model: Model = "fashion-dit",
-    checkpoint: Checkpoint = None,
-    vae: Vae = None,
-    prompts: Prompts = None,
-    dtype: Dtype = "float32",
-    image_size: ImageSize = None,
-    device: Device = None,
-    steps: Annotated[int, typer.Option(help="Number of steps of the uncached trajectory and of --method; a schedule "
-                                            "from a file has its own.")] = 20,
-    guidance: OwnGuidance = None,
-    scheduler: OwnScheduler = None,
-    batch: Batch = 64,
-) -> None:
-    """Compare ways to skip work on the same noise: error, label accuracy, Fréchet distance, speedup, pictures."""
-    for name, value in (("--samples", samples), ("--seeds", seeds), ("--processes", processes)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    check_folder(out)
-    make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae)
-    net = make()
-    found = [read(path, net) for path in schedule or ()]
-    guidance = option_value("guidance", guidance, found, net.guidance)
-    scheduler = option_value("scheduler", scheduler, found, net.scheduler)
-    methods = [name_after(path, one) for path, one in zip(schedule or (), found)]
-    methods += make_methods(net, method or RIVALS, speedup or (1.9, 2.7), steps)
-    labels = torch.arange(samples) % net.num_classes
-    options = dict(steps=steps, guidance=guidance, scheduler=scheduler)
-    rows = compare_with_bar(net, methods, labels, **options, seeds=range(seed, seed + seeds), batch=batch,
-                            processes=processes, accurate=ACCURATE if accurate else None, folder=out / "samples",
-                            load=make, judge=fashion_judge if net.name == "fashion-dit" else None)
-    title = f"{net.name}, {steps} steps, {samples:,} images a method and seed"
-    write(out, net, methods, labels, rows, title, batch=batch, **options)
-    console.print(table(rows, title))
+app.command()(compare)
 
 
 @app.command()
@@ -287,28 +224,9 @@ def show(
     describe(schedule, out)
 
 
-def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, image_size: int | None,
-         device: str | None, folder: Path | None = None, vae: str | None = None):
-    """Loads the denoiser that the options name; `folder` keeps the encoded prompts."""
-    return harmonica_dit.load(model, checkpoint, image_size=image_size, vae=vae, dtype=dtype,
-                              device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-                              prompts=prompts and read_texts(prompts),
-                              embeddings=prompts and folder and folder / "prompts.safetensors")
-
-
 def describe(schedule: Schedule, path: Path, costs: Seconds | None = None) -> None:
     console.print(f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×" + (
         f", in time by what was measured {schedule.speedup_by(costs):.2f}×" if costs else ""), soft_wrap=True)
-
-
-def option_value(option: str, given, found: list, default):
-    """An option's value: the given one, else the one that what was `found` was made for, else `default`."""
-    if given is not None:
-        return given
-    values = {getattr(one, option) for one in found if one is not None} - {None}
-    if len(values) > 1:
-        raise ValueError(f"--{option}: the files were made for {', '.join(sorted(map(str, values)))}; give one")
-    return values.pop() if values else default
 
 
 def parse_labels(text: str | None, net) -> list[int]:

@@ -8,68 +8,21 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from harmonica_dit.sample import Trajectory, check_labels, decode, sample
-from harmonica_dit.sample.decoding import makes_images, vae_of
+from harmonica_dit.sample.decoding import makes_images
 from harmonica_dit.sample.sampling import own_timesteps
 from harmonica_dit.validate import check_whole
 
-from .metrics import Judge, psnr, rmse
+from .metrics import Judge
 from .named_methods import Method, check_names
 from .samples import Samples
-
-
-@dataclass(frozen=True)
-class Made:
-    """A batch of a method: the sampler's values, and the images that they are or are decoded to."""
-
-    samples: Tensor
-    images: Tensor
-
-
-@dataclass
-class Tally:
-    """Sums up one method's samples, batch by batch.
-
-    images, latents: whether the samples are, or become, images; and whether they are latents. Errors of latents are of
-    unclipped values.
-    """
-
-    judge: Judge | None
-    images: bool = True
-    latents: bool = False
-    errors: dict[str, list[float]] = field(default_factory=dict)  # column -> one value an image
-    count: int = 0
-
-    def update(self, made: Made, labels: Tensor, references: dict[str, Made]) -> None:
-        """Adds a batch. labels: [n], those asked for. references: "" and "accurate_", from the same noise."""
-        self.count += len(labels)
-        for prefix, reference in references.items():
-            if self.images:
-                self._add(f"{prefix}error", rmse(made.images, reference.images))
-            if self.latents:
-                self._add(f"{prefix}latent_error", rmse(made.samples, reference.samples, clip=False))
-        if self.judge is not None:
-            self.judge.update(made.images, labels)
-
-    def _add(self, column: str, errors: Tensor) -> None:
-        self.errors.setdefault(column, []).extend(errors.tolist())
-
-    def row(self, method: Method, steps: int, wall_speedup: float | None, seed: int) -> dict:
-        """The method's row of `compare`. steps: of the uncached trajectory."""
-        means = {column: fmean(values) for column, values in self.errors.items()}
-        return dict(
-            name=method.name, family=method.family, steps=method.steps, seed=seed, samples=self.count,
-            cur=0.0 if method.schedule is None else method.schedule.cur, flops_speedup=method.speedup(steps),
-            wall_speedup=wall_speedup, **means, psnr=psnr(means["error"]) if means.get("error") else None,
-            label_accuracy=None if self.judge is None else self.judge.label_accuracy,
-            frechet=None if self.judge is None else self.judge.frechet_distance)
+from .tally import Made, Tally, add_intervals
 
 
 def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: float = 1.5, seeds: Sequence[int] = (0,),
@@ -88,7 +41,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
         guidance, batch, scheduler: as in `harmonica_dit.sample`; the scheduler calls the model once a step.
         seeds: of the noise; the comparison is made for each.
         accurate: makes a more accurate solution from the same noise; its row is the second.
-        judge: makes a judge for each method and seed. None leaves out label accuracy and Fréchet distance.
+        judge: makes a judge for each method and seed, see `judge_of`. None takes errors alone.
         folder: keeps the samples. The same call goes on where it stopped, and others take from it what is the same;
             None keeps nothing.
         processes: sample at once, each with its own model; then nothing is timed.
@@ -100,10 +53,9 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     Returns:
         One plain dict per seed and method, ready for JSON: name, family, steps, seed, samples, cur, flops_speedup;
         wall_speedup (uncached time / this method's, made one after the other, median over batches; None where the
-        samples were not made by this call alone); error (mean RMSE against the uncached images, on the scale [-1, 1]);
-        psnr (of that error, in dB; None if it is 0); accurate_error (against the accurate solution); latent_error,
-        accurate_latent_error (of latents, unclipped); label_accuracy; frechet (None below `metrics.MIN_FRECHET`
-        samples). What cannot be measured is left out.
+        samples were not made by this call alone); what `Judge.result` has (error: mean RMSE against the uncached
+        images, on the scale [-1, 1]; latent_error, unclipped; frechet and more); accurate_error and
+        accurate_latent_error, against the accurate solution; and intervals, see `add_intervals`.
 
     Raises:
         ValueError: as in `harmonica_dit.sample`; or two methods have the same name, or the scheduler calls the model
@@ -119,8 +71,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     labels = check_labels(labels, net.num_classes)
     methods = [Method("uncached", "uncached", steps), *([] if accurate is None else [accurate]), *methods]
     check_methods(net, methods, scheduler, guidance)
-    images = makes_images(net)
-    if judge is not None and not images:
+    if judge is not None and not makes_images(net):
         raise ValueError(f"judge: {net.name} makes latents, and no VAE decodes them; load it with vae=")
     options = dict(guidance=guidance, batch=batch, scheduler=scheduler)
     report = progress or (lambda done: None)
@@ -136,7 +87,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
         except KeyboardInterrupt:
             kept = "nothing is kept" if folder is None else f"what is done is in {folder}, the same call goes on there"
             raise KeyboardInterrupt(f"stopped; {kept}") from None
-        return [row for seed in seeds for row in _rows(samples, methods, seed, steps, accurate, judge, images)]
+        return [row for seed in seeds for row in _rows(samples, methods, seed, steps, accurate, judge)]
 
 
 def check_methods(net, methods: Sequence[Method], scheduler, guidance: float) -> None:
@@ -158,22 +109,24 @@ def check_methods(net, methods: Sequence[Method], scheduler, guidance: float) ->
 
 
 def _rows(samples: Samples, methods: Sequence[Method], seed: int, steps: int, accurate: Method | None,
-          judge: Callable[[], Judge] | None, images: bool) -> list[dict]:
+          judge: Callable[[], Judge] | None) -> list[dict]:
     """A seed's rows, one a method; the first method is the uncached run."""
-    latents = vae_of(samples.net) is not None or not images
-    tallies = [Tally(None if judge is None else judge(), images, latents) for _ in methods]
+    images, prompts = makes_images(samples.net), getattr(samples.net, "prompts", None)
+    tallies = [Tally((judge or Judge)() if images else None, samples.net.sample_shape[0] not in (1, 3),
+                     None if prompts is None else prompts.texts) for _ in methods]
+
+    def made(method: Method, first: int) -> Made:
+        found, _ = samples.read(method, seed, first)
+        return Made(found, decode(samples.net, found).cpu() if images else None)
+
     for first in samples.firsts:
-        references = {prefix: _made(samples, method, seed, first, images)
-                      for prefix, method in (("", methods[0]), ("accurate_", accurate)) if method is not None}
+        uncached, exact = made(methods[0], first), None if accurate is None else made(accurate, first)
         for method, tally in zip(methods, tallies):
-            tally.update(_made(samples, method, seed, first, images), samples.labels_of(first), references)
-    return [tally.row(samples.as_run(method, seed), steps, _wall_speedup(samples, methods[0], method, seed), seed)
+            tally.update(made(method, first), samples.labels_of(first), uncached, exact)
+    rows = [tally.row(samples.as_run(method, seed), steps, _wall_speedup(samples, methods[0], method, seed), seed)
             for method, tally in zip(methods, tallies)]
-
-
-def _made(samples: Samples, method: Method, seed: int, first: int, images: bool) -> Made:
-    found, _ = samples.read(method, seed, first)
-    return Made(found, decode(samples.net, found).cpu() if images else found)
+    add_intervals(rows, tallies)
+    return rows
 
 
 def _wall_speedup(samples: Samples, uncached: Method, method: Method, seed: int) -> float | None:

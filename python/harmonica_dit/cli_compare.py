@@ -1,0 +1,95 @@
+"""The command `harmonica compare`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from harmonica_dit.demo import ACCURATE
+from harmonica_dit.evaluate.catalogue import CATALOGUE, RIVALS, make_methods
+from harmonica_dit.evaluate.judging import judge_of
+from harmonica_dit.evaluate.named_methods import name_after, read
+from harmonica_dit.evaluate.report import compare_with_bar, table, write
+from harmonica_dit.files import check_folder
+
+from .cli_options import (
+    FILE,
+    Batch,
+    Checkpoint,
+    Device,
+    Dtype,
+    ImageSize,
+    Model,
+    OwnGuidance,
+    OwnScheduler,
+    Prompts,
+    Seed,
+    Vae,
+    load,
+    option_value,
+)
+
+
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder for rows.json, table.csv, table.md and pictures; its folder samples "
+                                           "keeps what is sampled, so the same command goes on after Ctrl-C.")],
+    schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help=f"{FILE}; may be given "
+                                                        "again.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"What else to compare, at each --speedup: "
+                                                     f"{', '.join(CATALOGUE)}; may be given again.",
+                                                     show_default=", ".join(RIVALS))] = None,
+    speedup: Annotated[list[float] | None, typer.Option(help="FLOPs speedup of these; may be given again.",
+                                                        show_default="1.9 and 2.7, half and a third of the "
+                                                        "steps")] = None,
+    accurate: Annotated[bool, typer.Option("--accurate", help="Also measure errors against a more accurate solution: "
+                                           "40 steps of DPM-Solver++ from the same noise.")] = False,
+    samples: Annotated[int, typer.Option(help="Images per method; the Fréchet distance needs 2,000.")] = 200,
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(help="How often to make the comparison, with --seed and the seeds after "
+                                            "it.")] = 1,
+    processes: Annotated[int, typer.Option(help="Sample in so many processes at once; more than one are not "
+                                                "timed.")] = 1,
+    inception: Annotated[Path | None, typer.Option(help="File of Inception's weights, for the inception score and, "
+                                                   "with --real, FID, sFID, precision and recall; fashion-dit has a "
+                                                   "classifier of its own.")] = None,
+    real: Annotated[Path | None, typer.Option(help="Folder of real images. What Inception sees in them is kept in "
+                                              "--out.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP, for the CLIP score of a model with "
+                                              "prompts.")] = None,
+    model: Model = "fashion-dit",
+    checkpoint: Checkpoint = None,
+    vae: Vae = None,
+    prompts: Prompts = None,
+    dtype: Dtype = "float32",
+    image_size: ImageSize = None,
+    device: Device = None,
+    steps: Annotated[int, typer.Option(help="Number of steps of the uncached trajectory and of --method; a schedule "
+                                            "from a file has its own.")] = 20,
+    guidance: OwnGuidance = None,
+    scheduler: OwnScheduler = None,
+    batch: Batch = 64,
+) -> None:
+    """Compare ways to skip work on the same noise: error, label accuracy, Fréchet distance, speedup, pictures."""
+    for name, value in (("--samples", samples), ("--seeds", seeds), ("--processes", processes)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    check_folder(out)
+    make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae)
+    net = make()
+    found = [read(path, net) for path in schedule or ()]
+    guidance = option_value("guidance", guidance, found, net.guidance)
+    scheduler = option_value("scheduler", scheduler, found, net.scheduler)
+    methods = [name_after(path, one) for path, one in zip(schedule or (), found)]
+    options = dict(steps=steps, guidance=guidance, scheduler=scheduler)
+    methods += make_methods(net, method or RIVALS, speedup or (1.9, 2.7), **options)
+    labels = torch.arange(samples) % net.num_classes
+    judge = judge_of(net, inception=inception, real=real, clip=clip, kept=out / "real-images.safetensors")
+    rows = compare_with_bar(net, methods, labels, **options, seeds=range(seed, seed + seeds), batch=batch,
+                            processes=processes, accurate=ACCURATE if accurate else None, folder=out / "samples",
+                            load=make, judge=judge)
+    title = f"{net.name}, {steps} steps, {samples:,} images a method and seed"
+    write(out, net, methods, labels, rows, title, batch=batch, **options)
+    Console().print(table(rows, title))
