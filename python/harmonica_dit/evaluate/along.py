@@ -27,8 +27,8 @@ def errors_along(net, methods: Sequence[Method], labels, *, steps: int, guidance
     noise = image_noise(seed, 0, len(labels), net.sample_shape).to(labels.device)
 
     def trajectory(method: Method) -> Trajectory:
-        return Trajectory(net, labels, steps=method.steps, scheduler=method.scheduler or scheduler, guidance=guidance,
-                          seed=seed, timesteps=own_timesteps(method.schedule))
+        return Trajectory(method.model(net), labels, steps=method.steps, scheduler=method.scheduler or scheduler,
+                          guidance=guidance, seed=seed, timesteps=own_timesteps(method.schedule))
 
     whole = trajectory(Method("uncached", "uncached", steps))
     comparable = [method for method in methods if (own := trajectory(method)).timesteps == whole.timesteps

@@ -98,14 +98,14 @@ def check_methods(net, methods: Sequence[Method], scheduler, guidance: float) ->
     """
     check_names(methods)
     for method in methods:
-        used = method.scheduler or scheduler
-        trajectory = Trajectory(net, torch.zeros(1, dtype=torch.long), steps=method.steps, scheduler=used,
+        used, own = method.scheduler or scheduler, method.model(net)
+        trajectory = Trajectory(own, torch.zeros(1, dtype=torch.long), steps=method.steps, scheduler=used,
                                 guidance=guidance, timesteps=own_timesteps(method.schedule))
         if trajectory.steps != method.steps:
             raise ValueError(f"scheduler: {used!r} calls the model {trajectory.steps} times in {method.steps} "
                              "steps; a comparison needs a scheduler of one call a step")
         if method.schedule is not None:
-            method.schedule.check(net, trajectory)
+            method.schedule.check(own, trajectory)
 
 
 def _rows(samples: Samples, methods: Sequence[Method], seed: int, steps: int, accurate: Method | None,

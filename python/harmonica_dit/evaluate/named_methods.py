@@ -4,12 +4,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import SchedulerMixin
 
 from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.fashion import find
 from harmonica_dit.files import load_tensors
+from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import fora
 from harmonica_dit.router import Router
 from harmonica_dit.schedule import Schedule
@@ -24,6 +26,8 @@ class Method:
         steps: how often the model is called. The method "fewer steps" has fewer than the uncached run.
         schedule: a `Schedule` for these steps, or an `AdaptiveSchedule`; None computes everything.
         scheduler: of this method, a name or an instance; None is the comparison's.
+        net: the model that it samples with, such as a quantized or pruned copy of the comparison's; None is that one.
+        net_speedup: FLOPs of a forward of the comparison's model / of one of net; see `with_net`.
     """
 
     name: str
@@ -31,10 +35,23 @@ class Method:
     steps: int
     schedule: Schedule | AdaptiveSchedule | None = None
     scheduler: str | SchedulerMixin | None = None
+    net: Any = None
+    net_speedup: float = 1.0
+
+    def model(self, net):
+        """The model that it samples with, where the comparison's is `net`."""
+        return net if self.net is None else self.net
 
     def speedup(self, uncached_steps: int) -> float:
         """FLOPs of the uncached trajectory / FLOPs of this one; of an adaptive schedule as it has run."""
-        return (1.0 if self.schedule is None else self.schedule.speedup) * uncached_steps / self.steps
+        of_schedule = 1.0 if self.schedule is None else self.schedule.speedup
+        return of_schedule * self.net_speedup * uncached_steps / self.steps
+
+
+def with_net(name: str, family: str, steps: int, original, net, schedule: Schedule | None = None) -> Method:
+    """Sampling with a quantized or pruned copy `net` of the comparison's model, `original`; both are denoisers."""
+    return Method(name, family, steps, schedule, net=net,
+                  net_speedup=count_flops(original).total / count_flops(net).total)
 
 
 def fewer_steps(steps: int, speedup: float) -> Method:

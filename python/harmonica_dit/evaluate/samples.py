@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.models.quantized import stored
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.schedulers import make_scheduler
 from harmonica_dit.schedule import Schedule
@@ -41,7 +42,7 @@ class Samples:
                  run: str = ""):
         self.net, self.labels, self.folder = net, labels, folder
         self.guidance, self.scheduler, self.batch, self.run = guidance, scheduler, batch, run
-        self._weights = checksum([t for name, t in net.state_dict().items() if not name.startswith("vae.")])
+        self._weights: dict[int, str] = {}  # a model's id -> checksum of its weights
         self._places: dict[tuple[str, int], Path] = {}
 
     @property
@@ -109,7 +110,7 @@ class Samples:
                     if adaptive:
                         schedule = replace(schedule, ran=[])  # with an account of its own
                     labels, start = self.labels_of(first), time.perf_counter()
-                    made = sample(self.net, labels, steps=method.steps, schedule=schedule, seed=seed,
+                    made = sample(method.model(self.net), labels, steps=method.steps, schedule=schedule, seed=seed,
                                   first=first, scheduler=method.scheduler or self.scheduler,
                                   guidance=self.guidance, batch=self.batch, latents=True).cpu()
                     save_tensors(path, {"images": made}, dict(
@@ -132,9 +133,13 @@ class Samples:
 
     def digest(self, method: Method, seed: int) -> str:
         """Checksum of everything that decides the samples, but for the labels."""
-        made = make_scheduler(method.scheduler or self.scheduler, method.steps, self.net)
+        net = method.model(self.net)
+        if id(net) not in self._weights:
+            self._weights[id(net)] = checksum([t for name, tensor in net.state_dict().items()
+                                               if not name.startswith("vae.") for t in stored(tensor)])
+        made = make_scheduler(method.scheduler or self.scheduler, method.steps, net)
         config = {name: str(value) for name, value in made.config.items() if not name.startswith("_")}
-        about = [self._weights, type(made).__name__, config, method.steps, seed, self.guidance]
+        about = [self._weights[id(net)], type(made).__name__, config, method.steps, seed, self.guidance]
         tables = []
         if method.schedule is not None:
             settings, tables = content(method.schedule)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +83,14 @@ def quantize(model: nn.Module, kind: str) -> nn.Module:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes in which the model's parameters and buffers are stored, scales and zero points of quantized ones included.
     """
-    return sum(_stored(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return sum(part.nbytes for tensor in (*model.parameters(), *model.buffers()) for part in stored(tensor))
 
 
-def _stored(tensor: Tensor) -> int:
-    """Of a tensor, or of those that one of torchao's is made of; its own nbytes are those of its dequantized values."""
+def stored(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor itself; or the plain ones of which one of torchao's is made, whose own bytes are dequantized values'.
+    """
     if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.nbytes
-    return sum(_stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from stored(getattr(tensor, name))

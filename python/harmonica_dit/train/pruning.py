@@ -38,13 +38,14 @@ def prune(net: DiT, speedup: float, images: Tensor | None = None, labels=None, *
         net: a DiT whose `attn` and `mlp` are plain; it stays as it is.
         speedup: of a forward, in FLOPs. Channels are removed until it is reached; the share of heads that stays is that
             of the channels, rounded, at least one.
-        images: [N, C, H, W] floating-point training images, all of which run in one forward (the paper has 128); of a
-            latent model the scaled latents. None takes 64 of the model's own samples.
+        images: [N, C, H, W] floating-point training images, of a latent model the scaled latents; the first `batch` of
+            them make the importance. None takes 64 of the model's own samples.
         labels: [N] their classes; None with images hides all labels.
         timesteps: how many of the 1000 the loss is taken at, evenly spaced; the paper takes all.
         threshold: of the loss, see above; 0 takes all timesteps, which is plain Taylor pruning.
-        iterations, batch, lr: of the retraining, by AdamW on the diffusion loss, the rate falling along a cosine. It
-            needs images.
+        batch: images a forward, here and in the retraining.
+        iterations, lr: of the retraining, by AdamW on the diffusion loss, the rate falling along a cosine. It needs
+            images.
         seed: decides the noise, and the order of the retraining.
         progress: whether a progress bar is shown.
 
@@ -83,8 +84,8 @@ def prune(net: DiT, speedup: float, images: Tensor | None = None, labels=None, *
     if len(labels) != len(images):
         raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(images)} images")
     pruned = copy.deepcopy(net)
-    for block, (of_heads, of_channels) in zip(pruned.blocks, importance(pruned, images, labels, timesteps, threshold,
-                                                                        seed), strict=True):
+    found = importance(pruned, images[:batch], labels[:batch], timesteps, threshold, seed)
+    for block, (of_heads, of_channels) in zip(pruned.blocks, found, strict=True):
         _keep_heads(block.attn, of_heads.topk(heads).indices.sort().values)
         _keep_channels(block.mlp, of_channels.topk(channels).indices.sort().values)
     pruned.name = f"{net.name}, pruned to {heads} heads and {channels} channels"

@@ -1,0 +1,45 @@
+"""Methods with a model of their own, a quantized or pruned copy, in a comparison."""
+
+import pytest
+import torch
+
+from harmonica_dit.evaluate import Method, compare
+from harmonica_dit.evaluate.along import errors_along
+from harmonica_dit.evaluate.named_methods import with_net
+from harmonica_dit.evaluate.samples import Samples
+from harmonica_dit.flops import count_flops
+from harmonica_dit.methods import fora
+from harmonica_dit.models import DiT, quantize
+from harmonica_dit.sample import sample
+from harmonica_dit.train import prune
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    net = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=4,
+              learn_sigma=False, name="tiny").eval().requires_grad_(False)
+    for p in net.parameters():
+        p.normal_(std=0.1)
+    return net
+
+
+def test_each_method_samples_with_its_own_model(net, tmp_path):
+    pytest.importorskip("torchao")
+    narrow, small = prune(net, 1.5, timesteps=2), quantize(net, "int8")
+    methods = [with_net("pruned", "pruning", 4, net, narrow), Method("FORA", "FORA", 4, fora(net, 4, 2)),
+               with_net("pruned, FORA", "pruning", 4, net, narrow, fora(narrow, 4, 2)),
+               with_net("int8", "int8", 4, net, small),
+               with_net("int8, FORA", "int8", 4, net, small, fora(small, 4, 2))]
+    rows = {row["name"]: row for row in compare(net, methods, [0, 3], steps=4, folder=tmp_path)}
+    kept = Samples(net, torch.tensor([0, 3]), tmp_path, guidance=1.5)
+    for method in methods:
+        wanted = sample(method.model(net), [0, 3], steps=4, schedule=method.schedule, scheduler="ddim", guidance=1.5)
+        assert torch.equal(kept.read(method, 0, 0)[0], wanted)
+        assert not torch.equal(wanted, sample(net, [0, 3], steps=4, scheduler="ddim", guidance=1.5))
+    times = count_flops(net).total / count_flops(narrow).total
+    speedups = {name: row["flops_speedup"] for name, row in rows.items()}
+    assert speedups["pruned"] == times >= 1.5 and speedups["int8"] == 1 and speedups["int8, FORA"] == speedups["FORA"]
+    assert speedups["pruned, FORA"] == pytest.approx(times * fora(narrow, 4, 2).speedup)
+    along = errors_along(net, methods, [0, 3], steps=4)
+    assert along["pruned"][0] > along["int8"][0] > along["FORA"][0] == 0  # which computes its first step
