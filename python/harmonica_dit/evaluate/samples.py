@@ -135,11 +135,11 @@ class Samples:
         """Checksum of everything that decides the samples, but for the labels."""
         net = method.model(self.net)
         if id(net) not in self._weights:
-            self._weights[id(net)] = checksum([t for name, tensor in net.state_dict().items()
-                                               if not name.startswith("vae.") for t in stored(tensor)])
+            self._weights[id(net)] = weights_checksum(net)
         made = make_scheduler(method.scheduler or self.scheduler, method.steps, net)
         config = {name: str(value) for name, value in made.config.items() if not name.startswith("_")}
-        about = [self._weights[id(net)], type(made).__name__, config, method.steps, seed, self.guidance]
+        about = [] if method.net is None else [net.name]  # of a pruned copy it says how many heads the weights make
+        about += [self._weights[id(net)], type(made).__name__, config, method.steps, seed, self.guidance]
         tables = []
         if method.schedule is not None:
             settings, tables = content(method.schedule)
@@ -159,6 +159,14 @@ def content(schedule: Schedule | AdaptiveSchedule) -> tuple[list, list[Tensor]]:
     if schedule.forecaster is not None:
         tables += [t for t in vars(schedule.forecaster).values() if isinstance(t, Tensor)]
     return settings, tables
+
+
+def weights_checksum(net) -> str:
+    """Of a model's weights, and of what a quantized one does beside them: the same int8 with and without activations.
+    """
+    weights = [tensor for name, tensor in net.state_dict().items() if not name.startswith("vae.")]
+    kinds = [repr((type(t).__name__, t.__tensor_flatten__())) for t in weights if hasattr(t, "__tensor_flatten__")]
+    return checksum([part for tensor in weights for part in stored(tensor)], "".join(kinds))
 
 
 def checksum(tensors: Sequence[Tensor], text: str = "") -> str:

@@ -17,7 +17,7 @@ from harmonica_dit.train import prune
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    net = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=4,
+    net = DiT(input_size=8, patch_size=2, in_channels=2, hidden_size=32, depth=2, num_heads=2, num_classes=4,
               learn_sigma=False, name="tiny").eval().requires_grad_(False)
     for p in net.parameters():
         p.normal_(std=0.1)
@@ -37,6 +37,9 @@ def test_each_method_samples_with_its_own_model(net, tmp_path):
         wanted = sample(method.model(net), [0, 3], steps=4, schedule=method.schedule, scheduler="ddim", guidance=1.5)
         assert torch.equal(kept.read(method, 0, 0)[0], wanted)
         assert not torch.equal(wanted, sample(net, [0, 3], steps=4, scheduler="ddim", guidance=1.5))
+    other = with_net("int8-dynamic", "int8", 4, net, quantize(net, "int8-dynamic"))  # has the same weights and scales
+    assert len({kept.digest(method, 0) for method in (*methods, other)}) == 6
+    assert kept.digest(other, 0) == kept.digest(with_net("", "", 4, net, quantize(net, "int8-dynamic")), 0)
     times = count_flops(net).total / count_flops(narrow).total
     speedups = {name: row["flops_speedup"] for name, row in rows.items()}
     assert speedups["pruned"] == times >= 1.5 and speedups["int8"] == 1 and speedups["int8, FORA"] == speedups["FORA"]
