@@ -14,7 +14,10 @@ from .files import replacement
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a step: each of the K branches where it is computed, and `fixed`, which no schedule skips."""
+    """Of a step: each of the K branches where it is computed, and `fixed`, which no schedule skips.
+
+    Of a kind of costs there is also `uncached`, a step without a cache, with which speedups compare.
+    """
 
     branches: tuple[float, ...]
     fixed: float
@@ -36,19 +39,22 @@ class Costs:
         return len(compute) * self.fixed + (compute.double() @ each).sum().item()
 
     def speedup(self, compute: Tensor) -> float:
-        """Costs of T whole steps / those of T steps that compute what `compute` says, as in `of_steps`."""
-        return len(compute) * self.total / self.of_steps(compute)
+        """Costs of T uncached steps / those of T steps that compute what `compute` says, as in `of_steps`."""
+        return len(compute) * self.uncached / self.of_steps(compute)
 
     def of_trajectory(self, schedule) -> float:
         """Of all steps of a schedule, its forecasts among them."""
-        return self.of_steps(schedule.compute) + self.of_forecasts(schedule)
+        return self.of_steps(schedule.compute) + self.beside(schedule)
 
-    def of_forecasts(self, schedule) -> float:
-        """What a schedule's forecasts add to its computed branches and to what is fixed."""
+    def beside(self, schedule) -> float:
+        """What a schedule costs beside its computed branches and what is fixed, such as its forecasts."""
         raise NotImplementedError
 
-    def forecasting(self) -> "Costs":
-        """The same where each branch that is not computed is forecast to first order, in `fixed`."""
+    def of_router(self, forecasts: bool) -> "Costs":
+        """The same for a router's rows, with as much as possible of what comes beside put into `fixed` and `branches`.
+
+        forecasts: whether branches that are not computed are forecast to first order.
+        """
         return self
 
 
@@ -62,11 +68,15 @@ class Seconds(Costs):
         fixed: a step that repeats every branch.
         forecast: what a forecast adds where a branch is not computed, for each further output that it reads.
         trunk: a step whose trunk is forecast.
+        mixed: what a step takes longer than its parts that computes some of its branches and not the others.
+        uncached: a step without a cache; one that computes every branch and stores it may take longer.
         where: what they were measured on, by name.
     """
 
     forecast: float
     trunk: float
+    mixed: float
+    uncached: float
     where: dict[str, str | int | float | list[int]] = field(default_factory=dict)
 
     @property
@@ -74,18 +84,20 @@ class Seconds(Costs):
         """Of a step that computes no branch, by what costs least."""
         return min(self.fixed, self.trunk)
 
-    def of_forecasts(self, schedule) -> float:
-        """What a schedule's forecasts take longer than repeating; of the trunk they may take less time."""
+    def beside(self, schedule) -> float:
+        """What mixed steps and forecasts take longer than their computed and repeated branches do."""
+        whole, some = schedule.compute.all(1), schedule.compute.any(1)
         if schedule.unit == "trunk":
-            return (self.trunk - self.fixed) * (~schedule.compute[:, 0]).sum().item()
+            return (self.trunk - self.fixed) * (~whole).sum().item()
         entries = [e for step in schedule.forecast_weights if step for e in step]
-        return self.forecast * sum(len(e) - 1 if isinstance(e, tuple) else e != 0 for e in entries)
+        read = sum(len(e) - 1 if isinstance(e, tuple) else e != 0 for e in entries)
+        return self.forecast * read + self.mixed * (some & ~whole).sum().item()
 
-    def forecasting(self) -> "Seconds":
-        """The same where each branch that is not computed is forecast to first order, in `fixed`."""
-        f = self.forecast
-        return replace(self, branches=tuple(c - f for c in self.branches), fixed=self.fixed + f * len(self.branches),
-                       forecast=0.0)
+    def of_router(self, forecasts: bool) -> "Seconds":
+        """The same where every step is mixed and, with forecasts, each branch that is not computed is forecast."""
+        f = self.forecast if forecasts else 0.0
+        return replace(self, branches=tuple(c - f for c in self.branches),
+                       fixed=self.fixed + self.mixed + f * len(self.branches), forecast=0.0, mixed=0.0)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a JSON file, whole or not at all."""
@@ -104,7 +116,8 @@ class Seconds(Costs):
         try:
             values = json.loads(Path(path).read_text())
             found = cls(**values | dict(branches=tuple(values["branches"])))
-            if not all(0 <= n < math.inf for n in (*found.branches, found.fixed, found.forecast, found.trunk)):
+            others = found.fixed, found.forecast, found.trunk, found.mixed, found.uncached
+            if not all(0 <= n < math.inf for n in (*found.branches, *others)):
                 raise ValueError(f"expected finite numbers from 0 on, got {values}")
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is no table of seconds: {error!s:.200}") from None

@@ -19,7 +19,12 @@ class Flops(Costs):
     one, so that their numbers are half of these.
     """
 
-    def of_forecasts(self, schedule) -> float:
+    @property
+    def uncached(self) -> float:
+        """Of a forward without a cache: all."""
+        return self.total
+
+    def beside(self, schedule) -> float:
         """Of a schedule's forecasts of the trunk. Those of branches are left out, as norms are."""
         return schedule.forecaster.flops(schedule.compute[:, 0].tolist()) if schedule.unit == "trunk" else 0.0
 

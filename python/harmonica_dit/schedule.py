@@ -171,7 +171,7 @@ class Schedule:
 
     def speedup_by(self, costs: Costs) -> float:
         """`speedup` in other costs, such as the seconds that `measure_costs` found."""
-        return self.steps * costs.total / costs.of_trajectory(self)
+        return self.steps * costs.uncached / costs.of_trajectory(self)
 
     @property
     def history(self) -> int:

@@ -43,17 +43,17 @@ def use_memory(size: int) -> int:
 
 
 def test_a_table_and_a_clock_are_set_side_by_side(monkeypatch):
-    """By made-up times: the clock is a tenth slower than the table, but where everything is computed."""
-    table = Seconds((3.0, 1.0) * 8, 1.0, 0.1, 0.5)
+    """By made-up times: whatever is cached takes a tenth longer than by the table."""
+    table = Seconds((3.0, 1.0) * 8, 1.0, 0.1, 0.5, 0.2, 32.0)
     monkeypatch.setattr(bench_costs, "measure_costs", lambda net, **_: table)
     monkeypatch.setattr(bench_costs, "interleave", lambda calls, *_, **__: {name: [
-        12 * table.total if call.__defaults__[0] is None else 1.1 * table.of_trajectory(call.__defaults__[0])]
+        20 * table.uncached if call.__defaults__[0] is None else 1.1 * table.of_trajectory(call.__defaults__[0])]
         for name, call in calls.items()})
-    found = bench_costs.measure("fashion-dit", **bench_costs.TINY | dict(steps=12))
+    found = bench_costs.measure("fashion-dit", **bench_costs.TINY | dict(steps=20))
     assert len(found.rows) == len(found.seconds) - 1 == 12
     for name, row in found.rows.items():
         assert row["clock_over_table"] == pytest.approx(1 / 1.1)
-        assert row["asked"] <= row["table"] < row["asked"] * (1.02 if name.startswith("router") else 1.2)
+        assert row["asked"] <= row["table"] < row["asked"] * (1.02 if name.startswith("router") else 1.3)
 
 
 @pytest.mark.parametrize("layers, whole", [(None, lambda one, two: one + 27 * (two - one)), (1, lambda one, _: one)])

@@ -21,12 +21,13 @@ def harmonica(*arguments):
 @pytest.fixture
 def seconds(monkeypatch):
     """What is measured, wherever it is: attention takes long."""
-    table = Seconds((8.0, 1.0) * 8, 1.0, 0.1, 2.0)
+    table = Seconds((8.0, 1.0) * 8, 1.0, 0.1, 2.0, 0.5, 72.0)
     for module in ("harmonica_dit.cli", "harmonica_dit.train.start"):
         monkeypatch.setattr(f"{module}.measure_costs", lambda net, **_: table)
     return table
 
 
+@pytest.mark.filterwarnings("ignore:target_speedup")  # in three steps few entries make a large difference
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_speedup_in_time(tmp_path, monkeypatch, seconds, kept):
     """Of a router, of a forecaster; measured now, or read from a file."""
@@ -34,14 +35,16 @@ def test_a_speedup_in_time(tmp_path, monkeypatch, seconds, kept):
     seconds.save(file)
     costs = file if kept else "time"
     result = harmonica("train", *TINY, "--target-speedup", 1.5, "--costs", costs, "--out", tmp_path / "router")
+    assert result.exit_code == 0, result.output
     schedule = read_schedule(tmp_path / "router" / "router.safetensors")
-    assert result.exit_code == 0 and schedule.speedup_by(seconds) >= 1.5 - 1e-9, result.output
+    assert schedule.speedup_by(seconds) >= 1.5 - 1e-9
     assert f"in time by what was measured {schedule.speedup_by(seconds):.2f}×" in " ".join(result.output.split())
     monkeypatch.setattr("harmonica_dit.cli.train_forecaster", partial(train_forecaster, images=2, held_out=2))
     result = harmonica("train", "--forecast", "uncached", "--steps", 4, "--iterations", 1, "--batch", 2,
                        "--target-speedup", 1.5, "--costs", costs, "--out", tmp_path / "forecast")
+    assert result.exit_code == 0, result.output
     schedule = Schedule.load(tmp_path / "forecast" / "forecast.safetensors")
-    assert result.exit_code == 0 and schedule.compute[:, 0].sum() == 2, result.output  # 4·73 / (2·73 + 2·2)
+    assert schedule.compute[:, 0].sum() == 2  # 4·72 / (2·73 + 2·2)
     assert f"measured {schedule.speedup_by(seconds):.2f}×" in " ".join(result.output.split())
 
 

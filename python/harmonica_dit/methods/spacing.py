@@ -30,7 +30,8 @@ def space(steps: int, costs: Costs, make: Callable[[list[bool], str], Schedule],
     least = speedup * (1 - 1e-9)  # costs are sums of floats
     for computed in range(steps, 0, -1):
         # not what forecasts cost, for which `make` would have to make them, but the least that they may
-        if computed > 1 and steps * costs.total < least * (computed * costs.total + (steps - computed) * costs.least):
+        takes = computed * costs.total + (steps - computed) * costs.least
+        if computed > 1 and steps * costs.uncached < least * takes:
             continue
         made = make(spread(steps, computed), f"{computed} of {steps} steps")
         if made.speedup_by(costs) >= least:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from harmonica_dit.costs import Seconds
 from harmonica_dit.files import check_file
@@ -19,17 +20,17 @@ from harmonica_dit.validate import check_whole
 from .sampling import denoise
 from .trajectory import Trajectory, image_noise
 
-STEPS = 6  # of a measured trajectory, the first one or two of which are computed: the others should weigh more
+STEPS = 10  # of a measured trajectory; the first one or two are computed, and the others should weigh more
 
 
 def measure_costs(net, *, batch: int, guidance: float | None = None, scheduler=None, rounds: int = 5,
                   path: str | os.PathLike | None = None) -> Seconds:
     """What each branch and a skipped step take on the device of `net`; read from a file where they are known already.
 
-    Short trajectories are timed in turn, run as `sample` does by default: with everything computed, with everything
-    repeated or forecast after the first steps, and with branches of one kind computed alone. Of a kind are branches of
-    as many FLOPs whose names end alike. What all branches take together is shared out in proportion to what the kinds
-    take alone.
+    Short trajectories are timed in turn, run as `sample` does by default: uncached, and with a cache and, after the
+    first steps, everything computed, repeated or forecast, half of the branches computed at random, or those of one
+    kind. Of a kind are branches of as many FLOPs whose names end alike. The table is the one that explains these times
+    best.
 
     Args:
         net: a denoiser, see `harmonica_dit.load`.
@@ -64,7 +65,8 @@ def measure_costs(net, *, batch: int, guidance: float | None = None, scheduler=N
         kinds.setdefault((count, name.rpartition(".")[2]), []).append(k)
     schedules = _schedules(net, flops, trajectory.steps, list(kinds.values()))
     noise = image_noise(0, 0, batch, net.sample_shape).to(weight.device)
-    calls = {name: lambda made=made: denoise(trajectory.fork(), noise, made) for name, made in schedules.items()}
+    calls = {name: lambda made=made: denoise(trajectory.fork(), noise, made)
+             for name, made in {"uncached": None, **schedules}.items()}
     seconds = interleave(calls, rounds, warmup=2, device=weight.device, clock=steady_clock())
     costs = _table(medians(seconds), schedules, list(kinds.values()), where)
     costs.save(path)
@@ -86,40 +88,42 @@ def _read(path: Path, where: dict) -> Seconds:
     return costs
 
 
-def _schedules(net, flops: Flops, steps: int, kinds: Sequence[list[int]]) -> dict[str, Schedule | None]:
-    """The trajectories that are timed: after their computed steps, all others are alike."""
-    def make(computed: int, kind: Sequence[int] = (), **how) -> Schedule:
-        compute = torch.zeros(steps, len(flops.branches), dtype=torch.bool)
+def _schedules(net, flops: Flops, steps: int, kinds: Sequence[list[int]]) -> dict[str, Schedule]:
+    """The trajectories that are timed beside the uncached one: the first one or two steps whole, the others alike."""
+    K = len(flops.branches)
+    nothing = torch.zeros(K, dtype=torch.bool)
+    half = torch.rand(steps, K, generator=torch.Generator().manual_seed(0)) < 0.5
+
+    def make(computed: int, rest: Tensor, **how) -> Schedule:
+        compute = rest.expand(steps, K).clone()
         compute[:computed] = True
-        compute[:, kind] = True
         return Schedule(compute, net.branch_names, flops, **how)
 
-    forecast = torch.ones(steps, len(flops.branches))
+    forecast = dict(extrapolation=torch.ones(steps, K))
     trunk = taylor([s < 2 for s in range(steps)], 1, net.tokens * net.width)
-    return {"computed": None, "repeated": make(1), "forecast": make(2, extrapolation=forecast),
-            "trunk": make(2, forecaster=trunk)} | {f"kind {i}": make(1, kind) for i, kind in enumerate(kinds)}
+    return {"computed": make(1, ~nothing), "repeated": make(1, nothing), "forecast": make(2, nothing, **forecast),
+            "trunk": make(2, nothing, forecaster=trunk), "half repeated": make(1, half),
+            "half forecast": make(2, half, **forecast)} | {
+                f"kind {i}": make(1, torch.zeros_like(nothing).index_fill(0, torch.tensor(kind), True))
+                for i, kind in enumerate(kinds)}
 
 
-def _table(seconds: dict[str, float], schedules: dict[str, Schedule | None], kinds: Sequence[list[int]],
+def _table(seconds: dict[str, float], schedules: dict[str, Schedule], kinds: Sequence[list[int]],
            where: dict) -> Seconds:
-    """What explains the trajectories' times."""
-    T, K = schedules["repeated"].compute.shape
-    total = seconds["computed"] / T
+    """What explains the trajectories' times best: the sum of the squares of their relative errors is the least."""
+    (T, K), n = schedules["computed"].compute.shape, len(kinds)
 
-    def other_step(name: str) -> float:
-        """Of the trajectory, a step after the computed ones."""
-        computed = int(schedules[name].compute.all(1).sum())
-        return (seconds[name] - computed * total) / (T - computed) if computed < T else total
+    def made(values: Sequence[float]) -> Seconds:
+        of = {k: value for kind, value in zip(kinds, values) for k in kind}
+        return Seconds(tuple(of[k] for k in range(K)), *values[n:], seconds["uncached"] / T, where)
 
-    fixed = other_step("repeated")
-    alone = [(other_step(f"kind {i}") - fixed) / len(kind) for i, kind in enumerate(kinds)]
-    if min(*alone, fixed, total - fixed) <= 0:
-        raise RuntimeError(f"net: what its branches take cannot be told from noise: {total:.3g} s a step computed, "
-                           f"{fixed:.3g} s repeated; measure more rounds or a larger batch, on a quiet machine")
-    scale = (total - fixed) / sum(one * len(kind) for one, kind in zip(alone, kinds))
-    branches = [0.0] * K
-    for one, kind in zip(alone, kinds):
-        for k in kind:
-            branches[k] = scale * one
-    forecast, trunk = (other_step("forecast") - fixed) / K, other_step("trunk")
-    return Seconds(tuple(branches), fixed, max(0.0, forecast), max(0.0, trunk), where)
+    units = [made(row) for row in torch.eye(n + 4).tolist()]  # times are linear in the table's numbers
+    shares = [[unit.of_trajectory(schedule) / seconds[name] for unit in units] for name, schedule in schedules.items()]
+    shares = torch.tensor(shares, dtype=torch.float64)
+    best = torch.linalg.lstsq(shares, torch.ones_like(shares[:, :1])).solution
+    *branches, fixed, forecast, trunk, mixed = best.flatten().tolist()
+    if min(*branches, fixed, trunk) <= 0:
+        raise RuntimeError(f"net: what its branches take cannot be told from noise: {seconds['computed'] / T:.3g} s a "
+                           f"step computed, {fixed:.3g} s repeated; measure more rounds or a larger batch, on a quiet "
+                           "machine")
+    return made([*branches, fixed, max(0.0, forecast), trunk, max(0.0, mixed)])

@@ -30,15 +30,15 @@ class Budget:
                  forecasts: bool = False):
         self.costs, self.speedup, self.cur = costs, speedup, cur
         K = len(costs.branches)
-        costs = costs.forecasting() if forecasts else costs
-        self.exact = cur is not None or costs is self.costs  # a forecast that takes two outputs may not have them
+        linear = costs.of_router(forecasts)
+        self.exact = cur is not None or linear is costs
         if speedup is not None:
-            most = steps * costs.total / (costs.total + (steps - 1) * costs.fixed)
+            most = steps * costs.uncached / (costs.total + (steps - 1) * costs.fixed)
             if not 1 < speedup <= most:
                 raise ValueError(f"target_speedup: got {speedup}, expected a number above 1 and up to {most:.4g}, "
                                  f"where everything after the first of {steps} steps is reused")
-            self.weights = torch.tensor(costs.branches, dtype=torch.float64)
-            allowed = steps * costs.total / speedup - steps * costs.fixed - sum(costs.branches)
+            self.weights = torch.tensor(linear.branches, dtype=torch.float64)
+            allowed = steps * costs.uncached / speedup - steps * linear.fixed - sum(linear.branches)
         else:
             most = 1 - 1 / steps
             if not 0 < cur <= most:

@@ -46,7 +46,7 @@ def test_cur_as_well(seed, target):
 @pytest.mark.parametrize("target", [1.2, 1.5, 2.0, 3.0])
 def test_a_target_in_measured_seconds_is_met_to_two_percent(target, forecasts):
     """By a made-up table, with as many entries as a model has; in FLOPs the schedule is elsewhere."""
-    flops, seconds = Flops((1.0,) * 24, 0.0), Seconds((3.0, 1.0) * 12, 2.0, 0.1, 1.0)
+    flops, seconds = Flops((1.0,) * 24, 0.0), Seconds((3.0, 1.0) * 12, 2.0, 0.1, 1.0, 0.5, 48.0)
     router = Router(torch.randn(20, 24, generator=torch.Generator().manual_seed(0)), tuple(map(str, range(24))), flops,
                     tuple(range(20)), extrapolation=torch.ones(20, 24) if forecasts else None)
     budget = Budget(seconds, 20, speedup=target, forecasts=forecasts)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:target_")  # twelve entries cann
 @pytest.fixture
 def table(net):
     """Attention takes long, which has few FLOPs; a forecast takes a tenth of the quickest branch."""
-    return Seconds((8.0, 1.0) * (len(net.branch_names) // 2), 1.0, 0.1, 0.5)
+    return Seconds((8.0, 1.0) * (len(net.branch_names) // 2), 1.0, 0.1, 0.5, 0.0, 18.5)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_training_goes_on_by_the_same_table_only(net, table, tmp_path):
 @pytest.mark.parametrize("change, said", [
     (dict(branches=(1.0,)), "costs: expected 4 branches"),
     (dict(branches=(0.0, 1.0, 1.0, 1.0)), "costs: the branch 'blocks.0.attn' costs nothing"),
-    (dict(fixed=1e3), "target_speedup: got 1.5, expected a number above 1 and up to 1.01")])
+    (dict(fixed=1e3, uncached=1020.0), "target_speedup: got 1.5, expected a number above 1 and up to 1.01")])
 def test_a_table_that_cannot_serve_is_refused(net, table, change, said):
     with pytest.raises(ValueError, match=said):
         train_router(net, target_speedup=1.5, costs=replace(table, **change), **SMALL)
