@@ -1,6 +1,7 @@
 """Inception and CLIP from local files, with random weights: what they are given and what is taken from them."""
 
 import pickle
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +16,16 @@ from harmonica_dit.evaluate import Inception, Judge, load_clip
 from harmonica_dit.evaluate.extractors import as_bytes, extractor_checksum
 from support.linear_extractor import Linear
 from support.pipeline_folders import clip as small_text_model
+
+
+class Run:
+    """Pickled, it makes a file where it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
 
 
 class SmallInception(nn.Module):
@@ -57,9 +68,10 @@ def test_inception_is_given_bytes_and_its_map_is_cut_to_seven_channels(weights):
 def test_inception_weights_are_tensors_in_a_local_file(weights, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="weights: no file at"):
         Inception(tmp_path / "missing.pth")
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Linear, protocol=2))
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Run(tmp_path / "made"), protocol=2))
     with pytest.raises(ValueError, match="evil.pth does not hold Inception's tensors"):
         Inception(tmp_path / "evil.pth")
+    assert not (tmp_path / "made").exists()
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth does not hold Inception's tensors"):
         Inception(tmp_path / "other.pth")
@@ -136,10 +148,11 @@ def test_clip_score_is_a_hundred_times_the_mean_cosine(folder):
 def test_clip_needs_a_folder_with_safetensors_and_one_prompt_an_image(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="folder: no CLIP at"):
         load_clip("openai/clip-vit-base-patch32")  # a name would be downloaded
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(OSError):
-        load_clip(tmp_path)
+    shutil.copytree(folder, tmp_path / "clip")
+    torch.save(CLIPModel.from_pretrained(folder).state_dict(), tmp_path / "clip" / "pytorch_model.bin")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        load_clip(tmp_path / "clip")
     judge = Judge(clip=load_clip(folder))
     for prompts in (None, "one", ["one"]):
         with pytest.raises(ValueError, match="prompts"):
