@@ -3,9 +3,9 @@
 from .bootstrap import interval
 from .compare import compare
 from .extractors import Inception, load_clip
-from .metrics import Judge, image_errors, psnr, rmse
+from .metrics import Judge, image_errors, rmse
 from .named_methods import Method, fewer_steps, fora_methods, from_file, read_schedule
 from .reference import Reference
 
 __all__ = ["Inception", "Judge", "Method", "Reference", "compare", "fewer_steps", "fora_methods",
-           "from_file", "image_errors", "interval", "load_clip", "psnr", "read_schedule", "rmse"]
+           "from_file", "image_errors", "interval", "load_clip", "read_schedule", "rmse"]

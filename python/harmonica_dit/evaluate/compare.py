@@ -122,7 +122,10 @@ def _rows(samples: Samples, methods: Sequence[Method], seed: int, steps: int, ac
     for first in samples.firsts:
         uncached, exact = made(methods[0], first), None if accurate is None else made(accurate, first)
         for method, tally in zip(methods, tallies):
-            tally.update(made(method, first), samples.labels_of(first), uncached, exact)
+            try:
+                tally.update(made(method, first), samples.labels_of(first), uncached, exact)
+            except ValueError as error:  # values that are not finite, for example
+                raise ValueError(f"{method.name}: {error}") from None
     rows = [tally.row(samples.as_run(method, seed), steps, _wall_speedup(samples, methods[0], method, seed), seed)
             for method, tally in zip(methods, tallies)]
     add_intervals(rows, tallies)

@@ -38,11 +38,6 @@ def rmse(images: Tensor, reference: Tensor, clip: bool = True) -> Tensor:
     return (images - reference).square().flatten(1).mean(1).sqrt()
 
 
-def psnr(error: float) -> float:
-    """Peak signal-to-noise ratio in dB of an RMSE on the scale [-1, 1]; infinite for equal images."""
-    return 20 * math.log10(2 / error) if error > 0 else math.inf
-
-
 def image_errors(images: Tensor, reference: Tensor) -> dict[str, Tensor]:
     """"error" (RMSE), "psnr" in dB and "ssim" of each image, [n].
 
