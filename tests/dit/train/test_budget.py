@@ -61,6 +61,15 @@ def test_a_target_in_measured_seconds_is_met_to_two_percent(target, forecasts):
     assert lower.compute.sum() == schedule.compute.sum() + 1 and lower.speedup_by(seconds) < target
 
 
+def test_beta_is_cut_from_the_budget_that_the_threshold_keeps_to():
+    """In seconds too, where nothing comes beside the branches and what is fixed."""
+    seconds = Seconds((3.0, 1.0, 2.0), 2.0, 0.0, 1.0, 0.0, 7.0)
+    router = router_of(torch.rand(5, 3, generator=torch.Generator().manual_seed(0)) * 0.98 + 0.01)
+    budget = Budget(seconds, 6, speedup=1.5)
+    budget.set_threshold(router)
+    assert budget.cut(router.scores()[1:]) == pytest.approx(router.threshold)
+
+
 def test_rounding_costs_no_entry():
     """Of a target that a schedule meets exactly, with FLOPs of the size of a model's and no round numbers."""
     flops, values = Flops((3e9 / 7, 5e9 / 7, 8e9 / 7), 1e9 / 3), torch.linspace(0.9, 0.1, 15)
