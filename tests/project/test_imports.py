@@ -14,8 +14,8 @@ PACKAGES = {"harmonica_kernels": ROOT / "harmonica_kernels", "harmonica_dit": RO
 ORDER = {
     "harmonica_kernels": (("__main__", "_command"), ("__init__",), ("graphs",), ("forward",), ("checks",),
                           ("cache", "trunk"), ("ops", "_info"), ("triton_kernels",)),
-    "harmonica_dit": (("cli",), ("demo",), ("__init__",), ("published_routers",), ("load",), ("train",), ("evaluate",),
-                      ("pipelines",), ("methods",), ("sample",), ("router",), ("adaptive", "schedule"), ("resample",),
+    "harmonica_dit": (("cli",), ("cli_compare",), ("cli_options",), ("demo",), ("__init__",), ("published_routers",),
+                      ("load",), ("train",), ("evaluate",), ("pipelines",), ("methods",), ("sample",), ("router",), ("adaptive", "schedule"), ("resample",),
                       ("fashion",), ("forecaster",), ("validate",), ("models",), ("flops",), ("costs",),
                       ("files", "progress", "timing")),
 }

@@ -191,7 +191,7 @@ NAN = torch.tensor([0.0, math.nan]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
     (TypeError, r"images: .*\(1, 2, 2\), expected floats \[n, C, H, W\]", dict(images=GOOD[0])),
     (TypeError, "images", dict(images=GOOD[:0])), (TypeError, "images: got list", dict(images=[GOOD])),
     (ValueError, "images: 1 of 2 hold values that are not finite", dict(images=NAN)),
-    (ValueError, r"images: their mean magnitude is 128, expected values in \[-1, 1\]", dict(images=GOOD + 128)),
+    (ValueError, r"images: their mean is 128 and none is below 0, expected values in \[-1, 1\]", dict(images=GOOD + 128)),
     (ValueError, "images: got shape", dict(uncached=torch.zeros(2, 1, 3, 3))),
     (ValueError, "uncached: got 1, expected one for each of 2", dict(uncached=GOOD[:1])),
     (ValueError, "uncached: 1 of 2", dict(uncached=NAN)),
