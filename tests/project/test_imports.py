@@ -15,7 +15,8 @@ ORDER = {
     "harmonica_kernels": (("__main__", "_command"), ("__init__",), ("graphs",), ("forward",), ("checks",),
                           ("cache", "trunk"), ("ops", "_info"), ("triton_kernels",)),
     "harmonica_dit": (("cli",), ("cli_compare",), ("cli_options",), ("demo",), ("__init__",), ("published_routers",),
-                      ("load",), ("train",), ("evaluate",), ("pipelines",), ("methods",), ("sample",), ("router",), ("adaptive", "schedule"), ("resample",),
+                      ("load",), ("train",), ("evaluate",), ("pipelines",), ("methods",), ("sample",),
+                      ("router",), ("adaptive", "schedule"), ("resample",),
                       ("fashion",), ("forecaster",), ("validate",), ("models",), ("flops",), ("costs",),
                       ("files", "progress", "timing")),
 }
