@@ -36,8 +36,8 @@ def prune(net: DiT, speedup: float, images: Tensor | None = None, labels=None, *
 
     Args:
         net: a DiT whose `attn` and `mlp` are plain; it stays as it is.
-        speedup: of a forward, in FLOPs. Channels are removed until it is reached; the share of heads that stays is that
-            of the channels, rounded, at least one.
+        speedup: of a forward, in FLOPs; it is met or just exceeded. Of heads and of channels about the same share is
+            kept.
         images: [N, C, H, W] floating-point training images, of a latent model the scaled latents; the first `batch` of
             them make the importance. None takes 64 of the model's own samples.
         labels: [N] their classes; None with images hides all labels.
@@ -131,18 +131,22 @@ def _linears(block: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _width(net: DiT, flops: Flops, speedup: float) -> tuple[int, int]:
-    """The heads and hidden channels of a block with which the model is `speedup` times as fast in FLOPs, or just more.
+    """The heads and hidden channels of a block: for each number of heads the most channels that reach the speedup, and
+    of these pairs the one that keeps most nearly the same share of both.
     """
     if not is_number(speedup) or speedup < 1:
         raise ValueError(f"speedup: got {speedup!r}, expected a number from 1 on")
     H, M = net.blocks[0].attn.heads, net.blocks[0].mlp.fc1.out_features
-    attention, feed_forward = sum(flops.branches[::2]), sum(flops.branches[1::2])  # in proportion to what is left
-    for channels in range(M, 0, -1):
-        heads = max(1, round(H * channels / M))
-        reached = flops.total / (flops.fixed + attention * heads / H + feed_forward * channels / M)
-        if reached >= speedup * (1 - 1e-9):
-            return heads, channels
-    raise ValueError(f"speedup: got {speedup}, expected at most {reached:.4g}, with one head and one channel left")
+    head, channel = sum(flops.branches[::2]) / H, sum(flops.branches[1::2]) / M  # what one costs in all blocks
+    pairs = []
+    for heads in range(H, 0, -1):
+        channels = min(M, math.floor((flops.total / speedup - flops.fixed - heads * head) / channel + 1e-6))
+        if channels > 0:
+            pairs.append((heads, channels))
+    if not pairs:
+        most = flops.total / (flops.fixed + head + channel)
+        raise ValueError(f"speedup: got {speedup}, expected at most {most:.4g}, with one head and one channel left")
+    return min(pairs, key=lambda pair: abs(pair[0] / H - pair[1] / M))
 
 
 def _keep_heads(attention: nn.Module, heads: Tensor) -> None:
