@@ -18,11 +18,12 @@ from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import check_file, check_folder, save_tensors
 from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.published_routers import KINDS, load_published_router
+from harmonica_dit.router import Router, warn_if_soft
 from harmonica_dit.sample import measure_costs
 from harmonica_dit.sample.decoding import makes_images
 from harmonica_dit.sample.schedulers import steps_of
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.train import check_arguments, train_forecaster, train_router
+from harmonica_dit.train import RECIPES, check_arguments, train_forecaster, train_router
 
 from .cli_compare import compare
 from .cli_options import (
@@ -65,7 +66,14 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Learned feature caching for diffusion transformers (HarmoniCa, ICML 2025).")
 
-ROUTERS_OWN = ("target_cur", "beta", "trajectories", "threshold", "importance", "extrapolation", "checkpointing")
+ROUTERS_OWN = ("recipe", "target_cur", "checkpointing", *(RECIPES["paper"].keys() - {"batch", "lr", "costs"}))
+
+
+def of_recipe(name: str, help: str, *flags: str):
+    """An option of `train`, a setting of `train_router` that is the recipe's unless it is given."""
+    recommended, papers = (RECIPES[recipe][name] for recipe in ("recommended", "paper"))
+    return typer.Option(*flags, help=help, rich_help_panel="What a router's recipe sets",
+                        show_default=f"{recommended}" if recommended == papers else f"{recommended}, paper: {papers}")
 
 
 @app.command()
@@ -90,29 +98,43 @@ def train(
     image_size: ImageSize = None,
     device: Device = None,
     steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
-    target_speedup: Annotated[float | None, typer.Option(help="Speedup to reach; 1.6 unless --target-cur or "
-                                                              "--beta is given, 2.7 for a forecaster.")] = None,
-    costs: Annotated[str, typer.Option(help='What a branch costs, and what the speedup is in: "flops"; "time", which '
-                                            'is measured on this device for --batch images at a time; or a file of '
-                                            'such costs, .json. "ones": all branches alike, the speedup in FLOPs.')]
-    = "flops",
+    recipe: Annotated[str, typer.Option(help='Settings of a router: "recommended", or "paper", HarmoniCa as '
+                                             'published.')] = "recommended",
+    target_speedup: Annotated[float | None, typer.Option(help="Speedup to reach; 1.6 unless --target-cur, --beta "
+                                                              "or the recipe's beta is there, 2.7 for a forecaster.")]
+    = None,
     target_cur: Annotated[float | None, typer.Option(help="Cache utilization ratio to reach, from 0 to 1.")] = None,
-    beta: Annotated[float | None, typer.Option(help="Weight of the cost in the loss, instead of a target.")] = None,
-    trajectories: Annotated[int, typer.Option(help="Number of trajectories to train a router on.")] = 500,
     iterations: Annotated[int, typer.Option(help="Number of iterations to train a forecaster for.")] = 600,
-    batch: Annotated[int | None, typer.Option(help="Images per trajectory; another number gives another router.",
-                                              show_default="32, for a forecaster 10")] = None,
-    lr: Annotated[float | None, typer.Option(help="The optimiser's learning rate.",
-                                             show_default="0.01, for a forecaster 0.004")] = None,
-    threshold: Annotated[float, typer.Option(help="Threshold during training: a branch whose score is above it counts "
-                                                  "as computed. The default is the paper's; 0.5 gave better routers. "
-                                                  "With a target, the finished router gets the threshold that meets "
-                                                  "the target.")] = 0.1,
-    importance: Annotated[str, typer.Option(help='How to measure what reuse at a step costs the image: "paper", '
-                                                 '"reference" (the published code) or "gain".')] = "paper",
-    extrapolation: Annotated[str, typer.Option(help='What a reused branch returns: "none" repeats its latest output, a '
-                                                    'number forecasts with this coefficient (1: first-order Taylor), '
-                                                    '"learned" learns the coefficients.')] = "none",
+    beta: Annotated[float | None, of_recipe("beta", "Weight of the cost in the loss, instead of a target.")] = None,
+    trajectories: Annotated[int | None, of_recipe("trajectories", "Number of trajectories.")] = None,
+    batch: Annotated[int | None, of_recipe("batch", "Images per trajectory; a forecaster's: 10.")] = None,
+    lr: Annotated[float | None, of_recipe("lr", "The optimiser's learning rate; a forecaster's: 0.004.")] = None,
+    eps: Annotated[float | None, of_recipe("eps", "AdamW's eps; gradients can be as small as beta.")] = None,
+    threshold: Annotated[float | None, of_recipe(
+        "threshold", "Threshold during training: a branch whose score is above it counts as computed. With a target, "
+        "the finished router gets the threshold that meets it.")] = None,
+    importance: Annotated[str | None, of_recipe(
+        "importance", 'How to measure what reuse at a step costs the image: "paper", "reference" (the published code) '
+        'or "gain".')] = None,
+    importance_rows: Annotated[str | None, of_recipe(
+        "importance_rows", 'Measure the importance with "soft" or "hard" rows.')] = None,
+    importance_scale: Annotated[str | None, of_recipe(
+        "importance_scale", 'Leave the importance as measured, "raw", or "normalised" to mean 1.')] = None,
+    refresh: Annotated[int | None, of_recipe(
+        "refresh", "Measure the importance again every so many denoising steps.")] = None,
+    reseed: Annotated[bool | None, of_recipe(
+        "reseed", "Begin noise and labels anew whenever the importance is measured.", "--reseed/--no-reseed")] = None,
+    extrapolation: Annotated[str | None, of_recipe(
+        "extrapolation", 'What a reused branch returns: 0 repeats its latest output, another number forecasts with '
+        'this coefficient (1: first-order Taylor), "learned" learns the coefficients.')] = None,
+    costs: Annotated[str | None, of_recipe(
+        "costs", 'What a branch costs, and what the speedup is in: "flops"; "time", which is measured on this device '
+        'for --batch images at a time; or a file of such costs, .json. "ones": all branches alike, the speedup in '
+        "FLOPs.")] = None,
+    compare: Annotated[str | None, of_recipe(
+        "compare", 'Output channels in the loss: "all", the learned variance too, or "noise" alone.')] = None,
+    halves: Annotated[str | None, of_recipe(
+        "halves", 'What loss and importance are averaged over: "one" half of the guided batch, or "both".')] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.",
                                                    show_default="the model's own")] = None,
     scheduler: Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.',
@@ -123,12 +145,12 @@ def train(
 ) -> None:
     """Train a router, which decides which branches to compute at which step, or a forecaster. No images are needed."""
     check_folder(out)
-    table = Seconds.load(costs) if costs.endswith(".json") else None
+    table = Seconds.load(costs) if costs and costs.endswith(".json") else None
     if forecast is not None:
         given = [name for name in ROUTERS_OWN if context.get_parameter_source(name).name == "COMMANDLINE"]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: is a router's; a forecaster (--forecast) has none")
-        if costs not in ("flops", "time") and table is None:
+        if costs not in (None, "flops", "time") and table is None:
             raise ValueError(f'--costs: got {costs!r}, for a forecaster expected "flops", "time" or a .json file')
         net = load(model, checkpoint, prompts, dtype, image_size, device, out)
         batch = 10 if batch is None else batch
@@ -140,21 +162,20 @@ def train(
                                     out=out)
         describe(schedule, out / "forecast.safetensors", table)
         return
-    batch, lr = 32 if batch is None else batch, 1e-2 if lr is None else lr
-    if target_speedup is None and target_cur is None and beta is None:
+    if recipe == "recommended" and target_speedup is None and target_cur is None and beta is None:
         target_speedup = 1.6
-    if extrapolation != "learned":
-        extrapolation = None if extrapolation == "none" else number("--extrapolation", extrapolation)
-    options = dict(steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta,
-                   trajectories=trajectories, batch=batch, lr=lr, threshold=threshold, importance=importance,
-                   extrapolation=extrapolation, costs=table or costs, guidance=guidance, scheduler=scheduler,
-                   seed=seed)
-    check_arguments(**options, dtype=dtype)
+    settings = {name: context.params[name] for name in RECIPES["paper"]}
+    if extrapolation not in (None, "learned"):
+        settings["extrapolation"] = number("--extrapolation", extrapolation)
+    settings["costs"] = table or costs
+    options = settings | dict(recipe=recipe, steps=steps, target_speedup=target_speedup, target_cur=target_cur,
+                              guidance=guidance, scheduler=scheduler, seed=seed)
+    console.print(f"recipe: {check_arguments(**options, dtype=dtype)}", soft_wrap=True)
     net = load(model, checkpoint, prompts, dtype, image_size, device, out)
     router = train_router(net, **options, checkpointing=checkpointing, out=out)
     if costs == "time":
         table = Seconds.load(out / "costs.json")
-    describe(router.schedule(), out / "router.safetensors", table)
+    describe(router.schedule(), out / "router.safetensors", table, router)
 
 
 @app.command()
@@ -221,12 +242,19 @@ def show(
     found = load_published_router(file, kind) if file.suffix == ".pt" else read(file)
     schedule = schedule_of(found, threshold)
     plot(found, out, threshold=threshold)
-    describe(schedule, out)
+    describe(schedule, out, made=found)
+    if isinstance(found, Router):
+        warn_if_soft(found)
 
 
-def describe(schedule: Schedule, path: Path, costs: Seconds | None = None) -> None:
-    console.print(f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×" + (
-        f", in time by what was measured {schedule.speedup_by(costs):.2f}×" if costs else ""), soft_wrap=True)
+def describe(schedule: Schedule, path: Path, costs: Seconds | None = None,
+             made: Router | Schedule | None = None) -> None:
+    text = f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×"
+    if costs:
+        text += f", in time by what was measured {schedule.speedup_by(costs):.2f}×"
+    if isinstance(made, Router):
+        text += f", {made.soft_share:.0%} of the scores soft" + (f", recipe: {made.recipe}" if made.recipe else "")
+    console.print(text, soft_wrap=True)
 
 
 def parse_labels(text: str | None, net) -> list[int]:
@@ -247,4 +275,4 @@ def number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{name}: got {text!r}, expected none, learned or a number") from None
+        raise ValueError(f"{name}: got {text!r}, expected learned or a number") from None

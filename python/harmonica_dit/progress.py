@@ -6,5 +6,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 def progress_bar(console: Console | None = None, shown: bool = True) -> Progress:
     """A bar on a console, by default on stdout; not shown, it takes the same calls."""
+    # the time left is estimated from the last hour: of a step that takes minutes, rich's 30 seconds hold no two ends
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                    TimeRemainingColumn(), console=console, disable=not shown)
+                    TimeRemainingColumn(), console=console, disable=not shown, speed_estimate_period=3600)

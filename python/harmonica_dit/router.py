@@ -1,6 +1,7 @@
 """The router: T×K learned scores that say which branches are computed at which step."""
 
 import os
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ from harmonica_kernels.graphs.gated import DecisionTables
 LIMIT = 5.0  # logits are kept within ±5 (published code), so that no score saturates
 ALWAYS = 20.0  # the logit of what is computed and not learned: its score is 1 in float32, above every threshold but 1
 FIELDS = ("branches", "flops", "timesteps", "model", "scheduler", "guidance", "threshold", "beta", "seed")
-OPTIONAL = ("resolution", "architecture")  # older files lack these
+OPTIONAL = ("resolution", "architecture", "recipe")  # older files lack these
+SOFT = 0.1, 0.9  # scores between these are soft
+MOST_SOFT = 0.2  # the share of soft scores above which a router is said to be soft
 
 
 class Router(nn.Module):
@@ -47,6 +50,7 @@ class Router(nn.Module):
         beta: the weight of the cost in training. seed: of the training.
         resolution: height and width of the latents in training, None if unknown.
         architecture: the fingerprint of the model's class (see `adapt`), None if unknown.
+        recipe: the recipe of the training and what differs from it (see `train_router`), None if unknown.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -58,7 +62,7 @@ class Router(nn.Module):
                  extrapolation: Tensor | None = None, learn_extrapolation: bool = False, threshold: float = 0.1,
                  model: str = "", scheduler: str = "ddim", guidance: float = 1.5, beta: float | None = None,
                  seed: int | None = None, resolution: tuple[int, int] | None = None,
-                 architecture: dict[str, str | int] | None = None):
+                 architecture: dict[str, str | int] | None = None, recipe: str | None = None):
         super().__init__()
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) < 2 or not logits.shape[1]:
             raise TypeError(f"logits: got {describe(logits)}, expected a float32 tensor [T, K] with T ≥ 2")
@@ -67,7 +71,7 @@ class Router(nn.Module):
         self.branches, self.timesteps = check_branches(branches, K), check_timesteps(timesteps, T)
         check_costs("flops", flops, K, Flops)
         self.flops = flops
-        for name, value in (("model", model), ("scheduler", scheduler)):
+        for name, value in (("model", model), ("scheduler", scheduler), ("recipe", recipe or "")):
             if not isinstance(value, str):
                 raise TypeError(f"{name}: got {value!r}, expected text")
         for name, value in (("guidance", guidance), ("beta", beta), ("seed", seed)):
@@ -76,7 +80,7 @@ class Router(nn.Module):
         self.threshold = check_threshold(threshold)
         self.model, self.scheduler, self.guidance, self.beta, self.seed = model, scheduler, guidance, beta, seed
         check_architecture(architecture)
-        self.resolution, self.architecture = check_resolution(resolution), architecture
+        self.resolution, self.architecture, self.recipe = check_resolution(resolution), architecture, recipe
         self.logits = nn.ParameterList(row.detach().clone() for row in logits[1:])
         self.coefficients = None
         if extrapolation is not None:
@@ -88,6 +92,15 @@ class Router(nn.Module):
     def steps(self) -> int:
         """T."""
         return len(self.logits) + 1
+
+    @property
+    def soft_share(self) -> float:
+        """The share of the trained scores (those below 1, which is `ALWAYS`) between 0.1 and 0.9.
+
+        Training blends by these scores; in inference the threshold cuts through them.
+        """
+        scores, (least, most) = self.scores(), SOFT
+        return int(((scores > least) & (scores < most)).sum()) / max(int((scores < 1).sum()), 1)
 
     @property
     def history(self) -> int:
@@ -128,7 +141,7 @@ class Router(nn.Module):
             tensors["extrapolation"] = self._extrapolation()
         metadata = {name: getattr(self, name) for name in FIELDS + OPTIONAL} | dict(
             kind="router", format=FORMAT, flops=[self.flops.branches, self.flops.fixed], steps=self.steps,
-            cur=self.schedule().cur)
+            cur=self.schedule().cur, soft_share=self.soft_share)
         save_tensors(path, tensors, metadata)
 
     @classmethod
@@ -163,6 +176,14 @@ class Router(nn.Module):
             return None
         rows = torch.stack([row.detach().float().cpu() for row in self.coefficients])
         return torch.cat([torch.zeros_like(rows[:1]), rows])
+
+
+def warn_if_soft(router: Router) -> None:
+    """Warns if more than a fifth of the router's scores are soft: its schedule is not what the training ended with."""
+    if router.soft_share > MOST_SOFT:
+        least, most = SOFT
+        warnings.warn(f"soft_share: {router.soft_share:.0%} of the router's scores lie between {least} and {most}; the "
+                      "training blended these outputs, the schedule computes or reuses them", stacklevel=3)
 
 
 def decide(scores: Tensor, threshold: float) -> Tensor:

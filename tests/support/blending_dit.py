@@ -13,10 +13,11 @@ class BlendingDiT:
 
     Args:
         net: a `PlainDiT` in float64. T: steps. threshold: τ. guidance: its scale. guided: how many leading channels.
+        both: x and the output have the unconditional half too, which the transformer is not given.
     """
 
-    def __init__(self, net, T, threshold, guidance, guided):
-        self.net, self.tau, self.guidance, self.guided = net, threshold, guidance, guided
+    def __init__(self, net, T, threshold, guidance, guided, both=False):
+        self.net, self.tau, self.guidance, self.guided, self.both = net, threshold, guidance, guided, both
         self.t = torch.linspace(999, 0, T).double().round().long()
         self.abar = [*torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000).double(), 0)[self.t].tolist(), 1.0]
 
@@ -47,11 +48,13 @@ class BlendingDiT:
         stored = [[]] * len(row) if stored is None else stored
         if self.guidance == 1:
             return self.transformer(x, y, s, row, a, stored)
+        x = x[: len(y)]
         none = torch.full_like(y, self.net.y_embedder.embedding_table.num_embeddings - 1)
         output, stored = self.transformer(torch.cat([x, x]), torch.cat([y, none]), s, row, a, stored)
         with_label, without = output.chunk(2)
         guided = without + self.guidance * (with_label - without)
-        return torch.cat([guided[:, : self.guided], with_label[:, self.guided :]], 1), stored
+        halves = [torch.cat([guided[:, : self.guided], half[:, self.guided :]], 1) for half in (with_label, without)]
+        return torch.cat(halves) if self.both else halves[0], stored
 
     def advance(self, x, s, output):
         now, after, noise = self.abar[s], self.abar[s + 1], output.detach()[:, : x.shape[1]]

@@ -32,15 +32,18 @@ class Guided(NamedTuple):
     Args:
         net: a denoiser. scale: of the guidance; 1 runs no unconditional half of the batch. channels: how many leading
             output channels are guided. autocast: "bfloat16" runs the model under autocast in it, None as it is.
+        both: whether the output has the unconditional half too, as facebookresearch/DiT's `forward_with_cfg` has it:
+            the guided channels are those of the other half. x then has 2n rows, of which the model takes the first n.
     """
 
     net: Any
     scale: float
     channels: int
     autocast: str | None = None
+    both: bool = False
 
     def __call__(self, x: Tensor, t: Tensor, labels: Tensor, **forward) -> Tensor:
-        """The guided output [n, C_out, H, W], in x's dtype, for x [n, C, H, W] at the timestep t [].
+        """The guided output, of x's shape and dtype but for its channels, for x [n, C, H, W] at the timestep t [].
 
         labels: [n] or, with guidance, [2n]; the second half are then labels that stand for none. forward: row, cache
         and so on.
@@ -50,15 +53,19 @@ class Guided(NamedTuple):
         if unconditional is None:
             return conditional
         guided = unconditional.lerp(conditional, self.scale)
-        if self.channels >= conditional.shape[1]:
-            return guided
-        return torch.cat([guided[:, : self.channels], conditional[:, self.channels :]], 1)
+        halves = [conditional, unconditional] if self.both else [conditional]
+        if self.channels < guided.shape[1]:
+            halves = [torch.cat([guided[:, : self.channels], half[:, self.channels :]], 1) for half in halves]
+        else:
+            halves = [guided for _ in halves]
+        return torch.cat(halves) if self.both else halves[0]
 
     def outputs(self, x: Tensor, t: Tensor, labels: Tensor, **forward) -> tuple[Tensor, Tensor | None]:
         """The conditional and the unconditional output [n, C_out, H, W], in the model's dtype.
 
         Without guidance the unconditional output is None.
         """
+        x = x[: len(labels) // 2] if self.both else x
         doubled = x if len(labels) == len(x) else torch.cat([x, x])
         with torch.autocast(x.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
             out = self.net(doubled, t.expand(len(labels)), labels, **forward)
@@ -87,11 +94,13 @@ class Trajectory:
         seed, first: the seed and the number of the first image, for schedulers that draw noise at their steps.
         autocast: "bfloat16" runs the model under autocast in it, None as it is. Everything else stays in x's dtype.
         timesteps: the T timesteps, from noise to image; None is the scheduler's own choice.
+        halves: "both" keeps the unconditional half too, where guidance has one: x and the outputs then have 2n rows.
+            The images are the same ("one"); only what is averaged over the rows is not.
     """
 
     def __init__(self, net, labels: Tensor, *, steps: int, scheduler=None, guidance: float | None = None,
                  guidance_channels: int | None = None, seed: int = 0, first: int = 0,
-                 autocast: str | None = None, timesteps: Sequence[float] | None = None):
+                 autocast: str | None = None, timesteps: Sequence[float] | None = None, halves: str = "one"):
         self.net, self.labels = net, check_labels(labels, net.num_classes)
         self.executor = run_eagerly  # runs the model in `predict`; may be `harmonica_kernels.compile(run_eagerly)`
         guidance = net.guidance if guidance is None else guidance
@@ -99,7 +108,8 @@ class Trajectory:
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
         if guidance_channels is not None and guidance_channels < 1:
             raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1")
-        self.model = Guided(net, guidance, guidance_channels or net.guidance_channels, autocast)
+        self.model = Guided(net, guidance, guidance_channels or net.guidance_channels, autocast,
+                            halves == "both" and guidance != 1)
         self.scheduler = make_scheduler(scheduler, steps, net, timesteps)
         self.timesteps = [t.item() for t in self.scheduler.timesteps]
         self._t = self.scheduler.timesteps.to(self.labels.device)
@@ -111,6 +121,7 @@ class Trajectory:
         self._generators = None
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             states = [np.random.SeedSequence((seed, i, 1)) for i in range(first, first + len(self.labels))]
+            states *= 2 if self.model.both else 1  # the same noise in both halves
             self._generators = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in states]
 
     @property
@@ -124,7 +135,8 @@ class Trajectory:
         return scheduler_name(self.scheduler)
 
     def start(self, noise: Tensor) -> Tensor:
-        """x_0 from standard normal noise [n, C, H, W]."""
+        """x_0 from standard normal noise [n, C, H, W]; with both halves, which start alike, [2n, C, H, W]."""
+        noise = torch.cat([noise, noise]) if self.model.both else noise
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)  # schedulers of flow matching have none
 
     def predict(self, x: Tensor, s: int, **forward) -> Tensor:

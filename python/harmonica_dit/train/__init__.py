@@ -3,6 +3,7 @@
 from .forecaster import train_forecaster
 from .learning_to_cache import train_learning_to_cache
 from .pruning import prune
+from .recipes import RECIPES
 from .train import check_arguments, train_router
 
-__all__ = ["check_arguments", "prune", "train_forecaster", "train_learning_to_cache", "train_router"]
+__all__ = ["RECIPES", "check_arguments", "prune", "train_forecaster", "train_learning_to_cache", "train_router"]

@@ -24,7 +24,7 @@ class Training:
 
     router: Router
     optimizer: torch.optim.Optimizer
-    importance: Tensor  # λ [T], normalised
+    importance: Tensor  # λ [T] as it was measured
     steering: Steering | None
     beta: float | None
     trajectory: int = 0  # how many are done

@@ -177,7 +177,8 @@ def _train_pair(net, pairs: Pairs, training: Training, executor, cache: hk.Featu
     training.trajectory += 1
     schedule = router.schedule()
     return dict(trajectory=n, seconds=time.monotonic() - begun, loss=loss.item(), error=error.item(),
-                beta=training.beta, threshold=router.threshold, cur=schedule.cur, speedup=schedule.speedup)
+                importance=1.0, beta=training.beta, threshold=router.threshold, cur=schedule.cur,
+                speedup=schedule.speedup)
 
 
 def _checksum(images: Tensor) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from harmonica_dit.router import Router
+from harmonica_dit.router import Router, warn_if_soft
 
 from .budget import Budget
 from .checkpoint import Training
@@ -19,7 +19,7 @@ def run_training(training: Training, total: int, advance: Callable[[], dict[str,
         advance: runs the next one, counts it in `training.trajectory` and returns the values to log.
         out, progress: as in `train_router`. record: the settings that a checkpoint must have.
         budget: of the target, for which the router's threshold is chosen at the end; None leaves the threshold.
-        of: what is counted, for the message of an interruption.
+        of: what is counted, for messages.
 
     Returns:
         The router, which is also in `out/router.safetensors`.
@@ -29,7 +29,7 @@ def run_training(training: Training, total: int, advance: Callable[[], dict[str,
         if checkpoint.exists():
             training.restore(checkpoint, record)
         training.save(checkpoint, record)  # if the folder cannot be written, this fails before the work begins
-    with Log(out, total, training.trajectory, progress) as log:
+    with Log(out, total, training.trajectory, progress, of) as log:
         try:
             while training.trajectory < total:
                 log.line(**advance())
@@ -43,6 +43,7 @@ def run_training(training: Training, total: int, advance: Callable[[], dict[str,
     if budget is not None:
         budget.set_threshold(router)
         budget.check(router)
+    warn_if_soft(router)
     if out is not None:
         from harmonica_dit.evaluate.heat_maps import plot  # not at the top: matplotlib takes a second to import
 

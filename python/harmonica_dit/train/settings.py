@@ -27,13 +27,17 @@ class Settings:
     trajectories: int
     batch: int
     lr: float
+    eps: float
     threshold: float
     importance: str
     importance_rows: str
+    importance_scale: str
     refresh: int
-    extrapolation: float | str | None
+    reseed: bool
+    extrapolation: float | str
     costs: str | Costs
     compare: str
+    halves: str
     guidance: float
     guidance_channels: int | None
     scheduler: str | SchedulerMixin
@@ -53,17 +57,21 @@ class Settings:
         if self.beta is None and self.trajectories < 2:
             raise ValueError(f"trajectories: got {self.trajectories}, expected at least 2: with a target the first "
                              "one only measures")
-        if not is_number(self.lr) or self.lr <= 0:
-            raise ValueError(f"lr: got {self.lr!r}, expected a number above 0")
+        for name in ("lr", "eps"):
+            value = getattr(self, name)
+            if not is_number(value) or value <= 0:
+                raise ValueError(f"{name}: got {value!r}, expected a number above 0")
         check_threshold(self.threshold)
         for name, known in (("importance", ("paper", "reference", "gain")), ("importance_rows", ("soft", "hard")),
-                            ("compare", ("all", "noise")), ("autocast", (None, "bfloat16"))):
+                            ("importance_scale", ("normalised", "raw")), ("reseed", (False, True)),
+                            ("compare", ("all", "noise")), ("halves", ("one", "both")),
+                            ("autocast", (None, "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
         if self.costs not in ("flops", "ones", "time") and not isinstance(self.costs, Costs):
             raise ValueError(f'costs: got {self.costs!r}, expected "flops", "ones", "time" or measured Seconds')
-        if not (self.extrapolation is None or self.extrapolation == "learned" or is_number(self.extrapolation)):
-            raise ValueError(f"extrapolation: got {self.extrapolation!r}, expected None, a number or 'learned'")
+        if self.extrapolation != "learned" and not is_number(self.extrapolation):
+            raise ValueError(f"extrapolation: got {self.extrapolation!r}, expected a number or 'learned'")
 
     def record(self, net) -> dict:
         """These settings and the model's properties, as JSON gives them back. A checkpoint must have the same."""

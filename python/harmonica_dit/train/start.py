@@ -35,20 +35,19 @@ def start_training(net, settings: Settings, costs: Costs) -> tuple[Training, Bud
     generator = torch.Generator().manual_seed(settings.seed)
     logits = torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)
     learned = settings.extrapolation == "learned"
-    extrapolation = None
-    if settings.extrapolation is not None:
+    extrapolation = None  # repeats, and needs no second output in the cache
+    if settings.extrapolation != 0:
         extrapolation = torch.full((T, K), 0.0 if learned else float(settings.extrapolation))
     router = Router(logits, net.branch_names, flops, tuple(first.timesteps), extrapolation=extrapolation,
                     learn_extrapolation=learned, threshold=settings.threshold, model=net.name,
                     scheduler=scheduler_name(settings.scheduler), guidance=settings.guidance, seed=settings.seed,
                     resolution=net.sample_shape[1:], architecture=getattr(net, "architecture", None)).to(device)
-    # the gradients are as small as β·c, so AdamW's default eps of 1e-8 would slow the rows down
-    optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-16,
+    optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=settings.eps,
                                   weight_decay=0)
     budget = steering = None
     if settings.beta is None:
         budget = Budget(costs, T, speedup=settings.target_speedup, cur=settings.target_cur,
-                        forecasts=settings.extrapolation is not None)
+                        forecasts=extrapolation is not None)
         steering = Steering(budget, T, K, device)
     return Training(router, optimizer, torch.ones(T, device=device), steering, settings.beta), budget
 
@@ -75,13 +74,22 @@ def find_costs(net, settings: Settings, folder: Path | None) -> Costs:
     return costs
 
 
+def last_refresh(n: int, steps: int, refresh: int) -> int:
+    """The trajectory, at most n, before which λ was last measured.
+
+    It is measured before trajectory n where n is 0 or where, since the trajectory before began, the denoising steps
+    that have been run, `steps` a trajectory, have reached another multiple of `refresh`.
+    """
+    return -(-(n * steps // refresh * refresh) // steps)
+
+
 def make_trajectory(net, settings: Settings, n: int, executor: Callable = run_eagerly) -> Trajectory:
     """Trajectory number n at its start; its labels depend on the seed and n alone."""
     labels = np.random.default_rng((settings.seed, n, 2)).integers(net.num_classes, size=settings.batch)
     trajectory = Trajectory(net, torch.from_numpy(labels).to(next(net.parameters()).device), steps=settings.steps,
                             scheduler=settings.scheduler, guidance=settings.guidance, seed=settings.seed,
                             guidance_channels=settings.guidance_channels, first=FIRST_IMAGE + n * settings.batch,
-                            autocast=settings.autocast)
+                            autocast=settings.autocast, halves=settings.halves)
     trajectory.executor = executor
     return trajectory
 

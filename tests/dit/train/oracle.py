@@ -19,10 +19,12 @@ class Oracle:
         compared, guided: how many leading channels are. The other arguments are `train_router`'s, by its names.
     """
 
-    def __init__(self, net, noise, labels, logits, flops, fixed, *, lr, threshold, importance, importance_rows, refresh,
-                 extrapolation, costs, compared, guidance, guided, beta=None, target_speedup=None, target_cur=None):
+    def __init__(self, net, noise, labels, logits, flops, fixed, *, lr, eps, threshold, importance, importance_rows,
+                 importance_scale, refresh, extrapolation, costs, compared, halves, guidance, guided, beta=None,
+                 target_speedup=None, target_cur=None):
         (T, K), f = logits.shape, torch.tensor(flops).double()
-        self.dit, self.lr, self.beta = BlendingDiT(net, T, threshold, guidance, guided), lr, beta
+        both = halves == "both" and guidance != 1
+        self.dit, self.lr, self.eps, self.beta = BlendingDiT(net, T, threshold, guidance, guided, both), lr, eps, beta
         self.kind, self.hard, self.compared, self.T, self.K = importance, importance_rows == "hard", compared, T, K
         self.learned, start = extrapolation == "learned", extrapolation if isinstance(extrapolation, float) else 0.0
         self.logits = [row.requires_grad_() for row in logits.double().clamp(-5, 5)]
@@ -32,9 +34,15 @@ class Oracle:
         self.b = (T * (f.sum() + fixed) / target_speedup - T * fixed - f.sum() if target_speedup is not None
                   else K * (T * (1 - (target_cur or 0.0)) - 1)) + 1e-9 * self.w.sum()
         self.moments, self.losses, self.errors, self.betas, self.mean_values = {}, [], [], [], 0.0
+        self.raw_means = []
         for n, (x, y) in enumerate(zip(noise.double(), labels, strict=True)):
+            x = torch.cat([x, x]) if both else x
             if n == 0 or n * T // refresh > (n - 1) * T // refresh:
-                self.importance = self.measure(x, y)
+                self.raw = self.measure(x, y)
+                self.importance = self.raw
+                if importance_scale == "normalised":
+                    self.importance = self.raw / self.raw[1:].mean() if self.raw.any() else torch.ones_like(self.raw)
+            self.raw_means.append(self.raw[1:].mean().item())
             values = self.trajectory(x, y)
             if beta is None:
                 self.mean_values = self.mean_values + (values - self.mean_values) / min(n + 1, 10)
@@ -53,7 +61,7 @@ class Oracle:
         return x, outputs
 
     def measure(self, x, y):
-        """λ [T], of mean 1."""
+        """λ [T]."""
         rows = torch.stack(self.logits).detach().sigmoid()
         rows = (rows > self.dit.tau).double() if self.hard else rows
         rows[0], ones = 1, torch.ones_like(rows)
@@ -66,8 +74,7 @@ class Oracle:
                 image, others = self.image(x, y, torch.cat([rows[:s], ones[:1], rows[s + 1 :]]))
                 change, error = mean_square(final - image), mean_square(outputs[s] - others[s])
                 found.append(change / error if self.kind == "gain" and error > 0 else change)
-        found = torch.stack([torch.zeros_like(found[0]), *found])
-        return found / found[1:].mean() if found.any() else torch.ones_like(found)
+        return torch.stack([torch.zeros_like(found[0]), *found])
 
     def trajectory(self, x, y):
         """Trains on one trajectory; the values of its entries [T-1, K]."""
@@ -97,7 +104,7 @@ class Oracle:
             if g is not None:  # in row 1 nothing is forecast yet
                 m, v, count = self.moments.get((i, s), (0.0, 0.0, 0))
                 m, v, count = self.moments[i, s] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2, count + 1
-                row.data -= self.lr * m / (1 - 0.9**count) / ((v / (1 - 0.999**count)) ** 0.5 + 1e-16)
+                row.data -= self.lr * m / (1 - 0.9**count) / ((v / (1 - 0.999**count)) ** 0.5 + self.eps)
         self.logits[s].data.clamp_(-5, 5)
 
     def cut(self, values):

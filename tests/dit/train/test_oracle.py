@@ -19,11 +19,14 @@ CHANNELS, K, SEED = 2, 4, 3  # of the noise; as many more are the learned varian
 # 3, once where C is no multiple of T; lr = 1.5 takes logits to ±5; τ leaves some entries below and some above it.
 FACTORS = dict(
     importance=["paper", "reference", "gain"], importance_rows=["soft", "hard"], costs=["flops", "ones"],
-    compare=["all", "noise"], extrapolation=[None, 0.5, "learned"], threshold=[0.4, 0.6],
+    compare=["all", "noise"], extrapolation=[0, 0.5, "learned"], threshold=[0.4, 0.6],
+    importance_scale=["normalised", "raw"],
     goal=[dict(beta=1e-3), dict(target_speedup=1.4), dict(target_cur=0.4)],
-    guide=[dict(guidance=1.0), dict(guidance=1.5, guidance_channels=1), dict(guidance=2.0, guidance_channels=3)],
-    size=[dict(steps=4, batch=2, refresh=9, lr=0.03), dict(steps=5, batch=1, refresh=10, lr=1.5),
-          dict(steps=6, batch=2, refresh=18, lr=0.1)])
+    guide=[dict(guidance=1.0, halves="both"), dict(guidance=1.5, guidance_channels=1, halves="both"),
+           dict(guidance=2.0, guidance_channels=3, halves="one")],
+    size=[dict(steps=4, batch=2, refresh=9, lr=0.03, eps=1e-16, reseed=False),
+          dict(steps=5, batch=1, refresh=10, lr=1.5, eps=1e-16, reseed=True),
+          dict(steps=6, batch=2, refresh=18, lr=0.1, eps=1e-3, reseed=False)])
 
 
 def covering():
@@ -60,8 +63,9 @@ def test_a_training_is_the_one_written_in_the_design(nets, tmp_path, monkeypatch
     check(nets, tmp_path, monkeypatch, trajectories=5, **settings)
 
 
-USUAL = dict(batch=1, lr=0.1, threshold=0.4, importance="paper", importance_rows="soft", costs="flops", compare="all",
-             extrapolation=None, guidance=1.0)
+USUAL = dict(batch=1, lr=0.1, eps=1e-16, threshold=0.4, importance="paper", importance_rows="soft",
+             importance_scale="normalised", reseed=False, costs="flops", compare="all", halves="one", extrapolation=0,
+             guidance=1.0)
 
 
 @pytest.mark.filterwarnings("ignore:target_")
@@ -76,7 +80,7 @@ def test_a_target_that_keeps_entries_of_no_worth_has_a_beta_of_zero(nets, tmp_pa
     assert oracle.cut(oracle.mean_values) < 0 and oracle.betas == [0, 0, 0]
 
 
-def check(nets, folder, monkeypatch, *, trajectories, steps, batch, compare, guidance_channels=3, **settings):
+def check(nets, folder, monkeypatch, *, trajectories, steps, batch, compare, reseed, guidance_channels=3, **settings):
     """Runs both trainings and compares all that they leave; returns the oracle's.
 
     The trainer's x is of its noise's dtype, so it is given float64 noise, and its router alone is float32: AdamW makes
@@ -89,40 +93,51 @@ def check(nets, folder, monkeypatch, *, trajectories, steps, batch, compare, gui
     real = start.image_noise
     monkeypatch.setattr(start, "image_noise", lambda *arguments: real(*arguments).double())
     router = train_router(net, steps=steps, batch=batch, compare=compare, guidance_channels=guidance_channels,
-                                  trajectories=trajectories, seed=SEED, out=folder, progress=False, **settings)
+                          trajectories=trajectories, reseed=reseed, seed=SEED, out=folder, progress=False, **settings)
     logits = torch.randn(steps, K, generator=torch.Generator().manual_seed(SEED))
-    oracle = Oracle(plain, noise(trajectories, batch), labels(trajectories, batch), logits, router.flops.branches,
-                    router.flops.fixed, guided=guidance_channels,
+    drawn = numbers(trajectories, steps, settings["refresh"], reseed)
+    oracle = Oracle(plain, noise(drawn, batch), labels(drawn, batch), logits, router.flops.branches, router.flops.fixed,
+                    guided=guidance_channels,
                     compared=CHANNELS if compare == "noise" else 2 * CHANNELS, **settings)
     kept = load_file(folder / "checkpoint.safetensors")
     with open(folder / "log.csv") as file:
         log = list(csv.DictReader(file))
 
     near(torch.stack(list(router.logits)), torch.stack(oracle.logits[1:]), atol=1e-3 * settings["lr"])
-    if settings["extrapolation"] is None:
+    if settings["extrapolation"] == 0:
         assert router.coefficients is None
     else:
         near(torch.stack(list(router.coefficients)), torch.stack(oracle.a[1:]), atol=1e-3 * settings["lr"])
-    near(kept["importance"], oracle.importance, rtol=2e-3)
+    near(kept["importance"], oracle.raw, rtol=2e-3)
     if "beta" not in settings:
         near(kept["steering"], oracle.mean_values, rtol=2e-3)
-    for name, expected in (("loss", oracle.losses), ("error", oracle.errors), ("beta", oracle.betas)):
+    for name, expected in (("loss", oracle.losses), ("error", oracle.errors), ("beta", oracle.betas),
+                           ("importance", oracle.raw_means)):
         near(torch.tensor([float(line[name]) for line in log]), torch.tensor(expected), rtol=2e-4)
     near(torch.tensor([router.beta, router.threshold]), torch.tensor([oracle.beta, oracle.dit.tau]), rtol=2e-4)
     return oracle
 
 
-def noise(trajectories, batch):
+def numbers(trajectories, steps, refresh, reseed):
+    """Of the noise and labels of each trajectory: counted from the last one before which λ was measured, if reseeded.
+    """
+    found = []
+    for n in range(trajectories):
+        measured = n == 0 or n * steps // refresh > (n - 1) * steps // refresh
+        found.append(0 if reseed and measured else found[-1] + 1 if found else 0)
+    return found
+
+
+def noise(drawn, batch):
     """[trajectories, batch, C, H, W]"""
-    images = [np.random.default_rng((SEED, 2**32 + i)).standard_normal((CHANNELS, 8, 8), np.float32)
-              for i in range(trajectories * batch)]
-    return torch.from_numpy(np.stack(images)).unflatten(0, (trajectories, batch))
+    images = [np.random.default_rng((SEED, 2**32 + n * batch + i)).standard_normal((CHANNELS, 8, 8), np.float32)
+              for n in drawn for i in range(batch)]
+    return torch.from_numpy(np.stack(images)).unflatten(0, (-1, batch))
 
 
-def labels(trajectories, batch):
+def labels(drawn, batch):
     """[trajectories, batch]"""
-    drawn = [np.random.default_rng((SEED, n, 2)).integers(4, size=batch) for n in range(trajectories)]
-    return torch.from_numpy(np.stack(drawn))
+    return torch.from_numpy(np.stack([np.random.default_rng((SEED, n, 2)).integers(4, size=batch) for n in drawn]))
 
 
 def near(found, expected, rtol=0.0, atol=0.0):

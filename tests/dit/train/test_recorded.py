@@ -26,7 +26,8 @@ SETTINGS = dict(steps=5, batch=2, lr=0.1, refresh=10, progress=False, trajectori
 CASES = [dict(), dict(importance="gain"), dict(extrapolation="learned"), dict(extrapolation=0.5,
                                                                               importance="reference"),
          dict(autocast="bfloat16", compare="noise"), dict(checkpointing=True, guidance=1.0),
-         dict(importance_rows="hard", importance="reference"), dict(scheduler="DPMSolverMultistepScheduler")]
+         dict(importance_rows="hard", importance="reference"), dict(scheduler="DPMSolverMultistepScheduler"),
+         dict(halves="both", guidance_channels=1)]
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_nothing_is_recorded_anew_as_the_router_learns(net, recorder, executors,
     one the student's; the forward that fills the cache has one, and computing and blending in the λ refresh. With two
     outputs a branch there are twice as many, since one or two are held, in either order.
     """
-    options = dict(extrapolation="learned") if history == 2 else {}
+    options = dict(extrapolation="learned" if history == 2 else 0)
     counts = {}
     for n in (3, 8):
         recorder.log.clear()

@@ -14,6 +14,7 @@ from harmonica_dit.router import Router
 from harmonica_dit.sample.schedulers import ReferenceDDIM
 from harmonica_dit.train import check_arguments, start, train_router
 from harmonica_dit.train.log import COLUMNS, Log
+from harmonica_dit.train.recipes import complete
 
 SMALL = dict(steps=4, batch=2, lr=0.1, refresh=12, progress=False, trajectories=6)
 pytestmark = pytest.mark.filterwarnings("ignore:target_")  # twelve entries cannot meet a target to 2 %
@@ -27,7 +28,8 @@ def equals(a, b):
 @pytest.fixture(scope="module", params=[
     dict(target_speedup=1.5), dict(beta=1e-5, extrapolation="learned"),
     dict(target_cur=0.4, extrapolation=0.5, scheduler="DPMSolverMultistepScheduler", importance="reference",
-         importance_rows="hard")], ids=["speedup", "learned extrapolation", "another scheduler"])
+         importance_rows="hard", importance_scale="raw", reseed=True, halves="both", guidance_channels=1)],
+    ids=["speedup", "learned extrapolation", "another scheduler"])
 def training(request, net):
     """Options, and the router of a training with them that nothing interrupts."""
     return request.param, train_router(net, **request.param, **SMALL)
@@ -154,8 +156,9 @@ def check_refusal(net, path):
 
 
 def settings(scheduler):
-    return module.Settings(2, None, None, 1.0, 1, 1, 0.1, 0.1, "paper", "soft", 1, None, "flops", "all", 1.5, 3,
-                           scheduler, None, 0)
+    given = dict(steps=2, target_speedup=None, target_cur=None, beta=1.0, guidance=1.5, guidance_channels=3,
+                 scheduler=scheduler, autocast=None, seed=0)
+    return module.Settings(**complete("recommended", given)[0])
 
 
 def test_a_scheduler_instance_of_another_class_is_another_setting(net):
@@ -200,7 +203,10 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training(net, tmp_pa
     (dict(beta=1.0, steps=1), "steps"), (dict(beta=1.0, steps=2.0), "steps"), (dict(beta=1.0, batch=0), "batch"),
     (dict(beta=1.0, trajectories=0), "trajectories"), (dict(target_speedup=1.5, trajectories=1), "trajectories"),
     (dict(beta=1.0, refresh=0), "refresh"),
-    (dict(beta=1.0, lr=0.0), "lr"), (dict(beta=1.0, lr=float("nan")), "lr"),
+    (dict(beta=1.0, lr=0.0), "lr"), (dict(beta=1.0, lr=float("nan")), "lr"), (dict(beta=1.0, eps=0.0), "eps"),
+    (dict(beta=1.0, recipe="x"), "recipe: got 'x', expected 'recommended' or 'paper'"),
+    (dict(beta=1.0, importance_scale="x"), "importance_scale"), (dict(beta=1.0, reseed=2), "reseed"),
+    (dict(beta=1.0, halves="x"), "halves"),
     (dict(beta=1.0, threshold=1.5), "threshold"), (dict(beta=1.0, seed=-1), "seed"),
     (dict(beta=1.0, importance="soft"), "importance"), (dict(beta=1.0, importance_rows="x"), "importance_rows"),
     (dict(beta=1.0, costs="x"), "costs: got 'x'"), (dict(beta=1.0, compare="x"), "compare"),
