@@ -25,7 +25,7 @@ def test_train_save_apply_sample(kind, target, request, tmp_path):
     assert schedule.speedup > 1.5 and schedule.architecture == net.architecture
     labels = torch.tensor([3, 700] if kind == "dit" else [0, 1])
     found = Schedule.load(tmp_path / "forecast.safetensors")
-    expected = sample(net, labels, schedule=found, seed=1)
+    expected = sample(net, labels, schedule=found, seed=1, latents=True)
     pipe = cls.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     harmonica_dit.enable_cache(pipe, tmp_path / "forecast.safetensors")
