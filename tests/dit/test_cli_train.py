@@ -55,7 +55,7 @@ def test_what_is_not_given_is_the_recipes(calls, tmp_path):
     assert calls[1]["target_speedup"] == 1.6
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES["paper"].keys() - {"batch", "lr"}))
+@pytest.mark.parametrize("name", sorted(RECIPES["paper"].keys() - {"batch", "lr", "costs"}))
 def test_a_forecaster_has_no_recipe(tmp_path, name):
     result = harmonica("train", "--out", tmp_path, "--forecast", "accurate", *options({name: OTHERS[name]}))
     assert result.exit_code == 2 and f"--{name.replace('_', '-')}: is a router's" in result.stderr
