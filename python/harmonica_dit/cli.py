@@ -114,8 +114,8 @@ def train(
         "threshold", "Threshold during training: a branch whose score is above it counts as computed. With a target, "
         "the finished router gets the threshold that meets it.")] = None,
     importance: Annotated[str | None, of_recipe(
-        "importance", 'How to measure what reuse at a step costs the image: "paper", "reference" (the published code) '
-        'or "gain".')] = None,
+        "importance", 'How to measure what reuse at a step costs the image: "paper", "reference" (the published code), '
+        '"gain" or "none", all steps alike.')] = None,
     importance_rows: Annotated[str | None, of_recipe(
         "importance_rows", 'Measure the importance with "soft" or "hard" rows.')] = None,
     importance_scale: Annotated[str | None, of_recipe(

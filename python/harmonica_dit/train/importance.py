@@ -25,6 +25,8 @@ def measure_importance(router: Router, trajectory: Trajectory, noise: Tensor, *,
     paper's λ_s already grows with this error. So λ_s·error counts it twice, and rows that make a small error early seem
     harmless. The quotient is the effect on the image of one unit of error at step s; gain·error is the image's error.
 
+    "none": 1 for every row that learns, which is SDT alone; nothing is run.
+
     Each of the T-1 other trajectories shares its first steps with the router's own and is forked from it. So it takes
     T + T(T-1)/2 guided forwards instead of T². On a CPU the result is the same to the last bit.
 
@@ -32,10 +34,13 @@ def measure_importance(router: Router, trajectory: Trajectory, noise: Tensor, *,
         router: gives rows, threshold and extrapolation. trajectory: at its start. If its `executor` records graphs, one
             graph serves every soft row of every refresh, and each hard row has its own. noise: [n, C, H, W], standard
             normal.
-        kind: "paper", "reference" or "gain". rows: "soft" blends, as published; "hard" thresholds, as inference does.
+        kind: "paper", "reference", "gain" or "none". rows: "soft" blends, as published; "hard" thresholds, as inference
+            does.
         cache: the one to work in, see `Student`.
     """
     T, one_by_one = router.steps, kind == "reference"
+    if kind == "none":
+        return (torch.arange(T, device=noise.device) > 0).float()
     student = Student(router, trajectory, noise, hard=rows == "hard", cache=cache)
     kept = hk.FeatureCache(router.history)  # holds the cache's contents while the fork works in the cache
     images, errors = [], []  # for s = 1, 2, …: of the trajectory that is forked at step s

@@ -62,10 +62,10 @@ class Settings:
             if not is_number(value) or value <= 0:
                 raise ValueError(f"{name}: got {value!r}, expected a number above 0")
         check_threshold(self.threshold)
-        for name, known in (("importance", ("paper", "reference", "gain")), ("importance_rows", ("soft", "hard")),
-                            ("importance_scale", ("normalised", "raw")), ("reseed", (False, True)),
-                            ("compare", ("all", "noise")), ("halves", ("one", "both")),
-                            ("autocast", (None, "bfloat16"))):
+        for name, known in (("importance", ("paper", "reference", "gain", "none")),
+                            ("importance_rows", ("soft", "hard")), ("importance_scale", ("normalised", "raw")),
+                            ("reseed", (False, True)), ("compare", ("all", "noise")),
+                            ("halves", ("one", "both")), ("autocast", (None, "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {' or '.join(map(repr, known))}")
         if self.costs not in ("flops", "ones", "time") and not isinstance(self.costs, Costs):

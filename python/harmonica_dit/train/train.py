@@ -57,9 +57,10 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
             score r > τ renews the cache with its blended output, of which the share r is fresh; in inference such an
             output is entirely fresh. So training with 0.5 is nearer to inference, and on the bundled model it gave
             much better routers (README).
-        importance: how λ is measured, "paper", "reference" or "gain", see `train.importance`. importance_rows: whether
-            with "soft" or "hard" rows. importance_scale: "normalised" to mean 1, or "raw" as published. The raw mean
-            falls as a router trains, and the weight of the error falls with it (the log has it).
+        importance: how λ is measured, "paper", "reference", "gain" or "none" (SDT alone), see `train.importance`.
+            importance_rows: whether with "soft" or "hard" rows. importance_scale: "normalised" to mean 1, or "raw" as
+            published. The raw mean falls as a router trains, and the weight of the error falls with it (the log has
+            it).
         refresh: C; λ is measured again every C denoising steps.
         reseed: whether noise and labels begin anew whenever λ is measured, as published: then every λ is measured on
             the same images, and as many trajectories as lie between two measurements come again and again.

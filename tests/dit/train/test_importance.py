@@ -85,6 +85,12 @@ def test_forwards(net, make_router, make_trajectory, noise, kind, T):
     assert len(calls) == T + T * (T - 1) // 2
 
 
+def test_without_importance_every_row_that_learns_counts_alike_and_nothing_is_run(make_router, make_trajectory, noise):
+    trajectory = make_trajectory()
+    trajectory.executor = None
+    assert measure_importance(make_router(), trajectory, noise, kind="none").tolist() == [0, 1, 1, 1, 1]
+
+
 def test_a_row_that_computes_everything_has_no_importance_when_hard(make_router, make_trajectory, noise):
     router = make_router()
     with torch.no_grad():
