@@ -1,6 +1,8 @@
 """Who imports whom: one way only, from the top rooms of docs/design.md down; and no file is too long to read."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -132,3 +134,9 @@ def test_what_is_wrong_is_found(tmp_path):
         upward(found, (("__init__",), ("top",), ("room",)))
     assert importers(modules, "elsewhere") == {"made.low"}
     assert long_files(tmp_path) == [f"{tmp_path / 'low.py'}: {3 * LINES} lines"]
+
+
+def test_importing_the_package_does_not_import_all_of_diffusers_models():
+    """Which takes seconds, and warns of packages that are not there."""
+    command = "import sys, harmonica_dit; print('diffusers.models' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout == "False\n"

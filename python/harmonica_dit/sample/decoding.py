@@ -1,10 +1,13 @@
 """From latents to images, by the VAE of a latent model."""
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 AT_ONCE = 4  # latents: a VAE's activations take more memory than the transformer's
 
@@ -22,7 +25,7 @@ def decode(net, latents: Tensor) -> Tensor:
     return torch.cat([vae.decode(part, return_dict=False)[0].float() for part in scaled.split(AT_ONCE)])
 
 
-def vae_of(net) -> AutoencoderKL | None:
+def vae_of(net) -> "AutoencoderKL | None":
     """The VAE that decodes a denoiser's samples; None if they are images, or if it has none."""
     return getattr(net, "vae", None)
 
@@ -32,7 +35,7 @@ def makes_images(net) -> bool:
     return vae_of(net) is not None or net.sample_shape[0] in (1, 3)
 
 
-def load_vae(source: str | os.PathLike, channels: int, **options) -> AutoencoderKL:
+def load_vae(source: str | os.PathLike, channels: int, **options) -> "AutoencoderKL":
     """Loads a VAE, in evaluation mode and without gradients, in float32: in float16 many overflow.
 
     Args:
@@ -42,6 +45,8 @@ def load_vae(source: str | os.PathLike, channels: int, **options) -> Autoencoder
     Raises:
         OSError: there is none. ValueError: its latents have another number of channels.
     """
+    from diffusers import AutoencoderKL  # not at the top: with all of diffusers' models it takes seconds to import
+
     vae = AutoencoderKL.from_pretrained(source, **options)
     if vae.config.latent_channels != channels:
         raise ValueError(f"vae: {source} decodes latents of {vae.config.latent_channels} channels, the model makes "
