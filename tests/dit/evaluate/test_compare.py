@@ -124,12 +124,12 @@ def test_a_process_that_fails_is_told_and_its_work_is_done(net):
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_methods_by_name_reach_the_speedup_and_no_more_than_the_next_step(net, name):
     calibrated = name in ("step-search", "smoothcache", "first-block")
-    net = small_latent_dit(depth=6) if calibrated else net  # which is sampled
-    for speedup in (1.5, 2.7):
-        (method,) = make_methods(net, [name], [speedup], 20)
+    net, steps = (small_latent_dit(depth=6), 8) if calibrated else (net, 20)  # the small one is sampled
+    for speedup in (1.5, 2.5):
+        (method,) = make_methods(net, [name], [speedup], steps)
         assert method.name.endswith(f" {speedup:g}×")
         if name != "first-block":  # which has none until it has run
-            assert speedup <= method.speedup(20) < speedup * 1.2
+            assert speedup <= method.speedup(steps) < speedup * (1.4 if calibrated else 1.25)
 
 
 @pytest.mark.parametrize("names, speedups, message", [
