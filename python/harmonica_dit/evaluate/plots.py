@@ -28,6 +28,8 @@ METRICS = (("error", "error against the uncached images\n(RMSE, images in [−1,
            ("frechet", "Fréchet distance\n(features of the bundled classifier)", "lower is better"))
 
 
+COLUMNS = 8  # of the legend
+LABELLED = 10  # families at most whose lines are named beside them; of more, the legend alone has the names
 SPEEDUPS = {"flops_speedup": "FLOPs speedup", "wall_speedup": "measured speedup"}
 
 
@@ -64,7 +66,8 @@ def plot_tradeoff(groups: Mapping[str, Sequence[dict]], path: str | os.PathLike,
                 axis.annotate(better, (1, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", ha="right",
                               size=7.5, color=FAINT)
         handles = [Line2D([], [], label=family, **_line(family, colours)) for family in families]
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(families), frameon=False, alignment="left",
+        figure.legend(handles=handles, loc="outside upper left", ncols=min(len(families), COLUMNS), frameon=False,
+                      alignment="left",
                       title=title or None, title_fontproperties=dict(weight="bold", size=11))
         return figure
 
@@ -134,9 +137,13 @@ def _panel(axis: Axes, rows: Sequence[dict], key: str, colours: Mapping[str, str
     if key == "label_accuracy":
         digits = 0 if axis.viewLim.height > 0.05 else 1
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits}%}")
-    if key.endswith("error"):
+    if key.endswith("error") and len(settings) <= LABELLED:
         axis.set_ylim(bottom=0)
-    _label_ends(axis, ends, colours)
+    if len(settings) <= LABELLED:
+        _label_ends(axis, ends, colours)
+    elif key != "label_accuracy":
+        axis.set_yscale("log" if all(row[key] for row in rows if row.get(key) is not None and
+                                     row["family"] not in REFERENCES) else "linear")
 
 
 def _line(family: str, colours: Mapping[str, str]) -> dict:
