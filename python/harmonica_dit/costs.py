@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from .files import replacement
 
 
 @dataclass(frozen=True)
-class Costs:
+class Costs(ABC):
     """Of a step: each of the K branches where it is computed, and `fixed`, which no schedule skips.
 
     Of a kind of costs there is also `uncached`, a step without a cache, with which speedups compare.
@@ -46,9 +47,9 @@ class Costs:
         """Of all steps of a schedule, its forecasts among them."""
         return self.of_steps(schedule.compute) + self.beside(schedule)
 
+    @abstractmethod
     def beside(self, schedule) -> float:
         """What a schedule costs beside its computed branches and what is fixed, such as its forecasts."""
-        raise NotImplementedError
 
     def of_router(self, forecasts: bool) -> "Costs":
         """The same for a router's rows, with as much as possible of what comes beside put into `fixed` and `branches`.

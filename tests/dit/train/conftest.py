@@ -9,6 +9,9 @@ from harmonica_dit.models.dit import DiT
 from harmonica_dit.router import Router
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
 from support.pipeline_folders import random_model, save_pixart, small_vae
+from support.plain_dit import PlainDiT
+
+TINY = dict(input_size=8, patch_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=4)
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +64,18 @@ def dit(tmp_path_factory):
     transformer = random_model(DiTTransformer2DModel, dict(sample_size=8, num_embeds_ada_norm=1000))
     DiTPipeline(transformer, small_vae(), DDIMScheduler(clip_sample=False)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def nets():
+    """One tiny model twice: as the trainer has it and in plain PyTorch. Random weights, so large that every branch
+    changes much from step to step, in float64."""
+    torch.manual_seed(0)
+    net = DiT(**TINY, name="tiny").double().eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 2 * p.shape[-1] ** -0.5)
+    plain = PlainDiT(**TINY).double().eval().requires_grad_(False)
+    plain.load_state_dict(net.state_dict())
+    return net, plain

@@ -7,32 +7,15 @@ import pytest
 import torch
 
 from harmonica_dit.methods import fora
-from harmonica_dit.models.dit import DiT
 from harmonica_dit.published_routers import load_published_router
 from harmonica_dit.router import Router
 from harmonica_dit.sample import sample
 from harmonica_dit.train import train_learning_to_cache
 from support.blending_dit import BlendingDiT
-from support.plain_dit import PlainDiT
 
-SIZES = dict(input_size=8, patch_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=4)
 T, K, N, BATCH, SEED, BETA = 6, 4, 7, 3, 2, 2e-3
 IMAGES = torch.rand(N, 2, 8, 8, generator=torch.Generator().manual_seed(9)).double() * 2 - 1
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2])
-
-
-@pytest.fixture(scope="module")
-def nets():
-    """One tiny model twice, with random weights in float64: as the trainer has it and in plain PyTorch."""
-    torch.manual_seed(0)
-    net = DiT(**SIZES, name="tiny").double().eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.dim() > 1:
-                p.normal_(0, 2 * p.shape[-1] ** -0.5)
-    plain = PlainDiT(**SIZES).double().eval().requires_grad_(False)
-    plain.load_state_dict(net.state_dict())
-    return net, plain
 
 
 def train(net, images=IMAGES, labels=LABELS, **options):

@@ -9,11 +9,8 @@ import torch
 from oracle import Oracle
 from safetensors.torch import load_file
 
-from harmonica_dit.models.dit import DiT
 from harmonica_dit.train import start, train_router
-from support.plain_dit import PlainDiT
 
-SIZES = dict(input_size=8, patch_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=4)
 CHANNELS, K, SEED = 2, 4, 3  # of the noise; as many more are the learned variance's
 # Wherever a number may be any, it is one that tells things apart: λ is measured again before trajectory 3, 2 and 4, and
 # 3, once where C is no multiple of T; lr = 1.5 takes logits to ±5; τ leaves some entries below and some above it.
@@ -40,21 +37,6 @@ def covering():
         chosen = {name: values[i] for i, (name, values) in zip(best, FACTORS.items(), strict=True)}
         cases.append(chosen.pop("goal") | chosen.pop("guide") | chosen.pop("size") | chosen)
     return cases
-
-
-@pytest.fixture(scope="module")
-def nets():
-    """One tiny model twice: as the trainer has it and in plain PyTorch. Random weights, so large that every branch
-    changes much from step to step, in float64."""
-    torch.manual_seed(0)
-    net = DiT(**SIZES, name="tiny").double().eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.dim() > 1:
-                p.normal_(0, 2 * p.shape[-1] ** -0.5)
-    plain = PlainDiT(**SIZES).double().eval().requires_grad_(False)
-    plain.load_state_dict(net.state_dict())
-    return net, plain
 
 
 @pytest.mark.filterwarnings("ignore:target_")  # so few entries cannot meet a target to 2 %
