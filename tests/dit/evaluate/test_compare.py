@@ -163,6 +163,7 @@ def test_latents_are_compared_unclipped_and_decoded(monkeypatch):
     rows = compare(net, [fewer_steps(3, 3.0)], [0, 1], steps=3)
     images = [net.vae.decode(latents / 0.5).sample.clamp(-1, 1) for latents in made]
     assert images[0].shape == (2, 3, 64, 64)
+    torch.testing.assert_close(sample(net, [0, 1], steps=1, guidance=1.5).clamp(-1, 1), images[1])
     difference = (images[0] - images[1]).square().flatten(1).mean(1).sqrt().mean().item()
     assert rows[1]["error"] == pytest.approx(difference, rel=1e-4)
     assert rows[1]["latent_error"] == pytest.approx(expected, rel=1e-4)
