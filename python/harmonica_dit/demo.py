@@ -16,7 +16,6 @@ from harmonica_dit.evaluate.heat_maps import plot
 from harmonica_dit.evaluate.pictures import image_grid
 from harmonica_dit.evaluate.plots import plot_tradeoff
 from harmonica_dit.evaluate.report import compare_with_bar, table
-from harmonica_dit.fashion import CURVE
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import replacement
 from harmonica_dit.methods import trunk_forecast
@@ -73,11 +72,8 @@ def run(out: str | os.PathLike, console: Console, *, iterations: int = 60, image
     shown = [Method("uncached", "uncached", STEPS), *ours, *fora_methods(net, STEPS, EVERY), methods[-3]]
     image_grid([harmonica_dit.sample(net, ten, steps=m.steps, schedule=m.schedule, scheduler=m.scheduler)
                 for m in shown], [_heading(by_name[m.name]) for m in shown], out / "grid.png", CLASSES)
-    groups = {f"this run: {STEPS} steps, only {samples} samples a method, a rough picture": rows}
-    if CURVE.exists():
-        curve = json.loads(CURVE.read_text())
-        groups[f"shipped: {curve['steps']} steps, {curve['samples']:,} samples a method"] = curve["rows"]
-    plot_tradeoff(groups, out / "tradeoff.png", "Quality against speedup: Fashion-MNIST, bundled DiT")
+    plot_tradeoff(rows, out / "tradeoff.png", f"Fashion-MNIST, bundled DiT, {STEPS} steps, only {samples} samples a "
+                                              "method: a rough picture")
     with replacement(out / "rows.json") as path:
         path.write_text(json.dumps(rows, indent=1) + "\n")
     console.print(table(rows, f"{samples} images a method: a small sample, label accuracy is good to a few percent"))

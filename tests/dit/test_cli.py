@@ -163,7 +163,7 @@ def test_compare_leaves_tables_and_pictures_and_goes_on(router, tmp_path, monkey
     assert page[0] == "# fashion-dit, 3 steps, 3 images a method and seed" and len({line.count("|") for line in page
                                                                                    if "|" in line}) == 1
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"tradeoff.png", "tradeoff-time.png", "schedules.png", "along.png", "images.png"}
+    assert pictures == {"tradeoff.png", "schedules.png", "along.png", "images.png"}
     monkeypatch.setattr(samples, "sample", lambda *_, **__: pytest.fail("it sampled"))
     assert harmonica(*command).exit_code == 0
 

@@ -1,6 +1,7 @@
 """Pictures of decisions: a router's scores and schedules as heat maps."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,7 +11,6 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from torch import Tensor
 
 from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.router import Router
@@ -27,18 +27,19 @@ def plot(made: Router | Schedule, path: str | os.PathLike, *, threshold: float |
          title: str | None = None) -> None:
     """Draws a router's scores, or a schedule's table, into a PNG. threshold: replaces a router's own."""
     if isinstance(made, Router):
-        plot_router(made.scores(), made.threshold if threshold is None else threshold, path, made.branches,
+        plot_router(made, path, made.threshold if threshold is None else threshold,
                     title or f"Router of {made.model or 'a model'}, {made.steps} steps")
     else:
         plot_schedule(made, path, title)
 
 
-def plot_router(scores: Tensor, threshold: float, path: str | os.PathLike, branches: Sequence[str],
-                title: str = "Router") -> None:
-    """Writes a heat map of a router's scores [T, K]: blues above the threshold (computed), sand below (reused)."""
+def plot_router(router: Router, path: str | os.PathLike, threshold: float, title: str) -> None:
+    """Writes a heat map of a router's scores [T, K]: blues above the threshold (computed), sand below (reused). Arrows
+    mark what is forecast."""
+    scores, schedule = router.scores(), router.schedule(threshold)
 
     def draw() -> Figure:
-        figure, axis = _heat_map(scores.shape, branches, title)
+        figure, axis = _heat_map(scores.shape, router.branches, title)
         sand = LinearSegmentedColormap.from_list("", ["#fbf9f4", "#e6dcc6"])
         blue = LinearSegmentedColormap.from_list("", ["#a6cbe6", COMPUTED, "#08264d"])
         levels = np.linspace(0, 1, 500)
@@ -52,9 +53,9 @@ def plot_router(scores: Tensor, threshold: float, path: str | os.PathLike, branc
         bar.set_ticks([threshold, *ticks], labels=[f"τ = {threshold:.3g}", *map("{:g}".format, ticks)])
         bar.ax.tick_params(length=2)
         bar.ax.set_ylabel("score")
-        computed = (scores.double() > threshold).float().mean().item()
-        _legend(axis, {f"computed: score > τ ({computed:.0%})": Patch(color=COMPUTED),
-                       f"reused ({1 - computed:.0%})": Patch(facecolor=REPEATED, edgecolor=RULE)})
+        entries = {f"computed: score > τ ({1 - schedule.cur:.0%})": Patch(color=COMPUTED),
+                   f"reused ({schedule.cur:.0%})": Patch(facecolor=REPEATED, edgecolor=RULE)}
+        _legend(axis, entries | _mark_forecasts(axis, schedule, REPEATED))
         return figure
 
     save(draw, path)
@@ -68,17 +69,9 @@ def plot_schedule(schedule: Schedule, path: str | os.PathLike, title: str | None
     def draw() -> Figure:
         figure, axis = _heat_map(compute.shape, schedule.branches, title or f"Schedule: {schedule.origin}")
         axis.imshow(_pixels(compute, forecast), aspect="auto")
-        arrow = dict(marker=">", markersize=3, color="#7a3e00", linestyle="none")
-        axis.plot(*forecasts.nonzero(), **arrow)
         entries = {f"computed ({compute.mean():.0%})": Patch(color=COMPUTED),
                    f"repeated ({(~compute & ~forecasts).mean():.0%})": Patch(facecolor=REPEATED, edgecolor=RULE)}
-        if forecasts.any():
-            low, high = f"{forecast[forecasts].min():.2g}", f"{forecast[forecasts].max():.2g}"
-            weights = f"a = {low}" if low == high else f"a from {low} to {high}"
-            weights = weights if schedule.forecaster is None else "the trunk"
-            entries[f"forecast, {weights} ({forecasts.mean():.0%})"] = (Patch(color=FORECAST_SHADE),
-                                                                        Line2D([], [], **arrow))
-        _legend(axis, entries)
+        _legend(axis, entries | _mark_forecasts(axis, schedule, FORECAST_SHADE))
         return figure
 
     save(draw, path)
@@ -115,6 +108,20 @@ def _entries(schedule: Schedule | AdaptiveSchedule) -> tuple[np.ndarray, np.ndar
     return compute, np.where(compute, 0, strengths)
 
 
+def _mark_forecasts(axis: Axes, schedule: Schedule, shade: str) -> dict[str, tuple[Artist, ...]]:
+    """Draws an arrow on each forecast entry, and returns the legend's entry, if there are any. shade: its colour."""
+    _, forecast = _entries(schedule)
+    forecasts = forecast != 0
+    if not forecasts.any():
+        return {}
+    arrow = dict(marker=">", markersize=3, color="#7a3e00", linestyle="none")
+    axis.plot(*forecasts.nonzero(), **arrow)
+    low, high = f"{forecast[forecasts].min():.2g}", f"{forecast[forecasts].max():.2g}"
+    weights = f"a = {low}" if low == high else f"a from {low} to {high}"
+    weights = weights if schedule.forecaster is None else "the trunk"
+    return {f"forecast, {weights} ({forecasts.mean():.0%})": (Patch(color=shade), Line2D([], [], **arrow))}
+
+
 def _pixels(compute: np.ndarray, forecast: np.ndarray) -> np.ndarray:
     """Colours [K, T, 3]; the stronger a forecast, the fuller its orange."""
     pixels = np.where(compute[..., None], to_rgb(COMPUTED), to_rgb(REPEATED))
@@ -128,7 +135,8 @@ def _heat_map(shape: tuple[int, int], branches: Sequence[str], title: str) -> tu
     T, K = shape
     figure = Figure((max(4.5, 1.2 + min(0.3, 12 / T) * T), max(2, 0.8 + min(0.24, 14 / K) * K)))
     axis = figure.add_subplot()
-    axis.set_title(title, loc="left", weight="bold", pad=26)
+    letters = int(figure.get_figwidth() / 0.095)  # as many of a title's letters are as wide as the figure
+    axis.set_title(textwrap.fill(title, letters), loc="left", weight="bold", pad=26)
     axis.set_xticks(range(0, T, 1 if T <= 20 else 5))
     axis.set_xlabel("step (noise → image)")
     names = [name.rsplit(".", 1) for name in branches]

@@ -107,7 +107,7 @@ def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
     name = path.absolute().parent.name if path.stem in ("router", "forecast") else path.stem
     family, schedule = "router" if isinstance(found, Router) else name, schedule_of(found)
     if schedule.unit == "trunk":
-        family = "learned forecast"
+        family = "learned forecast" + (", to uncached" if "the uncached images" in schedule.origin else "")
     elif schedule.history > 1:
         family += " + forecast"
     return Method(name, family, schedule.steps, schedule, schedule.scheduler if schedule.unit == "trunk" else None)

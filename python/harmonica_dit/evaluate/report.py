@@ -96,8 +96,8 @@ def write(out: Path, net, methods: Sequence[Method], labels: Tensor, rows: Seque
     """Writes a comparison into its folder, whose folder samples holds its samples.
 
     rows.json has the rows and the settings, table.csv and table.md the same to read, tradeoff.png quality against
-    FLOPs and tradeoff-time.png against time, schedules.png what is computed when, along.png errors along the
-    trajectory, images.png samples of the same noise.
+    speedup, schedules.png what is computed when, along.png errors along the trajectory, images.png samples of the same
+    noise.
     """
     settings = dict(model=net.name, steps=steps, guidance=guidance, scheduler=scheduler_name(scheduler),
                     samples=len(labels), dtype=str(next(net.parameters()).dtype).removeprefix("torch."),
@@ -111,9 +111,7 @@ def write(out: Path, net, methods: Sequence[Method], labels: Tensor, rows: Seque
     with replacement(out / "table.md") as path:
         path.write_text(markdown(rows, title))
     if any(row.get(key) is not None for row in rows for key, *_ in METRICS):
-        plot_tradeoff({title: rows}, out / "tradeoff.png")
-        if all(row["wall_speedup"] is not None for row in rows):
-            plot_tradeoff({title: rows}, out / "tradeoff-time.png", against="wall_speedup")
+        plot_tradeoff(rows, out / "tradeoff.png", title)
     options = dict(guidance=guidance, scheduler=scheduler)
     kept = Samples(net, labels, out / "samples", batch=batch, **options)
     methods = [kept.as_run(method, rows[0]["seed"]) for method in methods]

@@ -3,7 +3,7 @@
     data.py        the images
     recipe.py      the model's training
     classifier.py  the classifier that judges samples, and its training
-    weights/ routers/ forecasts/ curve.json   made by these, by trainings and by a comparison
+    weights/ routers/ forecasts/   made by these and by trainings
 """
 
 import os
@@ -13,7 +13,7 @@ FASHION = dict(input_size=28, patch_size=4, in_channels=1, hidden_size=128, dept
                learn_sigma=False)
 FASHION_WEIGHTS = Path(__file__).parent / "weights" / "fashion_dit.safetensors"
 ROUTERS, FORECASTS = (Path(__file__).parent / name for name in ("routers", "forecasts"))  # the bundled ones
-CURVE = Path(__file__).parent / "curve.json"  # rows of a comparison
+
 
 def find(path: str | os.PathLike) -> Path:
     """The file at `path`; if there is none, the bundled router or forecast of that name.
@@ -30,4 +30,4 @@ def find(path: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"no file at {path}; bundled are {', '.join(bundled)}")
 
 
-__all__ = ["CURVE", "FASHION", "FASHION_WEIGHTS", "FORECASTS", "ROUTERS", "find"]
+__all__ = ["FASHION", "FASHION_WEIGHTS", "FORECASTS", "ROUTERS", "find"]

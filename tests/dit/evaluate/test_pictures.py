@@ -5,13 +5,20 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from harmonica_dit.evaluate.heat_maps import plot_router, plot_schedule, plot_schedules
+from harmonica_dit.evaluate.heat_maps import _mark_forecasts, plot, plot_schedule, plot_schedules
 from harmonica_dit.evaluate.pictures import image_grid, image_sheet
-from harmonica_dit.evaluate.plots import COLOURS, _panel, plot_along, plot_tradeoff
+from harmonica_dit.evaluate.plots import COLOURS, _looks, _panel, _points, plot_along, plot_tradeoff
 from harmonica_dit.flops import Flops
+from harmonica_dit.router import Router
 from harmonica_dit.schedule import Schedule
 
 NAMES = tuple(f"blocks.{i}.{part}" for i in range(3) for part in ("attn", "mlp"))
+
+
+def make_router(T, K, forecasts):
+    names = tuple(f"blocks.{k}.attn" for k in range(K))
+    return Router(torch.randn(T, K), names, Flops((1.0,) * K, 1.0), tuple(range(T, 0, -1)),
+                  extrapolation=torch.ones(T, K) if forecasts else None)
 
 
 def size(path):
@@ -44,11 +51,30 @@ def test_image_sheet_keeps_every_pixel(tmp_path, channels, mode):
         image_sheet(torch.rand(1, 4, 4, 4), tmp_path / "latents.png")
 
 
-@pytest.mark.parametrize("T, K, threshold", [(1, 1, 0.0), (2, 4, 1.0), (20, 6, 0.1), (50, 56, 0.5)])
-def test_router(tmp_path, T, K, threshold):
-    plot_router(torch.rand(T, K), threshold, tmp_path / "router.png", [f"blocks.{k}.attn" for k in range(K)])
+@pytest.mark.parametrize("T, K, threshold, forecasts", [(2, 1, 0.0, False), (2, 4, 1.0, True), (20, 6, 0.1, True),
+                                                        (50, 56, 0.5, False)])
+def test_router(tmp_path, T, K, threshold, forecasts):
+    plot(make_router(T, K, forecasts), tmp_path / "router.png", threshold=threshold, title="a long title " * 20)
     width, height = size(tmp_path / "router.png")
     assert 300 < width < 2500 and 200 < height < 2500
+
+
+def test_a_long_title_does_not_widen_a_picture(tmp_path):
+    widths = []
+    for title in ("short", "a/very/long/name-of-a-file" * 10):
+        plot(make_router(10, 6, False), tmp_path / "router.png", title=title)
+        widths.append(size(tmp_path / "router.png")[0])
+    assert widths[1] < 1.3 * widths[0]
+
+
+def test_a_router_marks_what_it_forecasts(tmp_path):
+    router, axis = make_router(5, 6, True), Figure().add_subplot()
+    label, = _mark_forecasts(axis, router.schedule(0.5), "red")
+    reused = ~router.schedule(0.5).compute
+    assert label.startswith(f"forecast, a = 1 ({reused.float().mean():.0%}")
+    steps, branches = axis.lines[0].get_data()
+    assert {(int(s), int(k)) for s, k in zip(steps, branches)} == {tuple(e) for e in reused.nonzero().tolist()}
+    assert not _mark_forecasts(axis, make_router(5, 6, False).schedule(0.5), "red")
 
 
 @pytest.mark.parametrize("extrapolation", [None, torch.ones(4, 6), torch.rand(4, 6)])
@@ -78,37 +104,60 @@ def test_errors_along_the_trajectory(tmp_path):
     assert 1000 < width < 2000 and 300 < height < 800
 
 
-def test_tradeoff_against_measured_time_leaves_out_what_was_not_timed(tmp_path):
-    rows = [dict(name=name, family=name, flops_speedup=2.0, wall_speedup=time, seed=0, error=0.1, frechet=None)
-            for name, time in (("a", 1.5), ("b", None))]
+def row(name, family, speedup, seed=0, **measured):
+    return dict(name=name, family=family, flops_speedup=speedup, wall_speedup=None, seed=seed) | measured
+
+
+def test_tradeoff_has_panels_for_what_was_measured(tmp_path):
+    """A column a metric; a second line of panels where time was measured, without what was not timed."""
+    rows = [row("uncached", "uncached", 1.0, wall_speedup=1.0, error=0.0), row("a", "a", 2.0, error=0.1)]
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harmonica_dit.evaluate.plots._panel", lambda axis, rows, *_: drawn.append([*rows]))
-        for against in ("flops_speedup", "wall_speedup"):
-            plot_tradeoff({"": rows}, tmp_path / "tradeoff.png", against=against)
-    assert [[row["name"] for row in rows] for rows in drawn] == [["a", "b"], ["a"]]
+        patch.setattr("harmonica_dit.evaluate.plots._panel", lambda axis, rows, key, looks, against: drawn.append(
+            (against, key, [row["name"] for row in rows])))
+        plot_tradeoff(rows, tmp_path / "tradeoff.png")
+        more = [row("b", "b", 2.0, wall_speedup=1.5, error=0.1, frechet=2.0)]
+        plot_tradeoff(rows + more, tmp_path / "tradeoff.png", "a title")
+    flops, wall, every = "flops_speedup", "wall_speedup", ["uncached", "a", "b"]
+    assert drawn == [(flops, "error", ["uncached", "a"]), (flops, "error", every), (flops, "frechet", every),
+                     (wall, "error", ["uncached", "b"]), (wall, "frechet", ["uncached", "b"])]
 
 
-def test_tradeoff(tmp_path):
-    def row(name, family, speedup, seed, frechet):
-        return dict(name=name, family=family, flops_speedup=speedup, seed=seed, error=0.1 * (speedup - 1),
-                    label_accuracy=0.9, frechet=frechet)
+@pytest.mark.parametrize("families", [2, 14])
+def test_tradeoff(tmp_path, families):
+    rows = [row(f"{i} {n}", f"family {i}", n, error=0.1 * (n - 1), label_accuracy=0.9, frechet=8.0 / n)
+            for n in (2, 3) for i in range(families)]
+    plot_tradeoff([row("uncached", "uncached", 1, error=0.0, frechet=2.0), *rows], tmp_path / "tradeoff.png", "title")
+    width, height = size(tmp_path / "tradeoff.png")
+    assert 1500 < width < 2500 and 400 < height < 1000
 
-    small = [row("uncached", "uncached", 1, 0, None), row("mine", "another method", 1.5, 0, None)]
-    large = [row(f"FORA n={n}", "FORA", n, seed, 8.0 + seed) for n in (2, 3) for seed in (0, 1)]
-    plot_tradeoff({"small": small}, tmp_path / "one.png")
-    plot_tradeoff({"small": small, "large": large}, tmp_path / "two.png", "title")
-    (w1, h1), (w2, h2) = size(tmp_path / "one.png"), size(tmp_path / "two.png")
-    assert 600 < w1 < w2 < 2500 and 300 < h1 < h2 < 2000
+
+def test_seeds_of_alike_speedups_are_one_point():
+    """Of training, which have names and speedups of their own, and of sampling."""
+    rows = [row("b", "router", 2.02, error=0.3), row("a", "router", 2.0, error=0.1), row("c", "router", 2.1, error=0.5)]
+    points = _points(rows, "error", "flops_speedup")
+    assert [tuple(point) for point in points] == [(pytest.approx(2.01), pytest.approx(0.2), 0.1, 0.3),
+                                                  (2.1, 0.5, 0.5, 0.5)]
+
+
+def test_bars_of_one_seed_are_its_interval():
+    one = row("a", "router", 2.0, error=0.3, error_low=0.2, error_high=0.5, frechet=3.0, frechet_above=0.5,
+              frechet_above_low=0.25, frechet_above_high=1.0)
+    assert _points([one], "error", "flops_speedup")[0][2:] == (0.2, 0.5)
+    assert _points([one], "frechet", "flops_speedup")[0][2:] == (2.75, 3.5)
+
+
+def test_every_family_has_a_look_of_its_own():
+    looks = _looks(["uncached", *COLOURS, *(f"family {i}" for i in range(12))])
+    assert len({(look["color"], look.get("marker"), look.get("linestyle")) for look in looks.values()}) == len(looks)
 
 
 @pytest.mark.parametrize("family", ["uncached", "accurate solution"])
 def test_what_methods_are_measured_against_is_a_line_across(family):
     """At its value, whatever it costs: it does not stretch the axis of speedups."""
     axis = Figure().add_subplot()
-    rows = [dict(name=family, family=family, flops_speedup=0.1, seed=0, error=0.25),
-            *(dict(name=f"FORA n={n}", family="FORA", flops_speedup=n, seed=0, error=0.1 * n) for n in (2, 3))]
-    _panel(axis, rows, "error", COLOURS, "flops_speedup")
+    rows = [row(family, family, 0.1, error=0.25), *(row(f"FORA n={n}", "FORA", n, error=0.1 * n) for n in (2, 3))]
+    _panel(axis, rows, "error", _looks([family, "FORA"]), "flops_speedup")
     across = [line for line in axis.lines if list(line.get_xdata()) == [0, 1]]
     assert [list(line.get_ydata()) for line in across] == [[0.25, 0.25]]
     assert axis.get_xlim()[0] > 1.5
