@@ -10,7 +10,7 @@ demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # Whether the tests notice single changed lines, see docs/testing.md.
 mutants: $(VENV)/.installed-mutants

@@ -39,8 +39,10 @@ def runs() -> dict:
 
 
 @pytest.fixture
-def run_suite(pytester, runs):
+def run_suite(pytester, runs, monkeypatch):
     """Runs SUITE as one of bench/ with these options; the result, and the JSON file where there is one."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in a process among others nothing would be measured
+
     def run(*options):
         if options not in runs:
             pytester.makeconftest("from bench.conftest import *")
