@@ -3,7 +3,7 @@
 GOALS = ("target_speedup", "target_cur", "beta")
 
 # "paper": HarmoniCa as published; where the paper and the published code disagree, the paper, and where the paper says
-# nothing, the code. "recommended": what gave the bundled model's best routers (README, "What the router is worth").
+# nothing, the code. "recommended": what gave the bundled model's best routers (docs/comparison.md).
 # docs/design.md, "What differs from the reference", sets them side by side.
 RECIPES = {
     "recommended": dict(

@@ -42,8 +42,8 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
     Args:
         net: a denoiser, see `harmonica_dit.load`.
         recipe: gives the settings from `trajectories` to `halves` that are None (`RECIPES`): "recommended", what gave
-            the best routers on the bundled model (README); or "paper", HarmoniCa as published, which also has a β for
-            trainings without any goal. The router says what differs from its recipe (`Router.recipe`).
+            the best routers on the bundled model (docs/comparison.md); or "paper", HarmoniCa as published, which also
+            has a β for trainings without any goal. The router says what differs from its recipe (`Router.recipe`).
         steps: T, at least 2.
         target_speedup, target_cur, beta: exactly one of them. A target is the speedup (see costs) or the cache
             utilization ratio that the frozen schedule should have; the training finds β and τ for it. beta is β itself,
@@ -56,7 +56,7 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
         threshold: τ during training, 0.1 in the paper; with a target, another τ is chosen at the end. A branch with
             score r > τ renews the cache with its blended output, of which the share r is fresh; in inference such an
             output is entirely fresh. So training with 0.5 is nearer to inference, and on the bundled model it gave
-            much better routers (README).
+            much better routers (docs/comparison.md).
         importance: how λ is measured, "paper", "reference", "gain" or "none" (SDT alone), see `train.importance`.
             importance_rows: whether with "soft" or "hard" rows. importance_scale: "normalised" to mean 1, or "raw" as
             published. The raw mean falls as a router trains, and the weight of the error falls with it (the log has
