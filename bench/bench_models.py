@@ -4,10 +4,11 @@
                                        [--heads 1] [--layers 2] [--benchmark-json=FILE]
 
 Trajectories of `steps` forwards, their inputs fixed, on random weights: plain, with everything computed and stored and
-clocks around the branches, and with a share `cur` of the branches reused at random. --heads, --layers: instead of a
-model's own. --long: pixart-alpha-1024 too.
+clocks around the branches, with a share `cur` of the branches reused at random, and by `enable_cache` with the trunk
+forecast at every second step. --heads, --layers: instead of a model's own. --long: pixart-alpha-1024 too.
 """
 
+import copy
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,8 @@ from bench.problems import random_schedule
 from bench.record import cell
 from bench.replay import Measured
 from bench.timing import add_time, branch_seconds, forward_clocks, quartiles
-from harmonica_dit.flops import count_call
+from harmonica_dit.methods import trunk_forecast
+from harmonica_dit.pipelines import enable_cache
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
 from harmonica_dit.schedule import Schedule
@@ -43,10 +45,15 @@ COLUMNS = {
     "should / does": cell("should_over_does", "{:.3f}"),
     "cache, MB": lambda row: f"{row['cache_bytes'] / 1e6:.1f}",
     "error at CUR 0": cell("error_at_cur_0", "{:.1e}"),
+    "trunk: FLOPs speedup": cell("trunk_flops_speedup", "{:.2f}×"),
+    "trunk: wall / FLOPs": cell("trunk_wall_over_flops", "{:.3f}"),
+    "trunk: skipped / computed step": cell("skipped_over_computed", "{:.4f}"),
+    "trunk: cache, MB": lambda row: f"{row['trunk_cache_bytes'] / 1e6:.1f}",
 }
 CAPTION = """speedups: over the plain diffusers model; FLOPs: of the branches and all the rest.
 should: the fixed part + the computed branches' own times, measured with nothing reused; does: the time it takes.
-error at CUR 0: largest difference from the plain forward over its largest value."""
+error at CUR 0: largest difference from the plain forward over its largest value.
+cache: of a state of each branch, and of two states of the trunk, which is forecast from them to first order."""
 
 @pytest.fixture(scope="module", params=MODELS)
 def measured(request, settings):
@@ -55,7 +62,7 @@ def measured(request, settings):
     return measure(request.param, **settings(TINY, steps=5, cur=0.56, rounds=5, warmup=1, heads=None, layers=None))
 
 
-@pytest.mark.parametrize("candidate", ["plain", "computed", "cached"])
+@pytest.mark.parametrize("candidate", ["plain", "computed", "cached", "trunk"])
 def test_model(measured, replay, candidate):
     replay(measured, candidate)
 
@@ -70,26 +77,35 @@ def measure(name: str, steps: int, cur: float, rounds: int, warmup: int, heads: 
     wanted, found = run.plain(steps - 1), run.cached(everything)
     own_times: list[list[float]] = []
     hoists: dict[str, list[float]] = {"computed": [], "cached": []}
+    trunk = trunk_forecast(run.adapter, steps, every=2)
+    by_step: list[list[float]] = []
 
     def run_clocked() -> None:
         with run.clocks() as bodies:
             run.cached(everything, hoists["computed"])
         own_times.append(bodies)
 
-    seconds = interleave({"plain": lambda: [run.plain(s) for s in range(steps)], "computed": run_clocked,
-                          "cached": lambda: run.cached(schedule, hoists["cached"])}, rounds, warmup=warmup)
+    with run.caching(trunk) as forecast:
+        seconds = interleave({"plain": lambda: [run.plain(s) for s in range(steps)], "computed": run_clocked,
+                              "cached": lambda: run.cached(schedule, hoists["cached"]),
+                              "trunk": lambda: by_step.append(forecast())}, rounds, warmup=warmup)
     middle = medians(seconds)
     body = [median(values) / steps for values in zip(*own_times[-rounds:])]
     hoist = {kind: median(values[-rounds:]) for kind, values in hoists.items()}
     fixed = middle["computed"] - hoist["computed"] - steps * sum(body)
     should = fixed + hoist["cached"] + branch_seconds(schedule.rows, body)
     wall = middle["plain"] / middle["cached"]
+    step = [median(values) for values in zip(*by_step[-rounds:])]
+    whole = trunk.compute.all(1).tolist()
+    computed, skipped = (median([t for t, one in zip(step, whole) if one is kind]) for kind in (True, False))
     row = dict(
         model=name, cls=type(run.transformer).__name__, path="generic" if run.generic else "fused",
         K=len(body), width=run.adapter.architecture["D"], rows=len(wanted), tokens=run.tokens, steps=steps,
         cur=schedule.cur, flops_speedup=schedule.speedup, wall_speedup=wall,
         wall_over_flops=wall / schedule.speedup, plain_over_ours=middle["plain"] / middle["computed"],
         should_over_does=should / middle["cached"], cache_bytes=run.cache.nbytes,
+        trunk_flops_speedup=trunk.speedup, trunk_wall_over_flops=middle["plain"] / middle["trunk"] / trunk.speedup,
+        skipped_over_computed=skipped / computed, trunk_cache_bytes=run.adapter.cache_nbytes(2, "trunk"),
         error_at_cur_0=((found - wanted).abs().max() / wanted.abs().max()).item(),
         seconds={kind: quartiles(values) for kind, values in seconds.items()}, hoist_seconds=hoist,
         fixed_seconds=fixed, body_seconds=body)
@@ -106,10 +122,7 @@ class Runner:
         self.adapter = adapt(self.transformer)
         self.generic = isinstance(self.adapter, GenericAdapter)
         first = self.arguments | dict(timestep=self.made[0])
-        if self.generic:
-            self.flops = self.adapter.trace(**first)
-        else:
-            self.flops = count_call(self.adapter, lambda: self.adapter(**first))
+        self.flops = self.adapter.trace(**first)
 
     def plain(self, s: int) -> Tensor:
         """diffusers' own forward at step s."""
@@ -128,6 +141,25 @@ class Runner:
             output = self.adapter(**self.arguments, timestep=timestep, return_dict=False, **hoisted, row=row,
                                   cache=self.cache)[0]
         return output
+
+    @contextmanager
+    def caching(self, schedule: Schedule):
+        """Yields a function that runs a trajectory as `enable_cache` does, and returns each step's seconds."""
+        other = copy.copy(self)
+        other.transformer = copy.deepcopy(self.transformer)
+        enabled = enable_cache(other.transformer, schedule, timesteps=[float(t[0]) for t in self.made])
+
+        def run() -> list[float]:
+            enabled.reset()
+            seconds = []
+            for s in range(schedule.steps):
+                start = time.perf_counter()
+                other.plain(s)
+                seconds.append(time.perf_counter() - start)
+            return seconds
+
+        yield run
+        enabled.disable()
 
     @property
     def tokens(self) -> int:

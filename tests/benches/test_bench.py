@@ -101,6 +101,10 @@ def test_a_models_row(of_models, number, name, K, shape):
     B, N, D = shape
     assert (row["model"], row["K"], row["rows"], row["tokens"], row["width"]) == (name, K, B, N, D)
     assert row["cache_bytes"] == K * B * N * D * 4
+    assert row["trunk_cache_bytes"] == 2 * (1 if name.startswith("wan") else 2) * B * N * D * 4  # fused: and tokens
+    assert 1.3 < row["trunk_flops_speedup"] < 2 and row["skipped_over_computed"] > 0
+    assert row["trunk_wall_over_flops"] == pytest.approx(
+        row["seconds"]["plain"][1] / row["seconds"]["trunk"][1] / row["trunk_flops_speedup"])
     assert row["cur"] == pytest.approx(round(0.56 * 4 * K) / (4 * K))
     assert row["wall_speedup"] == pytest.approx(row["seconds"]["plain"][1] / row["seconds"]["cached"][1])
     assert row["wall_over_flops"] == pytest.approx(row["wall_speedup"] / row["flops_speedup"])
