@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test mutants
+.PHONY: demo test mutants api
 
 demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
@@ -15,6 +15,10 @@ test: $(VENV)/.installed-test
 # Whether the tests notice single changed lines, see docs/testing.md.
 mutants: $(VENV)/.installed-mutants
 	$(VENV)/bin/python tests/mutants
+
+# The reference of the API, from the docstrings, into build/api.
+api: $(VENV)/.installed-dev
+	$(VENV)/bin/pdoc -d google -o build/api harmonica_kernels harmonica_dit
 
 # The demo installs fewer packages than the tests.
 $(VENV)/.installed-%: pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)

@@ -106,10 +106,8 @@ void bind_graph(py::module_& m) {
     py::class_<GatedGraph>(m, "GatedGraph")
         .def(py::init<int>())
         .def("condition", &GatedGraph::condition)
-        .def("fill",
-             [](GatedGraph& g, int graph, uintptr_t data, int byte, size_t bytes, const std::string& name) {
-                 g.fill(graph, reinterpret_cast<void*>(data), byte, bytes, name);
-             })
+        .def("fill", [](GatedGraph& g, int graph, uintptr_t data, int byte, size_t bytes,
+                        const std::string& name) { g.fill(graph, reinterpret_cast<void*>(data), byte, bytes, name); })
         .def("decide",
              [](GatedGraph& g, int graph, const std::map<std::string, uintptr_t>& memory, int first, int last,
                 const std::string& rule, const std::string& name) {

@@ -93,13 +93,13 @@ struct DecisionMemory {
     int32_t* step;         // -1 before the first
     int32_t* again;        // whether another step follows
     int32_t* compute;      // [K] this step's decisions
-    int32_t* start;        // [K + 1] first branch of the run that the norm before k adds: the one computed last, or 0
-    int32_t* slot;         // [K] cache slot of the latest output
-    int32_t* latest_at;    // [K] step of the latest computed output
+    int32_t* start;  // [K + 1] first branch of the run that the norm before k adds: the one computed last, or 0
+    int32_t* slot;  // [K] cache slot of the latest output
+    int32_t* latest_at;  // [K] step of the latest computed output
     int32_t* previous_at;  // [K] step of the computed output before that, -1 if there is none
     float* forecast_weights;  // [K] the weights e of this step
-    int32_t* reference;    // which half of [2, ...] holds the reference of the change rule
-    uint8_t* reused;       // [T, K] the entries that the trajectory reused
+    int32_t* reference;  // which half of [2, ...] holds the reference of the change rule
+    uint8_t* reused;  // [T, K] the entries that the trajectory reused
 };
 
 // A branch is computed if... scores: its score > τ (Huang et al., 2025). change: the first branch's output has moved by
@@ -113,10 +113,10 @@ void decide(const DecisionMemory& memory, int first, int last, DecisionRule rule
 
 // What the CUDA part was built with and what this machine has. Nothing here needs a GPU or a driver.
 struct CudaBuild {
-    int runtime = 0;            // CUDART_VERSION, 0 if nvcc was absent or too old
+    int runtime = 0;  // CUDART_VERSION, 0 if nvcc was absent or too old
     std::string architectures;  // "80 90 100"
-    int driver = 0;             // the highest CUDA version that the driver serves, 0 without a driver
-    int needed = 0;             // the lowest that it must serve
+    int driver = 0;  // the highest CUDA version that the driver serves, 0 without a driver
+    int needed = 0;  // the lowest that it must serve
     int devices = 0;
     std::string error;  // why the devices could not be counted
 };

@@ -5,10 +5,10 @@
 
 #include "row.h"
 
-#define DECLARE_ISA(name)                       \
-    namespace harmonica::name {                 \
-    extern const RowOps<float> float_ops;       \
-    extern const RowOps<double> double_ops;     \
+#define DECLARE_ISA(name)                   \
+    namespace harmonica::name {             \
+    extern const RowOps<float> float_ops;   \
+    extern const RowOps<double> double_ops; \
     }
 DECLARE_ISA(portable)
 #if defined(__x86_64__)
@@ -31,8 +31,8 @@ const std::vector<Isa>& available() {
         std::vector<Isa> found;
 #if defined(__x86_64__)
         __builtin_cpu_init();
-        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                              __builtin_cpu_supports("f16c");
+        const bool has_avx2 =
+            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
         if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             found.push_back({"avx512", &avx512::float_ops, &avx512::double_ops});

@@ -68,8 +68,8 @@ class TokenSums {
 
 template <class A>
 ScalarGradients backward(Shape shape, Activation dx_out_, Activation dh_, Activation x_out_,
-                         const std::vector<Term>& run, const Blend& blend, const Norm& norm,
-                         const Gradients& gradients, bool scalars, int threads) {
+                         const std::vector<Term>& run, const Blend& blend, const Norm& norm, const Gradients& gradients,
+                         bool scalars, int threads) {
     const RowOps<A>& ops = row_ops<A>();
     const RowIO<A> dx_out(ops, dx_out_, shape), dh(ops, dh_, shape), x_out(ops, x_out_, shape);
     const RowIO<A> dx(ops, gradients.x, shape), dfresh(ops, gradients.fresh, shape);

@@ -89,8 +89,8 @@ A dot(const A* a, const A* b, int64_t n) {
 }
 
 template <class A>
-void norm_backward(const A* x, Moments<A> moments, bool norm, const A* dh, const A* scale, A* dx, A* dshift,
-                   A* dscale, int64_t n) {
+void norm_backward(const A* x, Moments<A> moments, bool norm, const A* dh, const A* scale, A* dx, A* dshift, A* dscale,
+                   int64_t n) {
     // With y the normalised x and g = dh·(1 + scale): dx += rstd·(g - mean(g) - y·mean(g·y)).
     Sum<A> sum_g, sum_gy;
     sweep<A>(n, [&](int64_t i, auto lane) __attribute__((always_inline)) {

@@ -37,9 +37,7 @@ class RowIO {
         const int64_t b = row / shape_.tokens, n = row % shape_.tokens;
         return static_cast<char*>(a_.data) + (b * a_.batch_stride + n * a_.token_stride) * ops_.size;
     }
-    const void* next(int64_t row) const {
-        return row + 1 < shape_.batch * shape_.tokens ? at(row + 1) : nullptr;
-    }
+    const void* next(int64_t row) const { return row + 1 < shape_.batch * shape_.tokens ? at(row + 1) : nullptr; }
 
     Activation a_;
     Shape shape_{};
@@ -62,8 +60,14 @@ template <class A>
 class Run {
   public:
     Run(const RowOps<A>& ops, Shape shape, const std::vector<Term>& run, const Blend& blend, const Norm& norm)
-        : fresh(ops, blend.fresh, shape), r(A(blend.r)), gate(run.size()), ops_(ops), shape_(shape), run_(run),
-          norm_(norm), buffers_((run.size() + 2) * shape.width) {
+        : fresh(ops, blend.fresh, shape),
+          r(A(blend.r)),
+          gate(run.size()),
+          ops_(ops),
+          shape_(shape),
+          run_(run),
+          norm_(norm),
+          buffers_((run.size() + 2) * shape.width) {
         for (const Term& term : run) {
             latest.emplace_back(ops, term.latest, shape);
             previous.emplace_back(ops, term.previous, shape);

@@ -89,8 +89,9 @@ void check_nodes(cudaGraph_t graph, const std::string& where) {
             case CU_GRAPH_NODE_TYPE_EXT_SEMAS_WAIT: refuse(here, "an external semaphore");
             case CU_GRAPH_NODE_TYPE_MEM_ALLOC:
             case CU_GRAPH_NODE_TYPE_MEM_FREE:
-                refuse(here, "an allocation (PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync records them; use the "
-                             "native allocator)");
+                refuse(here,
+                       "an allocation (PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync records them; use the "
+                       "native allocator)");
             case CU_GRAPH_NODE_TYPE_CONDITIONAL: refuse(here, "a cloned graph with a conditional node of its own");
             default: refuse(here, "a node of this type");
         }
@@ -211,7 +212,9 @@ void GatedGraph::instantiate(uintptr_t stream) {
     if (error == cudaSuccess && params.result_out == cudaGraphInstantiateSuccess) return;
     executable_ = nullptr;
     auto named = names_.find(params.errNode_out);
-    std::string where = named != names_.end() ? named->second : params.errNode_out ? "a node in a child" : "no node named";
+    std::string where = named != names_.end() ? named->second
+                        : params.errNode_out  ? "a node in a child"
+                                              : "no node named";
     std::string what = std::string("instantiating the graph: ") + reason(params.result_out) + " at " + where +
                        " (CUDA_LOG_FILE=stderr says more)";
     check(error, what);

@@ -97,12 +97,15 @@ def count_call(net, call: Callable[[], object]) -> Flops:
 def flop_counter() -> FlopCounterMode:
     """torch's counter, of this thread's operations.
 
-    By itself it leaves out the attention kernel of the CPU and products of integers, and puts hooks on the modules of
-    all threads, to tell what each costs.
+    By itself it leaves out the attention kernel of the CPU, products of integers and the fused kernels that torch.nn's
+    attention and encoder layer take in inference, and puts hooks on the modules of all threads, to tell what each
+    costs.
     """
     counter = FlopCounterMode(display=False, custom_mapping={
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _count_attention,
-        torch.ops.aten._int_mm: _count_product})
+        torch.ops.aten._int_mm: _count_product,
+        torch.ops.aten._native_multi_head_attention: _count_multi_head_attention,
+        torch.ops.aten._transformer_encoder_layer_fwd: _count_encoder_layer})
     counter.mod_tracker = _NoModules()
     return counter
 
@@ -113,6 +116,17 @@ class _NoModules(nullcontext):
 
 def _count_attention(query, key, value, *_, out_shape=None, **__) -> int:
     return sdpa_flop_count(query, key, value)
+
+
+def _count_multi_head_attention(query, key, value, D, *_, out_shape=None, **__) -> int:
+    """Self-attention with its four projections of width D: the kernel takes no other."""
+    B, N, _ = query
+    return 8 * B * N * D * D + 4 * B * N * N * D
+
+
+def _count_encoder_layer(x, D, heads, *rest, out_shape=None, **__) -> int:
+    ffn = rest[11]  # the first layer's weight [hidden, D]; the second's has as many values
+    return _count_multi_head_attention(x, x, x, D) + 4 * x[0] * x[1] * ffn[0] * ffn[1]
 
 
 def _count_product(a, b, *_, out_shape=None, **__) -> int:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harmonica_dit.flops import Flops, count_flops, trunk_costs
+from harmonica_dit.flops import Flops, count_flops, flop_counter, trunk_costs
 from harmonica_dit.methods import fora, trunk_forecast, uncached
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
@@ -63,3 +63,19 @@ def test_a_denoiser_is_counted():
     assert trunk_costs(net) == (count_flops(net), 4 * 16) and len(count_flops(net).branches) == 4
     net.flops = Flops((1.0,) * 4, 0.0)  # of a denoiser nothing is believed
     assert count_flops(net) != net.flops
+
+
+@pytest.mark.parametrize("make", [lambda: torch.nn.MultiheadAttention(32, 2, batch_first=True),
+                                  lambda: torch.nn.TransformerEncoderLayer(32, 2, 48, batch_first=True)])
+def test_the_kernels_that_torch_fuses_attention_into_are_counted(make):
+    module, x, found = make().eval().requires_grad_(False), torch.randn(3, 8, 32), []
+    call = (lambda: module(x)) if hasattr(module, "linear1") else (lambda: module(x, x, x, need_weights=False))
+    try:
+        for fused in (True, False):
+            torch.backends.mha.set_fastpath_enabled(fused)
+            with flop_counter() as counter:
+                call()
+            found.append(counter.get_total_flops())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert found[0] == found[1] > 0
