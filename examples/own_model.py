@@ -52,7 +52,7 @@ class Net(nn.Module):
 if __name__ == "__main__":
     torch.manual_seed(0)
     net = Net().eval().requires_grad_(False)
-    router = harmonica_dit.train_router(net, steps=STEPS, target_speedup=1.5, trajectories=10, batch=2, progress=False)
+    router = harmonica_dit.train_router(net, steps=STEPS, target_speedup=1.5, trajectories=20, batch=2, progress=False)
     plain = harmonica_dit.sample(net, [0, 1, 2], steps=STEPS, seed=0)
     for name, schedule in {"evenly spaced steps": fora(net, STEPS, speedup=1.5), "router": router.schedule()}.items():
         images = harmonica_dit.sample(net, [0, 1, 2], steps=STEPS, schedule=schedule, seed=0)
