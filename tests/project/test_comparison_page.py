@@ -1,16 +1,19 @@
 """docs/comparison.md shows what was measured, and nothing else."""
 
-import json
+import re
 
-from harmonica_dit.evaluate.report import COLUMNS, MORE, cells
+from bench.comparison_page import PAGE, TABLE, rows_of, table, write_tables
 
 
-def test_the_table_is_that_of_the_file(pytestconfig):
-    rows = json.loads((pytestconfig.rootpath / "bench" / "results" / "comparison-cpu.json").read_text())["rows"]
-    page = (pytestconfig.rootpath / "docs" / "comparison.md").read_text().splitlines()
-    columns = cells(rows, COLUMNS | MORE)
-    assert f"| {' | '.join(columns)} |" in page
-    lines = {f"| {' | '.join(line)} |" for line in zip(*columns.values())}
-    assert len(lines) == len(rows) and lines <= set(page)
-    head = page.index(f"| {' | '.join(columns)} |")
-    assert page[head + 2 + len(rows)] == ""  # no other line stands in it
+def test_its_tables_are_those_of_the_files():
+    page = PAGE.read_text()
+    assert TABLE.findall(page) and write_tables(page) == page
+
+
+def test_a_table_has_a_line_for_each_row_of_its_file():
+    for name in TABLE.findall(PAGE.read_text()):
+        rows, lines = rows_of(name), table(rows_of(name)).splitlines()
+        assert len(lines) == len(rows) + 2 and {line.split(" | ")[0][2:] for line in lines[2:]} == {
+            row["name"] for row in rows}
+        speedups = [float(re.search(r"([\d.]+)×", line.split(" | ")[2])[1]) for line in lines[2:]]
+        assert speedups == sorted(speedups)

@@ -105,7 +105,9 @@ def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
     """
     path = find(path)
     name = path.absolute().parent.name if path.stem in ("router", "forecast") else path.stem
-    family, schedule = "router" if isinstance(found, Router) else name, schedule_of(found)
+    family, schedule = name, schedule_of(found)
+    if isinstance(found, Router):
+        family = "router, SDT alone" if "importance=none" in (found.recipe or "") else "router"
     if schedule.unit == "trunk":
         family = "learned forecast" + (", to uncached" if "the uncached images" in schedule.origin else "")
     elif schedule.history > 1:

@@ -196,11 +196,14 @@ def test_a_schedule_that_does_not_fit_is_refused_before_the_first_batch(net, mon
         compare(net, [Method("all", "all", 3, uncached(net, 4))], [0], steps=3, judge=None)
 
 
-@pytest.mark.parametrize("extrapolation, family", [(None, "router"), (1.0, "router + forecast")])
-def test_routers_and_schedules_are_read_from_files(net, tmp_path, extrapolation, family):
+@pytest.mark.parametrize("extrapolation, recipe, family", [
+    (None, None, "router"), (1.0, "recommended", "router + forecast"),
+    (None, "recommended, but importance=none (not paper)", "router, SDT alone")])
+def test_routers_and_schedules_are_read_from_files(net, tmp_path, extrapolation, recipe, family):
     logits = torch.tensor([5.0, 5, -5, -5])[:, None].repeat(1, len(net.branch_names))
     table = None if extrapolation is None else torch.full_like(logits, extrapolation)
-    router = Router(logits, net.branch_names, count_flops(net), (999, 666, 333, 0), extrapolation=table, model=net.name)
+    router = Router(logits, net.branch_names, count_flops(net), (999, 666, 333, 0), extrapolation=table, model=net.name,
+                    recipe=recipe)
     router.save(tmp_path / "mine.safetensors")
     router.schedule().save(tmp_path / "frozen.safetensors")
     mine, frozen = (from_file(tmp_path / f"{name}.safetensors", net) for name in ("mine", "frozen"))
