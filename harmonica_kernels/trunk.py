@@ -66,6 +66,16 @@ class TrunkCache(Memory):
         """The tokens [B, N, D] that entered the forward of `state(i)`."""
         return self._kept[i][1]
 
+    def newest(self) -> tuple[Tensor, Tensor]:
+        """The newest state, and the tokens that entered its forward."""
+        return self._kept[0]
+
+    def holding(self, states: Sequence[tuple[Tensor, Tensor]]) -> "TrunkCache":
+        """A cache of such a trajectory that holds these, the newest first, each as `newest` gave it."""
+        made = TrunkCache(self.history)
+        made._kept = list(states)
+        return made
+
     # Called by `cached_forward`.
 
     def _keep(self, state: Tensor, tokens: Tensor) -> None:

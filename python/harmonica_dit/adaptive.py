@@ -60,7 +60,7 @@ class AdaptiveSchedule:
         """How many branches are computed always, and how many are decided on."""
         return self.first, len(self.branches) - self.first
 
-    def new_cache(self) -> hk.FeatureCache:
+    def new_cache(self, net=None) -> hk.FeatureCache:
         """A cache for one trajectory, which begins with it."""
         self.ran.append([])
         return hk.FeatureCache(runs=self.runs)

@@ -32,12 +32,13 @@ class Flops(Costs):
 def count_flops(net) -> Flops:
     """FLOPs of a forward of batch 1: matrix products and convolutions. A branch's are those in its body.
 
-    net: a denoiser, whose forward is counted; or a traced adapter, for which `trace` has counted one.
+    net: a denoiser, whose forward is counted; or a traced adapter, or a denoiser that runs by one, for which `trace` has
+        counted one.
 
     Raises:
         TypeError: net is neither. ValueError: the adapter has not been traced.
     """
-    if not is_denoiser(net):
+    if not is_denoiser(net) or hasattr(net, "flops"):
         return _traced(net, "flops")
     parameter = next(net.parameters())
     x = torch.zeros(1, *net.sample_shape, dtype=parameter.dtype, device=parameter.device)
@@ -53,7 +54,7 @@ def trunk_costs(net) -> tuple[Flops, int]:
     Raises:
         TypeError: net is neither. ValueError: the adapter has not been traced, or its trunk cannot be reused.
     """
-    if is_denoiser(net):
+    if is_denoiser(net) and not hasattr(net, "flops"):
         return count_flops(net), net.tokens * net.width
     flops = _traced(net, "flops")
     if getattr(net, "trunk_size", None) is None:

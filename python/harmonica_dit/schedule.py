@@ -180,8 +180,17 @@ class Schedule:
             return self.forecaster.history
         return 1 if all(row is None for row in self.forecast_weights) else 2
 
-    def new_cache(self) -> hk.FeatureCache | hk.TrunkCache:
-        """A cache for one trajectory."""
+    def new_cache(self, net=None):
+        """A cache for one trajectory. net: the denoiser, which may have a kind of its own.
+
+        Raises:
+            ValueError: runs of branches are decided together, which such a denoiser cannot.
+        """
+        if hasattr(net, "new_cache"):
+            if self.runs is not None:
+                raise ValueError(f"schedule: decides on runs of branches, which {net.name} cannot; it needs a model with "
+                                 "a fused adapter")
+            return net.new_cache(self.history, self.unit)
         return hk.FeatureCache(self.history, self.runs) if self.unit == "branch" else hk.TrunkCache(self.history)
 
     @cached_property

@@ -53,7 +53,7 @@ def cached_class(base: type) -> type:
             warnings.warn("pipe: its copy has no cache; call harmonica_dit.enable_cache on the copy", stacklevel=2)
             return base.__new__, (base,), {name: value for name, value in vars(self).items() if name != "_harmonica"}
 
-    return _like(Cached, base)
+    return like(Cached, base)
 
 
 def _length(iterable=None, total=None, *_, **__) -> int | None:
@@ -108,10 +108,10 @@ def _heard_class(base: type) -> type:
             """For copy, deepcopy and pickle: the copy is of the user's class."""
             return base.__new__, (base,), vars(self)
 
-    return _like(Heard, base)
+    return like(Heard, base)
 
 
-def _like(cls: type, base: type) -> type:
+def like(cls: type, base: type) -> type:
     """Gives a subclass its base's name: files and messages tell the user's class."""
     cls.__name__, cls.__qualname__, cls.__module__, cls.__doc__ = (
         base.__name__, base.__qualname__, base.__module__, base.__doc__)

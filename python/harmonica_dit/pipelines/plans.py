@@ -151,17 +151,21 @@ class Plans:
             except ValueError as error:
                 why = str(error)
             else:
-                adapter.name = model_name(self.source or adapter.name)
-                return adapter, why
+                return self._named(adapter), why
         schedule = self.config.loaded
         if schedule is None:
-            return GenericAdapter(transformer), why
+            return self._named(GenericAdapter(transformer)), why
         there = {name for name, _ in transformer.named_modules(remove_duplicate=False)}
         missing = next((name for name in schedule.branches if name not in there), None)
         if missing is not None:
             raise ValueError(f"{self.config.source}for branches of {schedule.model or 'another model'!r} such as "
                              f"{missing!r}, which {type(transformer).__name__} does not have")
-        return GenericAdapter(transformer, schedule.branches), why
+        return self._named(GenericAdapter(transformer, schedule.branches)), why
+
+    def _named(self, adapter):
+        """The adapter under the name that schedules' files have for its model."""
+        adapter.name = model_name(self.source or adapter.name)
+        return adapter
 
     def _schedule(self, adapter, steps: int, timesteps: tuple[float, ...], first: int) -> Schedule:
         if self.config.loaded is not None:

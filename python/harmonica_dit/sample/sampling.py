@@ -89,7 +89,7 @@ def denoise(trajectory: Trajectory, noise: Tensor, schedule: Schedule | Adaptive
 def walk(trajectory: Trajectory, noise: Tensor,
          schedule: Schedule | AdaptiveSchedule | None = None) -> Iterator[Tensor]:
     """Yields x_1, …, x_T [n, C, H, W] of a trajectory from its noise."""
-    cache = None if schedule is None else schedule.new_cache()
+    cache = None if schedule is None else schedule.new_cache(trajectory.net)
     rows = [None] * trajectory.steps if schedule is None else schedule.rows
     weights = None if schedule is None else schedule.forecast_weights_on(noise.device)
     condition = None if schedule is None else schedule.condition_on(noise.device)

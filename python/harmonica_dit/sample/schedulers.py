@@ -86,7 +86,9 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,
                                                                                               scheduler.config)
     else:
         made = _make_by_name(scheduler, None if isinstance(own, str) else own)
-    if made.config.get("use_dynamic_shifting"):
+    if getattr(net, "guided_by_its_loop", False):
+        net.set_timesteps(made, steps)
+    elif made.config.get("use_dynamic_shifting"):
         made.set_timesteps(steps, mu=_shift(made.config, net.tokens))
     else:
         made.set_timesteps(steps)
@@ -136,7 +138,8 @@ def _make_by_name(name: str, own: SchedulerMixin | None) -> SchedulerMixin:
     if name == "iddpm":
         return DDPMScheduler(**NOISE, variance_type="learned_range", timestep_spacing="linspace", clip_sample=False)
     if own is not None:
-        return _make_from_config(cls, {"clip_sample": False} | dict(own.config))
+        given = {"clip_sample": False} if "clip_sample" in accepted else {}
+        return _make_from_config(cls, given | dict(own.config))
     wanted = NOISE | dict(clip_sample=False, prediction_type="epsilon")
     return cls(**{name: value for name, value in wanted.items() if name in accepted})
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import harmonica_kernels as hk
 from harmonica_kernels import ops
 from harmonica_kernels.graphs.gated import Loop
 
@@ -104,18 +105,28 @@ class Trajectory:
         self.net, self.labels = net, check_labels(labels, net.num_classes)
         self.executor = run_eagerly  # runs the model in `predict`; may be `harmonica_kernels.compile(run_eagerly)`
         guidance = net.guidance if guidance is None else guidance
-        if not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
+        self._own_loop = getattr(net, "guided_by_its_loop", False)  # guides and scales, and is told the step
+        if guidance is None and self._own_loop:
+            pass  # its call has no guidance_scale
+        elif not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
         if guidance_channels is not None and guidance_channels < 1:
             raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1")
-        self.model = Guided(net, guidance, guidance_channels or net.guidance_channels, autocast,
-                            halves == "both" and guidance != 1)
         self.scheduler = make_scheduler(scheduler, steps, net, timesteps)
         self.timesteps = [t.item() for t in self.scheduler.timesteps]
-        self._t = self.scheduler.timesteps.to(self.labels.device)
-        self._linear = isinstance(self.scheduler, ReferenceDDIM)  # its step is a·x + b·ε and keeps no history
+        self._linear = isinstance(self.scheduler, ReferenceDDIM) and not self._own_loop  # a·x + b·ε, without history
         self._updates = self.scheduler.updates().tolist() if self._linear else []
-        unconditional = [] if guidance == 1 else [torch.full_like(self.labels, net.num_classes)]
+        if self._own_loop:
+            if guidance_channels not in (None, net.guidance_channels):
+                raise ValueError(f"guidance_channels: got {guidance_channels}, but {net.name} is guided by its "
+                                 "pipeline's loop; leave it out")
+            self.model = net.guided(self.scheduler, guidance, autocast)
+            self._t, unconditional = torch.arange(len(self.timesteps)), []
+        else:
+            self.model = Guided(net, guidance, guidance_channels or net.guidance_channels, autocast,
+                                halves == "both" and guidance != 1)
+            self._t = self.scheduler.timesteps.to(self.labels.device)
+            unconditional = [] if guidance == 1 else [torch.full_like(self.labels, net.num_classes)]
         # the same tensor at every step: a text model looks its prompts up again only for another tensor
         self._model_labels = torch.cat([self.labels, *unconditional])
         self._generators = None
@@ -144,9 +155,12 @@ class Trajectory:
         return self.executor(self.model, *self.inputs(x, s), **forward)
 
     def inputs(self, x: Tensor, s: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of `Guided` at step s: x as the scheduler scales it, the timestep and the labels."""
+        """The model's arguments at step s: x as the scheduler scales it, the timestep and the labels.
+
+        A pipeline's own loop is given x as it is and the step's number, and does the rest.
+        """
         scaled = getattr(self.scheduler, "scale_model_input", lambda x, t: x)(x, self.scheduler.timesteps[s])
-        return scaled, self._t[s], self._model_labels
+        return x if self._own_loop else scaled, self._t[s], self._model_labels
 
     def step(self, x: Tensor, s: int, **forward) -> Tensor:
         """x_{s+1} from x_s [n, C, H, W]: `predict` and `advance`, without grad.
@@ -159,6 +173,12 @@ class Trajectory:
         a, b = self._updates[s]
         return ops.guided_step(x, conditional, unconditional, guidance=self.model.scale,
                                channels=self.model.channels, a=a, b=b)
+
+    def new_cache(self, history: int = 1, unit: str = "branch"):
+        """An empty cache for this trajectory, of the branches or of the trunk."""
+        if hasattr(self.net, "new_cache"):
+            return self.net.new_cache(history, unit)
+        return hk.FeatureCache(history) if unit == "branch" else hk.TrunkCache(history)
 
     def hoist(self, rows: Sequence[Sequence[bool] | None], condition: Tensor | None = None) -> Iterable[dict]:
         """Further arguments of `predict`, step by step: what the model can compute for all steps together.

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
+from harmonica_dit.flops import trunk_costs
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.progress import progress_bar
@@ -26,6 +27,7 @@ from .checkpoint import check_like, check_same_settings
 from .frozen_model import freeze
 from .own_features import feature_error
 from .settings import check_weights, record_of
+from .start import resolution_of
 from .targets import Target, make_targets
 from .unrolled import LearnedForecaster, unroll
 
@@ -113,7 +115,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         len(compute), history - initial.history, 1)], 1))
     schedule = replace(schedule, forecaster=initial)  # raises now, not after the training, if it can have none
     check_fits("schedule: ", schedule, net)
-    learned = LearnedForecaster(compute, initial, net.width, correct)
+    learned = LearnedForecaster(compute, initial, net.width, correct, entering=hasattr(net, "branches"))
     if not any(p.requires_grad and p.numel() for p in learned.parameters()):
         raise ValueError("schedule: computes every step, and correct=False leaves nothing to learn")
     if target == "uncached" and all(compute):
@@ -190,14 +192,14 @@ class _Run:
     def _finish(self) -> Schedule:
         origin = (f"learned towards the {self.settings['target']} images, held-out error {self.error:.4f}, "
                   f"{self.settings['iterations']} iterations of {self.settings['batch']} images")
-        forecaster = self.learned.freeze(self.net.tokens * self.net.width, origin)
-        labels = self.settings["labels"]
-        schedule = replace(self.schedule, forecaster=forecaster, guidance=float(self.settings["guidance"]),
+        forecaster = self.learned.freeze(trunk_costs(self.net)[1], origin)
+        labels, guidance = self.settings["labels"], self.settings["guidance"]
+        schedule = replace(self.schedule, forecaster=forecaster, guidance=None if guidance is None else float(guidance),
                            timesteps=tuple(self._trajectory(torch.arange(1)).timesteps),
                            scheduler=scheduler_name(self.settings["scheduler"]),
                            labels=None if labels is None else tuple(labels),
                            architecture=getattr(self.net, "architecture", None),
-                           resolution=tuple(self.net.sample_shape[1:]), origin=f"{self._computed()}, {origin}")
+                           resolution=resolution_of(self.net), origin=f"{self._computed()}, {origin}")
         if self.out is not None:
             schedule.save(self.out / "forecast.safetensors")
         return schedule

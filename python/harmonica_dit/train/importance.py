@@ -42,7 +42,7 @@ def measure_importance(router: Router, trajectory: Trajectory, noise: Tensor, *,
     if kind == "none":
         return (torch.arange(T, device=noise.device) > 0).float()
     student = Student(router, trajectory, noise, hard=rows == "hard", cache=cache)
-    kept = hk.FeatureCache(router.history)  # holds the cache's contents while the fork works in the cache
+    kept = trajectory.new_cache(router.history)  # holds the cache's contents while the fork works in the cache
     images, errors = [], []  # for s = 1, 2, …: of the trajectory that is forked at step s
     student.advance(student.predict())
     for s in range(1, T):

@@ -11,7 +11,7 @@ def feature_error(trajectory: Trajectory, images: Tensor, targets: Tensor) -> Te
     """The relative squared difference of what enters the model's branches, their mean; differentiable in the images.
 
     The model is given finished images [n, C, H, W] at the trajectory's last timestep that is not 0, with their labels
-    and without guidance.
+    and without guidance; with it where a pipeline's own loop guides.
 
     Source: Lin & Yang, "Diffusion Model with Perceptual Loss", 2024 (arXiv 2401.00110), who take the hidden features of
     the model that is trained; here it is frozen.
@@ -27,7 +27,11 @@ def _entering(trajectory: Trajectory, images: Tensor) -> list[Tensor]:
     """What enters each branch [n, N, D]."""
     last = max(s for s, t in enumerate(trajectory.timesteps) if t > 0 or s == 0)
     scaled, t, _ = trajectory.inputs(images, last)
-    found = []
+    found: list[Tensor] = []
+    if not hasattr(trajectory.net, "branches"):
+        with trajectory.net.adapter.watching(found.append):
+            trajectory.model.outputs(scaled, t, trajectory.labels)
+        return found
 
     def watch(k, body):
         def run(h, context):

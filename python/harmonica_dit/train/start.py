@@ -41,7 +41,7 @@ def start_training(net, settings: Settings, costs: Costs) -> tuple[Training, Bud
     router = Router(logits, net.branch_names, flops, tuple(first.timesteps), extrapolation=extrapolation,
                     learn_extrapolation=learned, threshold=settings.threshold, model=net.name,
                     scheduler=scheduler_name(settings.scheduler), guidance=settings.guidance, seed=settings.seed,
-                    resolution=net.sample_shape[1:], architecture=getattr(net, "architecture", None)).to(device)
+                    resolution=resolution_of(net), architecture=getattr(net, "architecture", None)).to(device)
     optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=settings.eps,
                                   weight_decay=0)
     budget = steering = None
@@ -81,6 +81,11 @@ def last_refresh(n: int, steps: int, refresh: int) -> int:
     that have been run, `steps` a trajectory, have reached another multiple of `refresh`.
     """
     return -(-(n * steps // refresh * refresh) // steps)
+
+
+def resolution_of(net) -> tuple[int, int]:
+    """Height and width of what the transformer is given; for packed latents tokens and channels."""
+    return tuple(getattr(net, "resolution", net.sample_shape[1:]))
 
 
 def make_trajectory(net, settings: Settings, n: int, executor: Callable = run_eagerly) -> Trajectory:

@@ -28,7 +28,7 @@ class Student:
                  cache: hk.FeatureCache | None = None):
         self.router, self.trajectory, self.hard = router, trajectory, hard
         self.x, self.s = trajectory.start(noise), 0
-        self.cache: hk.FeatureCache | None = hk.FeatureCache(router.history) if cache is None else cache
+        self.cache = trajectory.new_cache(router.history) if cache is None else cache
         self.cache.rewind()
         self.decisions = torch.empty(0, len(router.branches), dtype=torch.bool, device=noise.device)
 

@@ -111,7 +111,8 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
     training, budget = start_training(net, settings, costs)
     training.router.recipe = said
     run = new_executor(net, training.router.steps) if executor == "captured" else run_eagerly
-    cache = hk.FeatureCache(training.router.history)  # one for all trajectories: recorded graphs use its memory
+    # one for all trajectories: recorded graphs use its memory
+    cache = make_trajectory(net, settings, 0).new_cache(training.router.history)
     recomputation = checkpoint_bodies(net) if checkpointing else nullcontext()
     with freeze(net), recomputation:
         return run_training(training, settings.trajectories,

@@ -50,6 +50,9 @@ class GenericAdapter:
     def __init__(self, transformer: nn.Module, branches: Sequence[str] | None = None):
         check_is_module(transformer)
         self.transformer = transformer
+        source = getattr(transformer, "config", {}).get("_name_or_path")  # of the weights, if that is known
+        self.name = source or type(transformer).__name__  # a caller who knows the pipeline's may put it here
+        self.recompute = False  # whether a backward computes the branches again, see `recomputing`
         if branches is None:
             branches = _first_names(transformer, find_branches(transformer))
         if not branches:
@@ -63,12 +66,6 @@ class GenericAdapter:
         self._use(branches)
         self._use_blocks(_first_names(transformer, find_blocks(transformer)))
         self.check()
-
-    @property
-    def name(self) -> str:
-        """The repository or folder that the weights came from; if unknown, the class."""
-        config = getattr(self.transformer, "config", {})
-        return config.get("_name_or_path") or type(self.transformer).__name__
 
     @property
     def architecture(self) -> dict[str, str | int]:
@@ -204,11 +201,12 @@ class GenericAdapter:
             row, forecast_weights, cache, threshold)
         if cache is None:
             return forward(*args, **kwargs)
-        given = _signature(args, kwargs)
+        given = arguments_of(args, kwargs)
         device = torch.device(given[0][3]).type if given else "cpu"  # not the weights', which may be offloaded
         alike = Arguments(given), self.transformer, autocast_dtype(device)
         cache._check(*alike)
-        if cache._cut and torch.is_grad_enabled() and not isinstance(row, Tensor) and not all(compute):
+        cut = not trunk and cache._cut  # the trunk's states are no constants
+        if cut and torch.is_grad_enabled() and not isinstance(row, Tensor) and not all(compute):
             raise RuntimeError("cache: holds outputs that a gradient would have to pass through, and reused ones are "
                                "constants; run the trajectory under torch.no_grad(), or without a cache")
         run: BranchRun | TrunkRun
@@ -225,6 +223,29 @@ class GenericAdapter:
     def _forward(self, forward: Callable, args: tuple, kwargs: dict, run: BranchRun | TrunkRun | Trace):
         with replace_forwards(run.replacements()):
             return forward(*args, **kwargs)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Until the block ends, a backward computes the branches again, so that only what enters them is kept."""
+        self.recompute = True
+        try:
+            yield
+        finally:
+            self.recompute = False
+
+    @contextmanager
+    def watching(self, note: Callable[[Tensor], Any]) -> Iterator[None]:
+        """Until the block ends, `note` is given what enters each branch: the first tensor of its arguments."""
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            entering = next(leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            note(entering if torch.is_grad_enabled() else entering.clone())  # a model may write into it later
+
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in self._modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _use(self, names: Sequence[str]) -> None:
         submodules = dict(self.transformer.named_modules(remove_duplicate=False))
@@ -323,7 +344,7 @@ def _first_names(transformer: nn.Module, names: Iterable[str]) -> tuple[str, ...
     return tuple(found.values())
 
 
-def _signature(args: tuple, kwargs: dict) -> tuple:
+def arguments_of(args: tuple, kwargs: dict) -> tuple:
     """Name, shape, dtype and device of a forward's tensor arguments."""
     named = [*enumerate(args), *sorted(kwargs.items())]
     return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named

@@ -1,6 +1,6 @@
 """The caches for outputs of any kind, which may be tuples: of each branch, and of the trunk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
@@ -74,20 +74,19 @@ class GenericCache(Memory):
         """Stores an output of branch k. first: whether it is the branch's first output in this forward."""
         if first:
             self._outputs[k] = [[], *self._outputs.get(k, ())][: self.history]
-        self._outputs[k][0].append(map_tensors(copied, o))
+        self._outputs[k][0].append(map_tensors(lambda t: t.detach().clone(), o))
 
 
 class GenericTrunkCache(Memory):
     """The memory of one trajectory whose steps are computed whole or not at all: the trunk's last `history` states.
 
-    A state is what the last block returned, in a copy.
+    A state is what the last block returned, in a copy. A gradient reaches the forwards that made it.
     """
 
     def reset(self) -> None:
         super().reset()
         self._states: list[Output] = []  # newest first
         self._stand_ins: dict[nn.Module, Output] = {}
-        self._cut = False
 
     def _held(self) -> list[Tensor]:
         return tensors_of(self._states)
@@ -102,12 +101,19 @@ class GenericTrunkCache(Memory):
         """How many states the cache holds, 0 to `history`."""
         return len(self._states)
 
+    def newest(self) -> tuple[Tensor, ...]:
+        """The tensors of the newest state."""
+        return tuple(tensors_of(self._states[0]))
+
+    def holding(self, states: Sequence[Sequence[Tensor]]) -> "GenericTrunkCache":
+        """A cache of such a trajectory that holds these states, the newest first, each as `newest` gave it."""
+        made = GenericTrunkCache(self.history)
+        made._of, made._setting, made._stand_ins = self._of, self._setting, dict(self._stand_ins)
+        made._states = [map_tensors(lambda _, parts=iter(state): next(parts), self._states[0]) for state in states]
+        return made
+
     def _store(self, state: Output) -> None:
-        self._states = [map_tensors(copied, state), *self._states][: self.history]
-
-
-def copied(t: Tensor) -> Tensor:
-    return t.detach().clone()
+        self._states = [map_tensors(Tensor.clone, state), *self._states][: self.history]
 
 
 def stand_in(t: Tensor, value: float = 0.0) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from harmonica_kernels import TrunkWeights
@@ -23,7 +24,7 @@ class BranchRun:
 
     def __init__(self, adapter, compute, row, weights, cache: GenericCache, threshold: float):
         self.names, self.compute, self.row, self.weights = adapter.branch_names, compute, row, weights
-        self.cache, self.threshold = cache, threshold
+        self.cache, self.threshold, self.recompute = cache, threshold, adapter.recompute
         self.branch_of = {module: k for k, module in enumerate(adapter._modules)}
         self.fed_by = {feeder: k for k, feeding in enumerate(adapter._feeding) for feeder in feeding}
         self.calls = [0] * len(self.names)
@@ -39,7 +40,7 @@ class BranchRun:
         """Runs a module whose output only goes into a branch. Nobody reads that output where the branch is reused."""
         if not self.compute[self.fed_by[module]]:
             return self.cache._stand_ins[module]
-        o = forward(*args, **kwargs)
+        o = self._compute(forward, args, kwargs)
         self.cache._stand_ins[module] = map_tensors(lambda t: torch.empty_like(t, device="meta"), o)
         return o
 
@@ -51,7 +52,7 @@ class BranchRun:
         reused = self._reuse(k, call) if k in self.held else None
         if not self.compute[k]:
             return reused
-        o = forward(*args, **kwargs)
+        o = self._compute(forward, args, kwargs)
         if not is_output(o):
             raise TypeError(f"{self.names[k]}: returned {type(o).__name__}, expected float tensors{ADVICE}")
         renew = True
@@ -71,6 +72,11 @@ class BranchRun:
             if not count or (k in self.held and count != len(self.held[k][0])):
                 expected = len(self.held[k][0]) if k in self.held else "at least 1"
                 raise RuntimeError(f"{name}: was called {count} times in this forward, expected {expected}{ADVICE}")
+
+    def _compute(self, forward: Callable, args: tuple, kwargs: dict) -> Output:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return forward(*args, **kwargs)
 
     def _reuse(self, k: int, call: int) -> Output:
         """The output of branch k's call number `call`, repeated or forecast from the cache."""
@@ -114,8 +120,6 @@ class TrunkRun:
         if not self.computed:
             return map_tensors(lambda *states: weigh_trunk(self.weights, states[0], states), *kept)
         o = forward(*args, **kwargs)
-        if any(t.requires_grad for t in tensors_of(o)):
-            self.cache._cut = True
         self.cache._store(o)
         if self.weights is None:
             return o

@@ -1,0 +1,264 @@
+"""Any diffusers pipeline as a denoiser, to train on: its own loop guides, the generic adapter runs its transformer."""
+
+import copy
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from harmonica_dit.flops import Flops
+from harmonica_dit.validate import shorten
+
+from .adapters import model_name, unwrap
+from .adapters.generic import GenericAdapter
+from .calls import Call
+from .conditions import Conditions, Encoder
+from .own_loop import OwnLoop
+from .plans import check_hooks
+from .step_cache import StepCache
+
+# what a training decides itself
+OURS = ("prompt", "latents", "num_inference_steps", "timesteps", "sigmas", "output_type", "return_dict", "generator",
+        "callback_on_step_end", "callback")
+WITHOUT = dict(output_type="latent", return_dict=False)  # what a call does after its loop is not needed
+
+
+class LoopDenoiser(nn.Module):
+    """A pipeline's transformer as a denoiser (see `harmonica_dit.load`) whose guided output the pipeline's loop makes.
+
+    It is called through a `Trajectory`. One call of the pipeline up to its first step's end, and one through all steps
+    without the transformer, tell what the loop does.
+
+    Args:
+        pipe: a diffusers pipeline; it and its modules stay as they are.
+        prompts: what it is trained on, see `Conditions`; the labels are their numbers.
+        call: further arguments of its call, such as height, width and guidance_scale.
+        name: routers trained on this denoiser record it; None is the repository or folder of the pipeline.
+
+    Attributes:
+        guidance: the call's guidance_scale; None where it has none. sample_shape: of an image's latents, as the
+            scheduler is given them.
+
+    Raises:
+        TypeError, ValueError: the pipeline or its call cannot be trained on so; the message says why.
+    """
+
+    guided_by_its_loop = True  # a `Trajectory` calls `guided`, and not the model
+
+    def __init__(self, pipe: DiffusionPipeline, prompts: Sequence[str | Mapping[str, Any]],
+                 call: Mapping[str, Any] | None = None, name: str | None = None):
+        super().__init__()
+        self.transformer = _transformer_of(pipe)
+        self.adapter = GenericAdapter(self.transformer)
+        self.scheduler, self.prompts = pipe.scheduler, Conditions(_with_negatives(prompts, call or {}))
+        self.call = _check_call(pipe, dict(call or {}))
+        self.name = name or model_name(pipe.config.get("_name_or_path") or self.adapter.name)
+        own = copy.copy(pipe)
+        own.set_progress_bar_config(disable=True)
+        if hasattr(pipe, "encode_prompt"):
+            vars(own)["encode_prompt"] = Encoder(pipe.encode_prompt)
+        self._loop = OwnLoop(own, self.transformer)
+        self._guided: dict[tuple, GuidedLoop] = {}
+        self._batch: tuple[tuple, dict] | None = None  # the latest labels, and their arguments
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        default = parameters["guidance_scale"].default if "guidance_scale" in parameters else None
+        self.guidance: float | None = self.call.get("guidance_scale", default)
+        self._record()
+
+    def _record(self) -> None:
+        """Looks at the first step of a call."""
+        first: list[Call] = []
+
+        def trace(j: int, forward, args: tuple, kwargs: dict):
+            if not first:
+                first.append(Call(self.transformer, forward, args, kwargs))
+                self.adapter.trace_call(forward, args, kwargs)
+            return forward(*args, **kwargs)
+
+        scheduler = copy.deepcopy(self.scheduler)
+        arguments = self.arguments(torch.zeros(1, dtype=torch.long), 2)
+        if "generator" in inspect.signature(type(self._loop.pipe).__call__).parameters:
+            arguments["generator"] = torch.Generator().manual_seed(0)
+        x = self._loop.begin(scheduler, arguments, trace)
+        if len(x) != 1:
+            raise ValueError(f"prompts: the first one makes {len(x)} images, expected one")
+        self.sample_shape, self.resolution = tuple(x.shape[1:]), tuple(first[0].latents[0].shape[-2:])
+        self.branch_names, self.architecture = self.adapter.branch_names, self.adapter.architecture
+        self.guidance_channels = self.sample_shape[0]
+        self.guided(self.set_timesteps(scheduler, 2), self.guidance)  # raises now what it would raise then
+
+    @property
+    def num_classes(self) -> int:
+        """How many prompts there are."""
+        return len(self.prompts.prompts)
+
+    @property
+    def width(self) -> int:
+        """D of the trunk's state, whose channels a forecaster weighs."""
+        return self.architecture["D"]
+
+    @property
+    def flops(self) -> Flops:
+        """Of a call of the transformer for one image, see `GenericAdapter`; so are the next three."""
+        return self.adapter.flops
+
+    @property
+    def trunk_flops(self) -> Flops | None:
+        return self.adapter.trunk_flops
+
+    @property
+    def trunk_size(self) -> int | None:
+        return self.adapter.trunk_size
+
+    @property
+    def trunk_left_out(self) -> str:
+        return self.adapter.trunk_left_out
+
+    def forward(self, *_, **__):
+        """Refuses: see `Trajectory`."""
+        raise TypeError(f"net: {self.name} is run by its pipeline's loop, step by step; call a Trajectory's predict")
+
+    def arguments(self, labels: Tensor, steps: int) -> dict[str, Any]:
+        """Of the pipeline's call for images of these labels [n]."""
+        key = tuple(labels.tolist())
+        if self._batch is None or self._batch[0] != key:
+            self._batch = key, self.prompts.arguments(key)
+        return self.call | self._batch[1] | WITHOUT | dict(num_inference_steps=steps)
+
+    def set_timesteps(self, scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
+        """Sets a scheduler's timesteps as the pipeline's call does for these latents. Returns it."""
+        self._loop.set_timesteps(scheduler, self._zeros(), self.arguments(torch.zeros(1, dtype=torch.long), steps))
+        return scheduler
+
+    def guided(self, scheduler: SchedulerMixin, guidance: float | None, autocast: str | None = None) -> "GuidedLoop":
+        """The guided model of a trajectory.
+
+        Args:
+            scheduler: at its start, with its timesteps. guidance: in place of the call's guidance_scale. autocast: see
+                `Guided`.
+
+        Raises:
+            ValueError: the pipeline's loop is not one evaluation of the latents and one scheduler's step after the
+                other, or it has no guidance_scale; the message says what it does.
+        """
+        config = json.dumps({name: str(value) for name, value in scheduler.config.items()}, sort_keys=True)
+        key = type(scheduler), config, tuple(scheduler.timesteps.tolist()), guidance, autocast
+        if key not in self._guided:
+            made = GuidedLoop(self, copy.deepcopy(scheduler), guidance, autocast)
+            made.check(self._zeros())
+            self._guided[key] = made
+        return self._guided[key]
+
+    def new_cache(self, history: int = 1, unit: str = "branch") -> StepCache:
+        """A cache for one trajectory."""
+        return StepCache(lambda: self.adapter.new_cache(history, unit))
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(1, *self.sample_shape, device=next(self.parameters()).device)
+
+
+class GuidedLoop:
+    """The guided output of each step, by a pipeline's own loop; used by a `Trajectory` in place of `Guided`.
+
+    Args:
+        net: whose loop. scheduler: at its start, with its timesteps. scale: guidance_scale. autocast: see `Guided`.
+    """
+
+    both = False  # the loop gives its guided output only
+
+    def __init__(self, net: LoopDenoiser, scheduler: SchedulerMixin, scale: float | None, autocast: str | None):
+        self.net, self.scheduler, self.scale, self.autocast = net, scheduler, scale, autocast
+        self.given: dict[str, Any] = {}
+        if scale != net.guidance:
+            if net.guidance is None:
+                raise ValueError(f"guidance: got {scale}, but {type(net._loop.pipe).__name__} is called without "
+                                 "guidance_scale; give what it has in its place as call=")
+            self.given = dict(guidance_scale=scale)
+
+    def __call__(self, x: Tensor, s: Tensor, labels: Tensor, *, row=None, forecast_weights=None,
+                 cache: StepCache | None = None, threshold: float = 0.1) -> Tensor:
+        """The guided output at step s [], of x's shape and dtype, for x [n, …]; the others as in the generic adapter.
+        """
+        def predict(j: int, forward, args: tuple, kwargs: dict):
+            with torch.autocast(x.device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
+                return self.net.adapter._call(forward, args, kwargs, row, forecast_weights,
+                                              None if cache is None else cache.of_call(j), threshold)
+
+        return self.net._loop.output(self.scheduler, int(s), x, predict, self._arguments(labels)).to(x.dtype)
+
+    def outputs(self, x: Tensor, s: Tensor, labels: Tensor, **forward) -> tuple[Tensor, None]:
+        """As `Guided.outputs`, but guided: the loop does not give its parts."""
+        return self(x, s, labels, **forward), None
+
+    def _arguments(self, labels: Tensor) -> dict[str, Any]:
+        return self.net.arguments(labels, len(self.scheduler.timesteps)) | self.given
+
+    def check(self, x: Tensor) -> None:
+        """Refuses a loop whose steps cannot be run one by one. x: any latents [1, …]."""
+        x, T, pipe = torch.randn_like(x), len(self.scheduler.timesteps), type(self.net._loop.pipe).__name__
+        times = self.scheduler.timesteps.tolist()
+        if getattr(self.scheduler, "order", 1) > 1 or len(set(times)) < T:
+            raise ValueError(f"scheduler: {type(self.scheduler).__name__} evaluates the model several times a step; use "
+                             "one of one a step")
+        seen = self.net._loop.watch(self.scheduler, x, self._arguments(torch.zeros(1, dtype=torch.long)))
+        if len(seen.samples) != T:
+            raise ValueError(f"pipe: {pipe} makes {len(seen.samples)} steps, its scheduler has {T}")
+        for s, sample in enumerate(seen.samples):
+            if sample.shape != x.shape or not torch.equal(sample, x.to(sample.dtype)):
+                where = "before the first step" if s == 0 else "between two of the scheduler's steps"
+                raise ValueError(f"pipe: {pipe} changes the latents {where}, so its steps cannot be run one by one")
+            if seen.calls[s] != seen.calls[0] or not seen.calls[s]:
+                raise ValueError(f"pipe: {pipe} calls its transformer otherwise at step {s} than at step 0 "
+                                 f"({len(seen.calls[s])} and {len(seen.calls[0])} times); guidance has to be the same at "
+                                 "all steps")
+
+
+def _transformer_of(pipe) -> nn.Module:
+    """The pipeline's one transformer.
+
+    Raises:
+        TypeError, ValueError: it has none, or several, or cannot be trained on.
+    """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise TypeError(f"pipe: got {type(pipe).__name__}, expected a diffusers pipeline")
+    found = [name for name, part in pipe.components.items() if "transformer" in name and isinstance(part, nn.Module)]
+    if len(found) != 1 or not isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
+        raise ValueError(f"pipe: {type(pipe).__name__} has {' and '.join(found) or 'no transformer'}, expected one "
+                         "transformer and a scheduler")
+    if "_harmonica" in vars(pipe):
+        raise ValueError("pipe: a cache is enabled on it; call harmonica_dit.disable_cache(pipe) first")
+    missing = [name for name in ("latents", *WITHOUT) if name not in inspect.signature(type(pipe).__call__).parameters]
+    if missing:
+        raise ValueError(f"pipe: {type(pipe).__name__}'s call takes no {missing[0]}, so its steps cannot be run one by "
+                         "one")
+    transformer = unwrap(getattr(pipe, found[0]))
+    check_hooks(transformer)
+    return transformer
+
+
+def _check_call(pipe, call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that are the same for all prompts."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in call:
+        if name in OURS or name.startswith("num_images") or name.startswith("num_videos"):
+            raise ValueError(f"call: got {name}={shorten(call[name])}, which is the training's; see prompts=, steps=")
+        if name not in known:
+            raise ValueError(f"call: {type(pipe).__name__} takes no {name}")
+    return {name: value for name, value in call.items() if not _is_negative(name, value)}
+
+
+def _with_negatives(prompts, call: Mapping[str, Any]):
+    """The prompts, each with the negative prompts that the call has for all."""
+    texts = {name: value for name, value in call.items() if _is_negative(name, value)}
+    if not texts or not isinstance(prompts, Sequence):
+        return prompts
+    return [texts | (dict(prompt=one) if isinstance(one, str) else one) for one in prompts]
+
+
+def _is_negative(name: str, value: Any) -> bool:
+    return name.startswith("negative_prompt") and isinstance(value, str)
