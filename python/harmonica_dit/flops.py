@@ -32,8 +32,8 @@ class Flops(Costs):
 def count_flops(net) -> Flops:
     """FLOPs of a forward of batch 1: matrix products and convolutions. A branch's are those in its body.
 
-    net: a denoiser, whose forward is counted; or a traced adapter, or a denoiser that runs by one, for which `trace` has
-        counted one.
+    net: a denoiser, whose forward is counted; or a traced adapter, or a denoiser that runs by one, whose `trace` has
+        counted.
 
     Raises:
         TypeError: net is neither. ValueError: the adapter has not been traced.

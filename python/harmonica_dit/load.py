@@ -3,8 +3,9 @@
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,8 +15,9 @@ from harmonica_dit.models import CONFIGS, DiT, latent_side
 from harmonica_dit.sample.decoding import load_vae
 
 
-def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: int | None = None,
-         prompts: Sequence[str] | None = None, embeddings: str | os.PathLike | None = None,
+def load(name, checkpoint: str | os.PathLike | None = None, *, image_size: int | None = None,
+         prompts: Sequence[str | Mapping[str, Any]] | None = None, call: Mapping[str, Any] | None = None,
+         embeddings: str | os.PathLike | None = None,
          vae: str | os.PathLike | None = None, dtype: str | torch.dtype = torch.float32,
          device: str | torch.device = "cpu", attention: str = "sdpa"):
     """Loads a denoiser, in evaluation mode and without gradients for its weights.
@@ -25,13 +27,20 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
     defaults of trajectories. Labels are classes, or the numbers of a text model's prompts; the label `num_classes`
     stands for none.
 
+    A pipeline with another transformer than DiT's or PixArt's becomes a denoiser without `branches`, which is run by a
+    `Trajectory` alone: the pipeline's own loop makes the guided output of each step, see `pipelines/own_loop.py`. It
+    has to have one transformer, and to evaluate it once a step for the same guidance at all steps.
+
     Args:
-        name: "fashion-dit", the bundled model; a configuration of facebookresearch/DiT such as "DiT-XL/2"; or the
-            folder or repository of a diffusers pipeline (DiT, PixArt-α, PixArt-Σ).
+        name: "fashion-dit", the bundled model; a configuration of facebookresearch/DiT such as "DiT-XL/2"; the folder
+            or repository of a diffusers pipeline; or a pipeline in memory, which keeps its dtype and device, and stays
+            as it is.
         checkpoint: a DiT's weights, facebookresearch's `.pt` or safetensors; required for a configuration.
         image_size: in pixels; the latent's side is an eighth of it. None is 256 for a configuration, and a pipeline's
             own size.
-        prompts: of a text pipeline. They are encoded once; then the text encoder is freed.
+        prompts: of a text pipeline. They are encoded once; then the text encoder is freed. A pipeline that is run by
+            its own loop also takes dicts of its call's arguments for an image each, such as embeddings [1, L, D].
+        call: further arguments of such a pipeline's call, such as dict(height=512, width=512, guidance_scale=3.5).
         embeddings: file for the encoded prompts; if it exists, they are read from it.
         vae: folder or repository of the AutoencoderKL that decodes a latent model's samples; a pipeline has its own.
             None for a configuration leaves latents. It stays in float32.
@@ -40,19 +49,22 @@ def load(name: str, checkpoint: str | os.PathLike | None = None, *, image_size: 
             A pipeline keeps its own processors.
 
     Raises:
-        ValueError: the name, dtype, back end or device is not known, or the image size, the checkpoint, the prompts or
-            the file of embeddings or the VAE do not fit the model.
+        ValueError: the name, dtype, back end or device is not known, or the image size, the checkpoint, the prompts,
+            the call or the file of embeddings or the VAE do not fit the model; or the pipeline cannot be trained on.
         ImportError: xformers is asked for and not installed.
         FileNotFoundError: there is no such checkpoint. OSError: there is no such VAE.
     """
     dtype, device = check_dtype(dtype), check_device(device)
-    if name not in ("fashion-dit", *CONFIGS) and (os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
+    if not isinstance(name, str) or name not in ("fashion-dit", *CONFIGS) and (
+            os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         from harmonica_dit.pipelines.denoiser import load_pipeline
 
         if checkpoint is not None:
             raise ValueError(f"checkpoint: {name} is a pipeline, which has its own weights")
-        return load_pipeline(name, prompts=prompts, embeddings=embeddings, image_size=image_size, vae=vae,
+        return load_pipeline(name, prompts=prompts, call=call, embeddings=embeddings, image_size=image_size, vae=vae,
                              dtype=dtype, device=device)
+    if call is not None:
+        raise ValueError(f"call: {name} is no pipeline and takes none")
     if prompts is not None or embeddings is not None:
         raise ValueError(f"prompts: {name} is conditioned on classes and takes none")
     if name == "fashion-dit":

@@ -188,8 +188,8 @@ class Schedule:
         """
         if hasattr(net, "new_cache"):
             if self.runs is not None:
-                raise ValueError(f"schedule: decides on runs of branches, which {net.name} cannot; it needs a model with "
-                                 "a fused adapter")
+                raise ValueError(f"schedule: decides on runs of branches, which needs a model with a fused adapter; "
+                                 f"{net.name} has none")
             return net.new_cache(self.history, self.unit)
         return hk.FeatureCache(self.history, self.runs) if self.unit == "branch" else hk.TrunkCache(self.history)
 

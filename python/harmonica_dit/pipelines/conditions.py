@@ -4,14 +4,20 @@ A prompt is a text, or what the pipeline's call takes in its place: its embeddin
 """
 
 import inspect
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten, treespec_dumps, treespec_loads
+
+from harmonica_dit.files import load_tensors, save_tensors
 
 from .adapters.generic_cache import leaves
+
+FORMAT = 1
 
 
 class Conditions:
@@ -56,17 +62,49 @@ class Conditions:
 
 
 class Encoder:
-    """Stands in place of a pipeline's `encode_prompt`: each text is encoded once and by itself.
+    """Stands in place of a pipeline's `encode_prompt`: each text is encoded once and by itself, and kept on the CPU.
 
-    encode: the pipeline's own; it is called again, for a batch as a whole, where texts have encodings of different
-    lengths and no masks. `by_text` is False from then on.
+    encode: the pipeline's own. It is called anew, for a batch as a whole, where texts have encodings of different
+    lengths and no masks: `by_text` is False from then on.
     """
 
     def __init__(self, encode: Callable):
-        self.encode, self.by_text = encode, True
+        self.encode: Callable | None = encode
+        self.by_text = True
         self._signature = inspect.signature(encode)
         self._known: dict[str, Any] = {}
-        self._batch: tuple[str, Any] | None = None  # the latest one that was encoded as a whole
+        self._batch: tuple[str, Any] | None = None  # the latest one, as it was put together or encoded
+
+    def save(self, path: str | os.PathLike, about: Mapping[str, Any]) -> None:
+        """Writes what has been encoded as safetensors. about: what it was encoded by, as JSON gives it back."""
+        tensors, entries = {}, {}
+        for i, (key, value) in enumerate(self._known.items()):
+            found, form = tree_flatten(value)
+            tensors |= {f"{i}.{j}": leaf for j, leaf in enumerate(found) if isinstance(leaf, Tensor)}
+            entries[key] = treespec_dumps(form), [None if isinstance(leaf, Tensor) else [leaf] for leaf in found]
+        save_tensors(path, tensors, dict(kind="encoded prompts", format=FORMAT, about=about, entries=entries))
+
+    def load(self, path: str | os.PathLike, about: Mapping[str, Any]) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else, or prompts that were encoded by something else.
+        """
+        tensors, metadata = load_tensors(path)
+        if (metadata.get("kind"), metadata.get("format")) != ("encoded prompts", FORMAT):
+            raise ValueError(f"{path} is not a file of encoded prompts of format version {FORMAT}")
+        for name, value in about.items():
+            if metadata["about"].get(name) != value:
+                raise ValueError(f"{path}: holds prompts encoded with {name}={metadata['about'].get(name)!r}, expected "
+                                 f"{value!r}; give another path or folder, or remove it")
+        for i, (key, (form, others)) in enumerate(metadata["entries"].items()):
+            found = [tensors[f"{i}.{j}"] if other is None else other[0] for j, other in enumerate(others)]
+            self._known[key] = tree_unflatten(found, treespec_loads(form))
+        self.release()
+
+    def release(self) -> None:
+        """From now on what has been encoded is all there is."""
+        self.encode = None
 
     def __call__(self, *args, **kwargs):
         given = self._signature.bind(*args, **kwargs)
@@ -76,25 +114,33 @@ class Encoder:
         texts = {name: value for name, value in lists.items() if len(value) == count}
         if not texts:  # embeddings are given
             return self._encode(given.arguments)
+        whole = repr(given.arguments)
+        if self._batch is not None and self._batch[0] == whole:
+            return self._batch[1]
         found = []
         for i in range(count):
             arguments = given.arguments | {name: [value[i]] for name, value in texts.items()}
             key = repr(arguments)
             if key not in self._known:
-                self._known[key] = self._encode(arguments)
+                self._known[key] = _moved(self._encode(arguments), "cpu")
             found.append(self._known[key])
         joined = join(found)
-        if joined is not None:
-            return joined
-        self.by_text, key = False, repr(given.arguments)
-        if self._batch is None or self._batch[0] != key:
-            self._batch = key, self._encode(given.arguments)
+        if joined is None:
+            self.by_text, joined = False, self._encode(given.arguments)
+        self._batch = whole, _moved(joined, given.arguments.get("device") or "cpu")
         return self._batch[1]
 
     @torch.no_grad()
     def _encode(self, arguments: Mapping[str, Any]):
+        if self.encode is None:
+            raise ValueError("prompts: were encoded for a call with other arguments, and the text encoder has been let "
+                             "go; say how the pipeline is called where it is loaded, as call=, guidance_scale too")
         bound = inspect.BoundArguments(self._signature, dict(arguments))
         return self.encode(*bound.args, **bound.kwargs)
+
+
+def _moved(value: Any, device: str | torch.device) -> Any:
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
 
 
 def join(parts: Sequence[Any]):

@@ -1,8 +1,10 @@
-"""A diffusers pipeline's transformer as a denoiser, to train routers on. It runs through its adapter."""
+"""A diffusers pipeline's transformer as a denoiser, to train on: on the fused path here, or by the pipeline's own loop.
+"""
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import diffusers
 import torch
@@ -13,9 +15,11 @@ from harmonica_dit.models import VAE_FACTOR, latent_side
 from harmonica_dit.sample.decoding import load_vae
 
 from .adapters import adapt, model_name
+from .loop_denoiser import LoopDenoiser, check_class
 from .prompts import Prompts, prepare
 
-PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")
+PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")  # their transformers have fused adapters
+GIVE = "give some prompts, such as those it will be used with"
 
 
 class PipelineDenoiser(nn.Module):
@@ -68,31 +72,66 @@ class PipelineDenoiser(nn.Module):
         return dict(added_cond_kwargs=dict(resolution=x.new_full((B, 2), pixels), aspect_ratio=x.new_ones(B, 1)))
 
 
-def load_pipeline(source: str, *, prompts: Sequence[str] | None, embeddings: str | os.PathLike | None,
-                  image_size: int | None, vae: str | os.PathLike | None, dtype: torch.dtype,
-                  device: str | torch.device) -> PipelineDenoiser:
-    """Loads the denoiser in a diffusers pipeline's folder or repository, see `harmonica_dit.load`.
+def load_pipeline(source: str | DiffusionPipeline, *, prompts: Sequence[str | Mapping[str, Any]] | None,
+                  call: Mapping[str, Any] | None, embeddings: str | os.PathLike | None, image_size: int | None,
+                  vae: str | os.PathLike | None, dtype: torch.dtype,
+                  device: str | torch.device) -> PipelineDenoiser | LoopDenoiser:
+    """The denoiser of a diffusers pipeline, in memory or in a folder or repository, see `harmonica_dit.load`.
 
-    The text encoder does not stay in memory. vae: in place of the pipeline's own.
+    The text encoder of one that is loaded does not stay in memory. vae: in place of the pipeline's own.
     """
-    config = DiffusionPipeline.load_config(source)
-    kind = config.get("_class_name")
+    if isinstance(source, DiffusionPipeline):
+        kind, name = type(source).__name__, source.config.get("_name_or_path")
+        name = model_name(name) if name else kind
+        parts = source.components
+    elif not isinstance(source, str):
+        raise TypeError(f"name: got {type(source).__name__}, expected a name, or a diffusers pipeline")
+    else:
+        parts, name = DiffusionPipeline.load_config(source), model_name(source)
+        kind = parts.get("_class_name")
     if kind not in PIPELINES:
-        raise ValueError(f"name: {source} is a {kind}; routers can be trained for {', '.join(PIPELINES)}")
-    cls, name, texts = getattr(diffusers, kind), model_name(source), None
-    if "text_encoder" in config:
-        if prompts is None:
-            raise ValueError(f"prompts: {name} is conditioned on text; give some, such as those it will be used with")
-        texts = prepare(name, cls, source, prompts, dtype, device, embeddings)
-    elif prompts is not None or embeddings is not None:
+        if vae is not None:
+            raise ValueError(f"vae: {name} is a {kind}, which has its own")
+        return _load_loop(source, kind, name, prompts, call, embeddings, image_size, dtype, device)
+    if call is not None:
+        raise ValueError(f"call: {name} is a {kind}, for which image_size= says the size, and guidance=, where it is "
+                         "trained, the scale")
+    if "text_encoder" in parts and prompts is None:
+        raise ValueError(f"prompts: {name} is conditioned on text; {GIVE}")
+    if "text_encoder" not in parts and (prompts is not None or embeddings is not None):
         raise ValueError(f"prompts: {name} is conditioned on classes and takes none")
-    unused = {part: None for part in ("vae", "text_encoder", "tokenizer") if part in config}
-    pipe = cls.from_pretrained(source, dtype=dtype, **unused)
+    cls, pipe = getattr(diffusers, kind), source
+    texts = None if prompts is None else prepare(name, cls, source, prompts, dtype, device, embeddings)
+    if isinstance(source, str):
+        unused = {part: None for part in ("vae", "text_encoder", "tokenizer") if part in parts}
+        pipe = cls.from_pretrained(source, dtype=dtype, **unused)
     guidance = inspect.signature(cls.__call__).parameters["guidance_scale"].default
     net = PipelineDenoiser(pipe.transformer, pipe.scheduler, name=name, guidance=guidance, prompts=texts,
                            image_size=image_size)
     if vae is not None:
         net.vae = load_vae(vae, net.sample_shape[0])
-    elif config.get("vae", [None])[0] is not None:
+    elif pipe is source:
+        net.vae = pipe.vae
+    elif parts.get("vae", [None])[0] is not None:
         net.vae = load_vae(source, net.sample_shape[0], subfolder="vae")
-    return net.eval().requires_grad_(False).to(device)
+    return net if pipe is source else net.eval().requires_grad_(False).to(device)
+
+
+def _load_loop(source: str | DiffusionPipeline, kind: str, name: str, prompts, call, embeddings, image_size: int | None,
+               dtype: torch.dtype, device: str | torch.device) -> LoopDenoiser:
+    """The denoiser of a pipeline whose own loop guides."""
+    if prompts is None:
+        raise ValueError(f"prompts: {name} is a {kind}; {GIVE}")
+    size = {} if image_size is None else dict(height=image_size, width=image_size)
+    if isinstance(source, DiffusionPipeline):
+        return LoopDenoiser(source, prompts, size | dict(call or {}), name, embeddings)
+    cls = getattr(diffusers, kind or "", None)
+    if cls is None:
+        raise ValueError(f"name: {name} is a {kind}, which diffusers does not have; load the pipeline yourself, and "
+                         "give it in place of its name")
+    check_class(cls)
+    config = DiffusionPipeline.load_config(source)
+    encoded = embeddings is not None and os.path.exists(embeddings)
+    unused = {part: None for part in config if part.startswith("text_encoder") and encoded}
+    pipe = cls.from_pretrained(source, dtype=dtype, **unused).to(device)
+    return LoopDenoiser(pipe, prompts, size | dict(call or {}), name, embeddings).eval().requires_grad_(False)

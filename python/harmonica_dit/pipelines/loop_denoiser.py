@@ -3,8 +3,10 @@
 import copy
 import inspect
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class LoopDenoiser(nn.Module):
         prompts: what it is trained on, see `Conditions`; the labels are their numbers.
         call: further arguments of its call, such as height, width and guidance_scale.
         name: routers trained on this denoiser record it; None is the repository or folder of the pipeline.
+        embeddings: file for the encoded prompts; if it exists, they are read from it.
 
     Attributes:
         guidance: the call's guidance_scale; None where it has none. sample_shape: of an image's latents, as the
@@ -51,7 +54,8 @@ class LoopDenoiser(nn.Module):
     guided_by_its_loop = True  # a `Trajectory` calls `guided`, and not the model
 
     def __init__(self, pipe: DiffusionPipeline, prompts: Sequence[str | Mapping[str, Any]],
-                 call: Mapping[str, Any] | None = None, name: str | None = None):
+                 call: Mapping[str, Any] | None = None, name: str | None = None,
+                 embeddings: str | os.PathLike | None = None):
         super().__init__()
         self.transformer = _transformer_of(pipe)
         self.adapter = GenericAdapter(self.transformer)
@@ -60,8 +64,12 @@ class LoopDenoiser(nn.Module):
         self.name = name or model_name(pipe.config.get("_name_or_path") or self.adapter.name)
         own = copy.copy(pipe)
         own.set_progress_bar_config(disable=True)
-        if hasattr(pipe, "encode_prompt"):
-            vars(own)["encode_prompt"] = Encoder(pipe.encode_prompt)
+        about = dict(model=self.name, dtype=str(self.transformer.dtype), prompts=self.prompts.checksum)
+        encoder = Encoder(own.encode_prompt) if hasattr(own, "encode_prompt") else None
+        if encoder is not None:
+            vars(own)["encode_prompt"] = encoder
+            if embeddings is not None and Path(embeddings).exists():
+                encoder.load(embeddings, about)
         self._loop = OwnLoop(own, self.transformer)
         self._guided: dict[tuple, GuidedLoop] = {}
         self._batch: tuple[tuple, dict] | None = None  # the latest labels, and their arguments
@@ -69,6 +77,20 @@ class LoopDenoiser(nn.Module):
         default = parameters["guidance_scale"].default if "guidance_scale" in parameters else None
         self.guidance: float | None = self.call.get("guidance_scale", default)
         self._record()
+        if encoder is not None:
+            self._encode(encoder)
+            if encoder.by_text and embeddings is not None and not Path(embeddings).exists():
+                encoder.save(embeddings, about)
+
+    def _encode(self, encoder: Encoder) -> None:
+        """Encodes all prompts, and lets the text encoders go if batches can be put together without them."""
+        scheduler = copy.deepcopy(self.scheduler)
+        for i in range(self.num_classes):
+            self.set_timesteps(scheduler, 2, (0, i))
+        if encoder.by_text:
+            encoder.release()
+            own = self._loop.pipe
+            vars(own).update({name: None for name in own.components if name.startswith("text_encoder")})
 
     def _record(self) -> None:
         """Looks at the first step of a call."""
@@ -130,9 +152,10 @@ class LoopDenoiser(nn.Module):
             self._batch = key, self.prompts.arguments(key)
         return self.call | self._batch[1] | WITHOUT | dict(num_inference_steps=steps)
 
-    def set_timesteps(self, scheduler: SchedulerMixin, steps: int) -> SchedulerMixin:
-        """Sets a scheduler's timesteps as the pipeline's call does for these latents. Returns it."""
-        self._loop.set_timesteps(scheduler, self._zeros(), self.arguments(torch.zeros(1, dtype=torch.long), steps))
+    def set_timesteps(self, scheduler: SchedulerMixin, steps: int, labels: Sequence[int] = (0,)) -> SchedulerMixin:
+        """Sets a scheduler's timesteps as the pipeline's call does for images of these labels. Returns it."""
+        x = self._zeros().expand(len(labels), *self.sample_shape)
+        self._loop.set_timesteps(scheduler, x, self.arguments(torch.tensor(labels), steps))
         return scheduler
 
     def guided(self, scheduler: SchedulerMixin, guidance: float | None, autocast: str | None = None) -> "GuidedLoop":
@@ -203,8 +226,8 @@ class GuidedLoop:
         x, T, pipe = torch.randn_like(x), len(self.scheduler.timesteps), type(self.net._loop.pipe).__name__
         times = self.scheduler.timesteps.tolist()
         if getattr(self.scheduler, "order", 1) > 1 or len(set(times)) < T:
-            raise ValueError(f"scheduler: {type(self.scheduler).__name__} evaluates the model several times a step; use "
-                             "one of one a step")
+            raise ValueError(f"scheduler: {type(self.scheduler).__name__} evaluates the model several times a step; "
+                             "use one of one a step")
         seen = self.net._loop.watch(self.scheduler, x, self._arguments(torch.zeros(1, dtype=torch.long)))
         if len(seen.samples) != T:
             raise ValueError(f"pipe: {pipe} makes {len(seen.samples)} steps, its scheduler has {T}")
@@ -214,8 +237,8 @@ class GuidedLoop:
                 raise ValueError(f"pipe: {pipe} changes the latents {where}, so its steps cannot be run one by one")
             if seen.calls[s] != seen.calls[0] or not seen.calls[s]:
                 raise ValueError(f"pipe: {pipe} calls its transformer otherwise at step {s} than at step 0 "
-                                 f"({len(seen.calls[s])} and {len(seen.calls[0])} times); guidance has to be the same at "
-                                 "all steps")
+                                 f"({len(seen.calls[s])} and {len(seen.calls[0])} times); guidance has to be the same "
+                                 "at all steps")
 
 
 def _transformer_of(pipe) -> nn.Module:
@@ -232,13 +255,17 @@ def _transformer_of(pipe) -> nn.Module:
                          "transformer and a scheduler")
     if "_harmonica" in vars(pipe):
         raise ValueError("pipe: a cache is enabled on it; call harmonica_dit.disable_cache(pipe) first")
-    missing = [name for name in ("latents", *WITHOUT) if name not in inspect.signature(type(pipe).__call__).parameters]
-    if missing:
-        raise ValueError(f"pipe: {type(pipe).__name__}'s call takes no {missing[0]}, so its steps cannot be run one by "
-                         "one")
+    check_class(type(pipe))
     transformer = unwrap(getattr(pipe, found[0]))
     check_hooks(transformer)
     return transformer
+
+
+def check_class(cls: type) -> None:
+    """Raises ValueError if the steps of such a pipeline cannot be run one by one."""
+    missing = [name for name in ("latents", *WITHOUT) if name not in inspect.signature(cls.__call__).parameters]
+    if missing:
+        raise ValueError(f"pipe: {cls.__name__}'s call takes no {missing[0]}, so its steps cannot be run one by one")
 
 
 def _check_call(pipe, call: dict[str, Any]) -> dict[str, Any]:

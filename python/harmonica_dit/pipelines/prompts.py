@@ -66,12 +66,12 @@ class Prompts:
         return cls(texts, model, embeddings, mask)
 
 
-def prepare(name: str, cls: type[DiffusionPipeline], source: str, texts: Sequence[str], dtype: torch.dtype,
-            device: str | torch.device, path: str | os.PathLike | None) -> Prompts:
+def prepare(name: str, cls: type[DiffusionPipeline], source: str | DiffusionPipeline, texts: Sequence[str],
+            dtype: torch.dtype, device: str | torch.device, path: str | os.PathLike | None) -> Prompts:
     """Reads the encoded prompts from the file at `path`; if there is none yet, encodes them and writes it.
 
     Args:
-        name, cls, source: the pipeline's name, its class, and its folder or repository.
+        name, cls, source: the pipeline's name, its class, and its folder or repository, or itself.
         texts: at least one. dtype, device: of the text encoder, which is freed afterwards.
         path: None keeps nothing.
 
@@ -96,10 +96,12 @@ def prepare(name: str, cls: type[DiffusionPipeline], source: str, texts: Sequenc
 
 
 @torch.no_grad()
-def encode(name: str, cls: type[DiffusionPipeline], source: str, texts: tuple[str, ...], dtype: torch.dtype,
-           device: str | torch.device) -> Prompts:
+def encode(name: str, cls: type[DiffusionPipeline], source: str | DiffusionPipeline, texts: tuple[str, ...],
+           dtype: torch.dtype, device: str | torch.device) -> Prompts:
     """Encodes the prompts and the empty prompt as the pipeline's call does; see `prepare`."""
-    pipe = cls.from_pretrained(source, transformer=None, vae=None, dtype=dtype).to(device)
+    pipe = source
+    if isinstance(source, str):
+        pipe = cls.from_pretrained(source, transformer=None, vae=None, dtype=dtype).to(device)
     wanted, embeddings, masks = [*texts, ""], [], []
     for first in range(0, len(wanted), BATCH):
         embedding, mask, *_ = pipe.encode_prompt(wanted[first : first + BATCH], do_classifier_free_guidance=False,

@@ -109,7 +109,9 @@ class GenericTrunkCache(Memory):
         """A cache of such a trajectory that holds these states, the newest first, each as `newest` gave it."""
         made = GenericTrunkCache(self.history)
         made._of, made._setting, made._stand_ins = self._of, self._setting, dict(self._stand_ins)
-        made._states = [map_tensors(lambda _, parts=iter(state): next(parts), self._states[0]) for state in states]
+        for state in states:
+            parts = iter(state)
+            made._states.append(map_tensors(lambda _: next(parts), self._states[0]))  # noqa: B023 (called at once)
         return made
 
     def _store(self, state: Output) -> None:
