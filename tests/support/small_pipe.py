@@ -78,6 +78,17 @@ class SmallPipe:
             settings["strength"] = self.strength
         return pipe(**settings | self.arguments(batch, draw) | changes, return_dict=False)[0]
 
+    def to_train_on(self, prompts: int = 2, dtype=torch.float32) -> dict:
+        """`prompts`, each by its embeddings, and `call`, as `harmonica_dit.load` takes them."""
+        draw = Draw(torch.Generator().manual_seed(0), dtype)
+        each = [self.arguments(1, draw) for _ in range(prompts)]
+        call = {} if self.guidance is None else {self.guidance: self.guided_at}
+        call |= {} if self.strength is None else dict(strength=self.strength)
+        return dict(
+            prompts=[{name: value for name, value in one.items() if "prompt" in name and value is not None}
+                     for one in each],
+            call=call | {name: value for name, value in each[0].items() if "prompt" not in name or value is None})
+
 
 def one_call(build, arguments, **flags) -> SmallPipe:
     """Both prompts of an image in one forward."""

@@ -69,8 +69,7 @@ class Encoder:
     """
 
     def __init__(self, encode: Callable):
-        self.encode: Callable | None = encode
-        self.by_text = True
+        self.encode, self.by_text, self.released = encode, True, False
         self._signature = inspect.signature(encode)
         self._known: dict[str, Any] = {}
         self._batch: tuple[str, Any] | None = None  # the latest one, as it was put together or encoded
@@ -103,22 +102,20 @@ class Encoder:
         self.release()
 
     def release(self) -> None:
-        """From now on what has been encoded is all there is."""
-        self.encode = None
+        """From now on the texts that have been encoded are all there are."""
+        self.released = True
 
     def __call__(self, *args, **kwargs):
         given = self._signature.bind(*args, **kwargs)
-        lists = {name: value for name, value in given.arguments.items()
-                 if isinstance(value, list) and value and all(isinstance(text, str) for text in value)}
-        count = len(lists.get("prompt", ()))
-        texts = {name: value for name, value in lists.items() if len(value) == count}
-        if not texts:  # embeddings are given
+        texts = _texts(given.arguments)
+        counts = {len(value) for value in texts.values()}
+        if "prompt" not in texts or len(counts) > 1:  # embeddings are given
             return self._encode(given.arguments)
         whole = repr(given.arguments)
         if self._batch is not None and self._batch[0] == whole:
             return self._batch[1]
         found = []
-        for i in range(count):
+        for i in range(*counts):
             arguments = given.arguments | {name: [value[i]] for name, value in texts.items()}
             key = repr(arguments)
             if key not in self._known:
@@ -132,11 +129,17 @@ class Encoder:
 
     @torch.no_grad()
     def _encode(self, arguments: Mapping[str, Any]):
-        if self.encode is None:
+        if self.released and _texts(arguments):
             raise ValueError("prompts: were encoded for a call with other arguments, and the text encoder has been let "
                              "go; say how the pipeline is called where it is loaded, as call=, guidance_scale too")
         bound = inspect.BoundArguments(self._signature, dict(arguments))
         return self.encode(*bound.args, **bound.kwargs)
+
+
+def _texts(arguments: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The arguments that are lists of prompts."""
+    return {name: value for name, value in arguments.items() if "prompt" in name and isinstance(value, list)
+            and value and all(isinstance(text, str) for text in value)}
 
 
 def _moved(value: Any, device: str | torch.device) -> Any:

@@ -15,7 +15,7 @@ from harmonica_dit.models import VAE_FACTOR, latent_side
 from harmonica_dit.sample.decoding import load_vae
 
 from .adapters import adapt, model_name
-from .loop_denoiser import LoopDenoiser, check_class
+from .loop_denoiser import LoopDenoiser, check_class, check_transformers
 from .prompts import Prompts, prepare
 
 PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")  # their transformers have fused adapters
@@ -120,18 +120,24 @@ def load_pipeline(source: str | DiffusionPipeline, *, prompts: Sequence[str | Ma
 def _load_loop(source: str | DiffusionPipeline, kind: str, name: str, prompts, call, embeddings, image_size: int | None,
                dtype: torch.dtype, device: str | torch.device) -> LoopDenoiser:
     """The denoiser of a pipeline whose own loop guides."""
-    if prompts is None:
-        raise ValueError(f"prompts: {name} is a {kind}; {GIVE}")
-    size = {} if image_size is None else dict(height=image_size, width=image_size)
-    if isinstance(source, DiffusionPipeline):
-        return LoopDenoiser(source, prompts, size | dict(call or {}), name, embeddings)
-    cls = getattr(diffusers, kind or "", None)
+    cls = type(source) if isinstance(source, DiffusionPipeline) else getattr(diffusers, kind or "", None)
     if cls is None:
         raise ValueError(f"name: {name} is a {kind}, which diffusers does not have; load the pipeline yourself, and "
                          "give it in place of its name")
     check_class(cls)
+    if prompts is None:
+        raise ValueError(f"prompts: {name} is a {kind}; {GIVE}")
+    size = {} if image_size is None else dict(height=image_size, width=image_size)
+    if isinstance(source, DiffusionPipeline):
+        return LoopDenoiser(source, prompts, size | dict(call or {}), embeddings=embeddings)
     config = DiffusionPipeline.load_config(source)
+    check_transformers(cls, [part for part, (library, *_) in _parts(config) if library is not None])
     encoded = embeddings is not None and os.path.exists(embeddings)
-    unused = {part: None for part in config if part.startswith("text_encoder") and encoded}
+    unused = {part: None for part, _ in _parts(config) if part.startswith("text_encoder") and encoded}
     pipe = cls.from_pretrained(source, dtype=dtype, **unused).to(device)
     return LoopDenoiser(pipe, prompts, size | dict(call or {}), name, embeddings).eval().requires_grad_(False)
+
+
+def _parts(config: dict) -> list[tuple[str, list]]:
+    """The components in a pipeline's configuration: name, and library and class."""
+    return [(name, value) for name, value in config.items() if isinstance(value, list) and len(value) == 2]

@@ -249,14 +249,11 @@ def _transformer_of(pipe) -> nn.Module:
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"pipe: got {type(pipe).__name__}, expected a diffusers pipeline")
-    found = [name for name, part in pipe.components.items() if "transformer" in name and isinstance(part, nn.Module)]
-    if len(found) != 1 or not isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
-        raise ValueError(f"pipe: {type(pipe).__name__} has {' and '.join(found) or 'no transformer'}, expected one "
-                         "transformer and a scheduler")
+    check_class(type(pipe))
+    name = check_transformers(type(pipe), [name for name, part in pipe.components.items() if part is not None])
     if "_harmonica" in vars(pipe):
         raise ValueError("pipe: a cache is enabled on it; call harmonica_dit.disable_cache(pipe) first")
-    check_class(type(pipe))
-    transformer = unwrap(getattr(pipe, found[0]))
+    transformer = unwrap(getattr(pipe, name))
     check_hooks(transformer)
     return transformer
 
@@ -266,6 +263,20 @@ def check_class(cls: type) -> None:
     missing = [name for name in ("latents", *WITHOUT) if name not in inspect.signature(cls.__call__).parameters]
     if missing:
         raise ValueError(f"pipe: {cls.__name__}'s call takes no {missing[0]}, so its steps cannot be run one by one")
+
+
+def check_transformers(cls: type, parts: Sequence[str]) -> str:
+    """The name of the transformer among a pipeline's components.
+
+    Raises:
+        ValueError: there is none, or several; or no scheduler.
+    """
+    found = [name for name in parts if "transformer" in name]
+    if len(found) != 1 or "scheduler" not in parts:
+        raise ValueError(f"pipe: {cls.__name__} has {' and '.join(found) or 'no transformer'}"
+                         f"{'' if 'scheduler' in parts else ' and no scheduler'}, expected one transformer and a "
+                         "scheduler")
+    return found[0]
 
 
 def _check_call(pipe, call: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from torch import nn
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
+from harmonica_kernels import TrunkWeights
 from support.generic_models import make
 from support.odd_models import Toy
 from support.pipes import small_dit, small_pixart
@@ -137,15 +138,12 @@ def test_a_cache_of_another_model_mode_or_autocast_is_refused():
             A(**arguments, cache=cache, **reused)
 
 
-@pytest.mark.parametrize("unit", ["branch", "trunk"])
-def test_gradients_do_not_pass_through_what_is_reused(unit):
+def test_gradients_do_not_pass_through_reused_branches():
     """So a forward that would leave part of them out is refused."""
     toy, x = Toy(None, None), torch.randn(2, 4)
     adapter = GenericAdapter(toy)
-    adapter.trace(x)
-    cache = adapter.new_cache(1, unit)
+    cache, reused = adapter.new_cache(), (False, True, True, True)
     adapter(x, cache=cache)
-    reused = False if unit == "trunk" else (False, True, True, True)
     with pytest.raises(RuntimeError, match="a gradient would have to pass through.*torch.no_grad()"):
         adapter(x, row=reused, cache=cache)
     with torch.no_grad():
@@ -154,6 +152,24 @@ def test_gradients_do_not_pass_through_what_is_reused(unit):
     cache.reset()
     adapter(x, cache=cache)
     adapter(x, row=reused, cache=cache)
+
+
+def test_gradients_pass_through_the_trunks_states():
+    """Those of a forecast in the latents of both steps that it is made from, and through a computed step's correction.
+    """
+    toy = Toy(None, None).double().requires_grad_(False)
+    adapter = GenericAdapter(toy)
+    adapter.trace(torch.randn(2, 4).double())
+
+    def run(first, second, states):
+        cache = adapter.new_cache(2, "trunk")
+        adapter(first, cache=cache)
+        corrected = adapter(second, forecast_weights=TrunkWeights(states[:1], None, -states[0]), cache=cache)
+        return corrected + adapter(first, row=False, forecast_weights=TrunkWeights(states), cache=cache)
+
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 4), (2, 4), (2, 4))]
+    torch.autograd.gradcheck(run, inputs)
+    assert all(gradient.abs().max() > 1e-3 for gradient in torch.autograd.grad(run(*inputs).sum(), inputs))
 
 
 @pytest.mark.parametrize("model", ["FluxTransformer2DModel", "WanTransformer3DModel", "DiT", "PixArt"])

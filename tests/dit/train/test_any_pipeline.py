@@ -1,0 +1,244 @@
+"""Routers and forecasters of pipelines that run by their own loops: trained, saved, enabled, called."""
+
+from functools import cache
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+import harmonica_dit
+from harmonica_dit.forecaster import forecast_ratios, taylor
+from harmonica_dit.router import Router
+from harmonica_dit.sample import sample
+from harmonica_dit.sample.trajectory import Trajectory, image_noise
+from harmonica_dit.schedule import Schedule
+from harmonica_dit.train import forecaster, train_forecaster, train_router
+from harmonica_dit.train.student import Student, student_step
+from harmonica_dit.train.unrolled import LearnedForecaster, unroll
+from support.many_pipes import PIPES
+
+NAMES = ("flux", "sd3", "qwen", "wan", "z-image", "sana")  # two calls a step, one doubled batch; lists, videos
+ROUTER = dict(steps=3, target_speedup=1.3, trajectories=2, batch=2, progress=False)
+FORECASTER = dict(steps=4, iterations=2, images=2, held_out=1, batch=2, progress=False)
+LABELS = torch.tensor([0, 1])
+# so few trajectories leave soft scores, and so few entries meet no target closely
+pytestmark = pytest.mark.filterwarnings("ignore:soft_share", "ignore:target_speedup", "ignore:forecasts to order 0")
+
+
+@cache
+def pipe_of(name):
+    return PIPES[name].pipe()
+
+
+@cache
+def net_of(name):
+    return harmonica_dit.load(pipe_of(name), **PIPES[name].to_train_on())
+
+
+def trajectory_of(name, **options):
+    net = net_of(name)
+    return Trajectory(net, LABELS, **dict(steps=4) | options), image_noise(1, 0, 2, net.sample_shape)
+
+
+def call(name, config, steps):
+    """The latents of an ordinary call with a cache."""
+    net, pipe = net_of(name), pipe_of(name)
+    harmonica_dit.enable_cache(pipe, config)
+    try:
+        return pipe(**net.arguments(LABELS, steps), latents=image_noise(1, 0, 2, net.sample_shape))[0]
+    finally:
+        harmonica_dit.disable_cache(pipe)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_router_is_trained_saved_enabled_and_called(name, tmp_path):
+    """The latents are those of the trainer's own hard schedule, to the bit."""
+    net = net_of(name)
+    router = train_router(net, out=tmp_path, **ROUTER)
+    schedule = Router.load(tmp_path / "router.safetensors").schedule()
+    assert schedule.speedup >= 1.3 and 0 < schedule.cur and schedule.architecture == net.architecture
+    assert router.guidance == net.guidance
+    expected = sample(net, LABELS, schedule=schedule, seed=1)
+    assert torch.equal(call(name, tmp_path / "router.safetensors", 3), expected)
+    assert not torch.equal(sample(net, LABELS, steps=3, seed=1), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_forecaster_is_trained_saved_enabled_and_called(name, tmp_path):
+    """On two of four steps, to the bit; and its weights are not those that it began with."""
+    net, target = net_of(name), "accurate" if name in NAMES[::2] else "uncached"
+    train_forecaster(net, 1.4, target=target, out=tmp_path, lr=0.05, **FORECASTER)
+    schedule = Schedule.load(tmp_path / "forecast.safetensors")
+    made = schedule.forecaster
+    assert schedule.compute.all(1).tolist().count(True) < 4 and made.tokens is None and made.condition is None
+    assert schedule.resolution == net.resolution and made.states.shape[-1] == net.width
+    expected = sample(net, LABELS, schedule=schedule, seed=1)
+    assert torch.equal(call(name, tmp_path / "forecast.safetensors", 4), expected)
+    begun = taylor(schedule.compute[:, 0].tolist(), 1, adams=target == "accurate")
+    assert made.own is not None and (made.states[:, :1] - begun.states[:, :1]).abs().max() > 1e-3
+
+
+def test_a_forecaster_of_other_steps_timesteps_and_models_is_refused(tmp_path):
+    made = train_forecaster(net_of("sd3"), 1.4, target="uncached", **FORECASTER)
+    with pytest.raises(ValueError, match="5 steps, the schedule is for T = 4"):
+        call("sd3", made, 5)
+    with pytest.raises(ValueError, match="for branches of 'SD3Transformer2DModel' such as"):
+        call("flux", made, 4)
+    pipe = PIPES["sd3"].pipe()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    harmonica_dit.enable_cache(pipe, made)
+    with pytest.raises(ValueError, match="the forecaster's weights belong to"):
+        PIPES["sd3"].call(pipe, steps=4)
+
+
+class EulerInDouble(FlowMatchEulerDiscreteScheduler):
+    """diffusers' casts every sample to float32."""
+
+    def step(self, output, t, x, **options):
+        s = self.timesteps.tolist().index(t.item())
+        moved = x + (self.sigmas[s + 1] - self.sigmas[s]).double() * output
+        return (moved,) if options.get("return_dict") is False else type("Moved", (), dict(prev_sample=moved))
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A Flux in float64, guided by two calls."""
+    entry = PIPES["flux"]
+    pipe = entry.pipe().to(torch.float64)
+    pipe.scheduler = EulerInDouble(use_dynamic_shifting=True)
+    return harmonica_dit.load(pipe, **entry.to_train_on(dtype=torch.float64))
+
+
+def learned_weights(net, compute, history=2):
+    torch.manual_seed(0)
+    made = LearnedForecaster(compute, taylor(compute, history - 1), net.width, True, entering=False).double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return made
+
+
+def test_the_final_images_gradient_is_the_finite_difference(exact):
+    """By every kind of weight, in a step that is forecast and in those that are corrected; recomputed or not."""
+    learned = learned_weights(exact, [True, False, True, True])
+    noise = image_noise(0, 0, 2, exact.sample_shape).double()
+    saved = {True: 0, False: 0}
+
+    def loss(checkpointing=True):
+        return unroll(Trajectory(exact, LABELS, steps=4), noise, learned, checkpointing).square().mean()
+
+    def counted(checkpointing):
+        def pack(t):
+            saved[checkpointing] += t.nbytes
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return loss(checkpointing)
+
+    wanted = [p for p in learned.parameters() if p.requires_grad and p.numel()]
+    assert len(wanted) == 3 + 3  # states of the steps after the first, own of the computed ones
+    found, plain = (torch.autograd.grad(counted(again), wanted) for again in (True, False))
+    for mine, theirs in zip(found, plain):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+    assert saved[True] < 0.5 * saved[False]
+    with torch.no_grad():
+        for p, g in zip(wanted, found):
+            direction = torch.randn_like(p)
+            p += 1e-4 * direction
+            after = loss()
+            p -= 2e-4 * direction
+            difference = (after - loss()) / 2e-4
+            p += 1e-4 * direction
+            # Flux turns queries and keys in float32
+            torch.testing.assert_close((g * direction).sum(), difference, rtol=2e-5, atol=1e-9)
+
+
+def test_the_gradient_of_sdt_reaches_its_own_row_alone(exact):
+    """And is the finite difference of that step's error; the latents and the cache are constants to it."""
+    K, noise = len(exact.branch_names), image_noise(0, 0, 2, exact.sample_shape).double()
+    trajectory = Trajectory(exact, LABELS, steps=4)
+    router = Router(torch.randn(4, K), exact.branch_names, exact.flops, tuple(trajectory.timesteps),
+                    extrapolation=torch.ones(4, K), learn_extrapolation=True).double()
+    with torch.no_grad():
+        student = Student(router, trajectory, noise)
+        for _ in range(2):
+            student.advance(student.predict(router.score(student.s) if student.s else None))
+        target, before = student.teacher(), trajectory.new_cache(router.history).copy_(student.cache)
+        with torch.enable_grad():
+            scores = router.score(2)
+        student.learn(scores, target, torch.tensor(2.0), None)
+    for rows in (router.logits, router.coefficients):
+        assert [row.grad is not None for row in rows] == [False, True, False]  # of the steps 1, 2 and 3
+
+    def step(r, e):
+        cache = trajectory.new_cache(router.history).copy_(before)
+        output, _, *gradients = student_step(trajectory.model, *trajectory.inputs(student.x, 2), target, r, e,
+                                             torch.tensor(2.0), cache, router.threshold, None, True)
+        return 2.0 * (output - target).square().mean(), gradients
+
+    r, e = scores.detach().clone(), router.coefficients[1].detach() * forecast_ratios(student.decisions[:2])
+    _, gradients = step(r, e)
+    for values, gradient in zip((r, e), gradients, strict=True):
+        direction = torch.randn_like(values)
+        values += 1e-4 * direction
+        after, _ = step(r, e)
+        values -= 2e-4 * direction
+        difference = (after - step(r, e)[0]) / 2e-4
+        values += 1e-4 * direction
+        torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-4, atol=1e-9)
+        assert gradient.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["flux", "z-image"])
+def test_branches_that_the_backward_computes_again_give_the_same_router(name):
+    """Single-stream blocks too, whose attention runs before the branch."""
+    again, plain = (train_router(net_of(name), checkpointing=c, **ROUTER).scores() for c in (True, False))
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, owner, method, calls):
+    left, real = iter(range(calls)), getattr(owner, method)
+
+    def run(*args, **options):
+        if next(left, None) is None:
+            raise Stop
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, method, run)
+
+
+def test_a_router_that_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
+    settings = ROUTER | dict(trajectories=3)
+    expected = train_router(net_of("qwen"), **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, Student, "learn", 4)  # two trajectories, two learned steps each
+        train_router(net_of("qwen"), out=tmp_path, **settings)
+    fresh = harmonica_dit.load(PIPES["qwen"].pipe(), **PIPES["qwen"].to_train_on())
+    assert torch.equal(train_router(fresh, out=tmp_path, **settings).scores(), expected.scores())
+
+
+def test_a_forecaster_that_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(forecaster, "EVERY", 1)
+    settings = FORECASTER | dict(iterations=3, target="uncached")
+    expected = train_forecaster(net_of("sana"), 1.4, **settings)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, forecaster._Run, "_look", 2)
+        train_forecaster(net_of("sana"), 1.4, out=tmp_path, **settings)
+    found = train_forecaster(net_of("sana"), 1.4, out=tmp_path, **settings)
+    assert torch.equal(found.forecaster.states, expected.forecaster.states)
+    assert torch.equal(found.forecaster.own, expected.forecaster.own)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # of Wan's norms, which stay in float32
+def test_bfloat16():
+    """Weights in it, and autocast to it."""
+    entry = PIPES["wan"]
+    made = entry.pipe().to(torch.bfloat16)
+    net = harmonica_dit.load(made, **entry.to_train_on(dtype=torch.bfloat16))
+    for net, options in ((net, {}), (net_of("wan"), dict(autocast="bfloat16"))):
+        assert train_router(net, **ROUTER, **options).scores().isfinite().all()
+        found = train_forecaster(net, 1.4, target="uncached", **FORECASTER, **options)
+        assert found.forecaster.states.isfinite().all()
