@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from harmonica_dit.flops import Flops
+from harmonica_dit.sample.decoding import AT_ONCE
 from harmonica_dit.validate import shorten
 
 from .adapters import model_name, unwrap
@@ -177,6 +178,24 @@ class LoopDenoiser(nn.Module):
             self._guided[key] = made
         return self._guided[key]
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the pipeline has what makes images of its latents."""
+        return getattr(self._loop.pipe, "vae", None) is not None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents [n, …], by the pipeline itself, in [-1, 1]: [n, 3, H, W], of videos [n, frames, 3, H, W].
+
+        Without a VAE latents stay latents.
+        """
+        if not self.decodes:
+            return latents
+        images, scheduler = [], self.set_timesteps(copy.deepcopy(self.scheduler), 1)
+        for part in latents.split(AT_ONCE):
+            arguments = self.arguments(torch.zeros(len(part), dtype=torch.long), 1) | dict(output_type="pt")
+            images.append(self._loop.finish(scheduler, part, arguments)[0].float())
+        return 2 * torch.cat(images) - 1
+
     def new_cache(self, history: int = 1, unit: str = "branch") -> StepCache:
         """A cache for one trajectory."""
         return StepCache(lambda: self.adapter.new_cache(history, unit))
@@ -231,6 +250,8 @@ class GuidedLoop:
         seen = self.net._loop.watch(self.scheduler, x, self._arguments(torch.zeros(1, dtype=torch.long)))
         if len(seen.samples) != T:
             raise ValueError(f"pipe: {pipe} makes {len(seen.samples)} steps, its scheduler has {T}")
+        if not seen.grad:
+            raise ValueError(f"pipe: {pipe} turns grad off in its loop, so nothing can be trained through it")
         for s, sample in enumerate(seen.samples):
             if sample.shape != x.shape or not torch.equal(sample, x.to(sample.dtype)):
                 where = "before the first step" if s == 0 else "between two of the scheduler's steps"

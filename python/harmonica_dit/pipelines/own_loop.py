@@ -28,12 +28,13 @@ class Seen:
     """What a call's loop does, step by step.
 
     calls: at each step the transformer's calls, each by its tensors' names and shapes. samples: what the scheduler was
-    handed at each step.
+    handed at each step. grad: whether grad was enabled there.
     """
 
     def __init__(self):
         self.calls: list[list[tuple]] = [[]]
         self.samples: list[Tensor] = []
+        self.grad = False
 
 
 class OwnLoop:
@@ -45,8 +46,9 @@ class OwnLoop:
 
     def __init__(self, pipe, transformer: nn.Module):
         self.pipe, self.transformer = pipe, transformer
-        call = type(pipe).__call__
-        self._call = getattr(call, "__wrapped__", call)  # diffusers' own is under torch.no_grad()
+        self._call = type(pipe).__call__
+        while getattr(self._call, "__globals__", {}).get("__name__") == "torch.utils._contextlib":
+            self._call = self._call.__wrapped__  # diffusers decorates it by torch.no_grad()
         self._forms: dict[tuple, Any] = {}  # of outputs, by the call's arguments: on the device "meta"
 
     def output(self, scheduler: SchedulerMixin, s: int, x: Tensor, predict: Predict, arguments: Mapping) -> Tensor:
@@ -58,11 +60,16 @@ class OwnLoop:
         return self._run(scheduler, x, arguments, Seen(), predict, s)
 
     def watch(self, scheduler: SchedulerMixin, x: Tensor, arguments: Mapping) -> Seen:
-        """Runs through all steps without the transformer; every step begins with the latents x."""
+        """Runs through all steps without the transformer, with grad enabled; every step begins with the latents x."""
         seen = Seen()
-        with torch.no_grad():
+        with torch.enable_grad():
             self._run(scheduler, x, arguments, seen)
         return seen
+
+    def finish(self, scheduler: SchedulerMixin, x: Tensor, arguments: Mapping):
+        """What the call returns if its last step ends with the latents x."""
+        with torch.no_grad():
+            return self._run(scheduler, x, arguments, Seen())
 
     def begin(self, scheduler: SchedulerMixin, arguments: Mapping, first: Predict) -> Tensor:
         """The latents [1, …] that the call itself begins with. first: runs the transformer's calls of the first step.
@@ -80,8 +87,9 @@ class OwnLoop:
             self._run(scheduler, x, arguments, Seen(), _end, 0, sets=True)
 
     def _run(self, scheduler: SchedulerMixin, x: Tensor | None, arguments: Mapping, seen: Seen,
-             predict: Predict | None = None, at: int | None = None, sets: bool = False) -> Tensor | None:
-        """Runs the call up to step `at`, or to its end.
+             predict: Predict | None = None, at: int | None = None, sets: bool = False):
+        """Runs the call up to step `at`, and returns what the scheduler is handed; or to its end, and returns what it
+        returns.
 
         sets: whether the call may set the scheduler's timesteps; else they are what they are.
         """
@@ -94,6 +102,7 @@ class OwnLoop:
 
         def step(output: Tensor, sample: Tensor) -> Tensor:
             seen.samples.append(sample)
+            seen.grad = torch.is_grad_enabled()
             if len(seen.samples) - 1 == at:
                 raise _End(output)
             seen.calls.append([])
@@ -107,7 +116,7 @@ class OwnLoop:
         given = {} if x is None else dict(latents=x)
         try:
             with replace_forwards({self.transformer: transformer}, inside_hook=True):
-                self._call(self.pipe, **arguments, **given)
+                returned = self._call(self.pipe, **arguments, **given)
         except _End as end:
             return end.output
         finally:
@@ -116,7 +125,7 @@ class OwnLoop:
             del stepping._harmonica_step
         if at is not None:
             raise RuntimeError(f"pipe: its call ended after {len(seen.samples)} steps, before step {at}")
-        return None
+        return returned
 
     def _blank(self, key: tuple, forward: Callable, args: tuple, kwargs: dict):
         """Zeros in the form of what the transformer returns when it is called so; it runs once to see that."""

@@ -16,8 +16,11 @@ AT_ONCE = 4  # latents: a VAE's activations take more memory than the transforme
 def decode(net, latents: Tensor) -> Tensor:
     """Images [n, 3, H, W] in about [-1, 1], float32, of latents [n, C, h, w], by `net.vae`.
 
-    Without a VAE the samples are what the model makes: images already, or latents that stay latents.
+    Without a VAE the samples are what the model makes: images already, or latents that stay latents. A denoiser that is
+    run by its pipeline's loop is decoded by it, to images that are clipped.
     """
+    if hasattr(net, "decode"):
+        return net.decode(latents)
     vae = vae_of(net)
     if vae is None:
         return latents
@@ -32,6 +35,8 @@ def vae_of(net) -> "AutoencoderKL | None":
 
 def makes_images(net) -> bool:
     """Whether a denoiser's samples are images, or are decoded to images."""
+    if hasattr(net, "decodes"):
+        return net.decodes
     return vae_of(net) is not None or net.sample_shape[0] in (1, 3)
 
 

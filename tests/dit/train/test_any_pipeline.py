@@ -236,9 +236,8 @@ def test_a_forecaster_that_was_interrupted_ends_with_the_same_bits(tmp_path, mon
 def test_bfloat16():
     """Weights in it, and autocast to it."""
     entry = PIPES["wan"]
-    made = entry.pipe().to(torch.bfloat16)
-    net = harmonica_dit.load(made, **entry.to_train_on(dtype=torch.bfloat16))
-    for net, options in ((net, {}), (net_of("wan"), dict(autocast="bfloat16"))):
+    small = harmonica_dit.load(entry.pipe().to(torch.bfloat16), **entry.to_train_on(dtype=torch.bfloat16))
+    for net, options in ((small, {}), (net_of("wan"), dict(autocast="bfloat16"))):
         assert train_router(net, **ROUTER, **options).scores().isfinite().all()
         found = train_forecaster(net, 1.4, target="uncached", **FORECASTER, **options)
         assert found.forecaster.states.isfinite().all()

@@ -1,0 +1,174 @@
+"""A pipeline as a denoiser: its own loop makes each step's guided output. What cannot be run so is refused."""
+
+import functools
+from functools import cache
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxPipeline, HeunDiscreteScheduler
+
+import harmonica_dit
+from harmonica_dit.sample import denoise, sample
+from harmonica_dit.sample.trajectory import Trajectory, image_noise
+from support.many_pipes import PIPES
+
+# guided by two calls, by one doubled batch, embedded; with packed latents, videos, lists, a learned variance
+NAMES = ("flux", "sd3", "qwen", "wan", "z-image", "sana", "chroma", "lumina2", "hunyuan-dit", "ltx", "mochi")
+
+
+@cache
+def made(name):
+    pipe = PIPES[name].pipe()
+    return pipe, harmonica_dit.load(pipe, **PIPES[name].to_train_on())
+
+
+def ordinary_call(pipe, net, labels, steps, noise, **changes):
+    """Its latents, and what its scheduler was handed."""
+    handed, real = [], pipe.scheduler.step
+
+    def step(output, *args, **options):
+        handed.append(output.clone())
+        return real(output, *args, **options)
+
+    pipe.scheduler.step = step
+    try:
+        return pipe(**net.arguments(labels, steps) | changes, latents=noise)[0], handed
+    finally:
+        del pipe.scheduler.step
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_steps_output_is_what_the_pipelines_own_scheduler_is_handed(name):
+    """To the bit, in any order of the steps, and so are the final latents; the pipeline is what it was."""
+    pipe, net = made(name)
+    labels, noise = torch.tensor([1, 0]), image_noise(0, 0, 2, net.sample_shape)
+    expected, handed = ordinary_call(pipe, net, labels, 3, noise)
+    before = dict(vars(pipe))
+    trajectory, xs = Trajectory(net, labels, steps=3), [noise]
+    for s in range(3):
+        xs.append(trajectory.advance(trajectory.predict(xs[s], s), s, xs[s]))
+    assert torch.equal(xs[-1], expected)
+    again = Trajectory(net, labels, steps=3)
+    for s in (2, 0, 1):
+        assert torch.equal(again.predict(xs[s], s), handed[s])
+    assert vars(pipe).keys() == before.keys() and all(vars(pipe)[part] is before[part] for part in before)
+    assert not torch.equal(denoise(Trajectory(net, labels.flip(0), steps=3), noise), expected)
+
+
+@torch.no_grad()
+def test_only_the_wanted_step_runs_the_transformer():
+    pipe, net = made("qwen")
+    counted, noise = [], image_noise(0, 0, 2, net.sample_shape)
+    trajectory = Trajectory(net, torch.tensor([0, 1]), steps=4)
+    trajectory.predict(noise, 0)
+    handle = pipe.transformer.transformer_blocks[1].register_forward_hook(lambda *_: counted.append(1))
+    trajectory.predict(noise, 3)
+    handle.remove()
+    assert len(counted) == 2  # with the prompt and without
+
+
+@torch.no_grad()
+def test_guidance_size_and_scheduler_of_ones_own():
+    entry, pipe = PIPES["sd3"], PIPES["sd3"].pipe()
+    given = entry.to_train_on()
+    net = harmonica_dit.load(pipe, prompts=given["prompts"], call=dict(guidance_scale=5.0), image_size=48)
+    assert (net.guidance, net.sample_shape, net.num_classes) == (5.0, (4, 6, 6), 2)
+    labels, noise = torch.tensor([0]), image_noise(0, 0, 1, net.sample_shape)
+    for guidance in (1.0, 5.0, 7.0):
+        expected, _ = ordinary_call(pipe, net, labels, 3, noise, guidance_scale=guidance)
+        assert torch.equal(denoise(Trajectory(net, labels, steps=3, guidance=guidance), noise), expected)
+    other = type(pipe.scheduler)(shift=3.0)
+    found = denoise(Trajectory(net, labels, steps=3, scheduler=other), noise)
+    pipe.scheduler = other
+    assert torch.equal(found, ordinary_call(pipe, net, labels, 3, noise)[0])
+
+
+def test_a_scheduler_that_scales_the_models_input():
+    """And the noise, which this pipeline does itself."""
+    entry = PIPES["hunyuan-dit"]
+    pipe = entry.pipe()
+    pipe.scheduler = EulerDiscreteScheduler(prediction_type="v_prediction")
+    net = harmonica_dit.load(pipe, **entry.to_train_on())
+    noise = image_noise(0, 0, 2, net.sample_shape)
+    trajectory = Trajectory(net, torch.tensor([0, 1]), steps=3)
+    assert trajectory.start(noise).std() > 5
+    found = denoise(trajectory, noise)
+    expected, _ = ordinary_call(pipe, net, torch.tensor([0, 1]), 3, noise)
+    assert torch.equal(found, expected)
+
+
+def pipe_with(name, **parts):
+    pipe = PIPES[name].pipe()
+    for part, value in parts.items():
+        setattr(pipe, part, value)
+    return pipe
+
+
+class ChangesLatents(FluxPipeline):
+    @functools.wraps(FluxPipeline.__call__)
+    def __call__(self, *args, **kwargs):
+        return FluxPipeline.__call__.__wrapped__(self, *args, **kwargs, callback_on_step_end=lambda pipe, s, t, given: (
+            dict(latents=given["latents"] + 1)))
+
+
+class TurnsGradOff(FluxPipeline):
+    @functools.wraps(FluxPipeline.__call__)
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+class TakesNoLatents(FluxPipeline):
+    def __call__(self, prompt=None, output_type="pil", return_dict=True):
+        raise AssertionError("not reached")
+
+
+def of_class(cls):
+    pipe = PIPES["flux"].pipe()
+    pipe.__class__ = cls
+    return pipe
+
+
+@pytest.mark.parametrize("name,make,change,words", [
+    ("wan-of-two", None, {}, "WanPipeline has transformer and transformer_2, expected one"),
+    ("sd3-img2img", None, {}, "makes 1 steps, its scheduler has 2"),
+    ("flux", lambda: of_class(TakesNoLatents), {}, "TakesNoLatents's call takes no latents"),
+    ("flux", lambda: of_class(ChangesLatents), {}, "changes the latents between two of the scheduler's steps"),
+    ("flux", lambda: of_class(TurnsGradOff), {}, "TurnsGradOff turns grad off in its loop"),
+    ("sd3", lambda: pipe_with("sd3", scheduler=FlowMatchHeunDiscreteScheduler()), {}, "several times a step"),
+    ("hunyuan-dit", lambda: pipe_with("hunyuan-dit", scheduler=HeunDiscreteScheduler()), {}, "several times a step"),
+    ("lumina2", None, dict(cfg_trunc_ratio=0.5), "calls its transformer otherwise at step 1 than at step 0"),
+    ("flux", None, dict(num_inference_steps=5), "call: got num_inference_steps=5"),
+    ("flux", None, dict(num_images_per_prompt=2), "call: got num_images_per_prompt=2"),
+    ("flux", None, dict(colour="red"), "call: FluxPipeline takes no colour"),
+])
+def test_pipelines_that_cannot_be_trained_on(name, make, change, words):
+    pipe = PIPES[name].pipe() if make is None else make()
+    given = PIPES[name].to_train_on()
+    with pytest.raises(ValueError, match=words):
+        harmonica_dit.load(pipe, prompts=given["prompts"], call=given["call"] | change)
+
+
+def test_other_arguments_that_are_refused():
+    pipe, net = made("qwen")
+    given = PIPES["qwen"].to_train_on()
+    with pytest.raises(TypeError, match="name: got int, expected a name, or a diffusers pipeline"):
+        harmonica_dit.load(5)
+    with pytest.raises(ValueError, match="prompts: QwenImagePipeline is a QwenImagePipeline; give some prompts"):
+        harmonica_dit.load(pipe)
+    with pytest.raises(ValueError, match="call: fashion-dit is no pipeline"):
+        harmonica_dit.load("fashion-dit", call={})
+    with pytest.raises(ValueError, match="vae: QwenImagePipeline"):
+        harmonica_dit.load(pipe, vae="some", **given)
+    harmonica_dit.enable_cache(pipe, 1.5)
+    with pytest.raises(ValueError, match="disable_cache"):
+        harmonica_dit.load(pipe, **given)
+    harmonica_dit.disable_cache(pipe)
+    with pytest.raises(TypeError, match="is run by its pipeline's loop"):
+        net(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match="guidance: got 3.0, but QwenImagePipeline is called without guidance_scale"):
+        Trajectory(net, torch.tensor([0]), steps=2, guidance=3.0)
+    with pytest.raises(ValueError, match="guidance_channels: got 2"):
+        Trajectory(net, torch.tensor([0]), steps=2, guidance_channels=2)
+    with pytest.raises(ValueError, match="schedule: decides on runs of branches"):
+        sample(net, [0], schedule=harmonica_dit.methods.delta_dit(net, 4, every=2, blocks=1))
