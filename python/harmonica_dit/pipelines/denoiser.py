@@ -82,7 +82,7 @@ def load_pipeline(source: str | DiffusionPipeline, *, prompts: Sequence[str | Ma
     """
     if isinstance(source, DiffusionPipeline):
         kind, name = type(source).__name__, source.config.get("_name_or_path")
-        name = model_name(name) if name else kind
+        name = model_name(name) if name else type(getattr(source, "transformer", source)).__name__
         parts = source.components
     elif not isinstance(source, str):
         raise TypeError(f"name: got {type(source).__name__}, expected a name, or a diffusers pipeline")

@@ -105,15 +105,21 @@ class LoopDenoiser(nn.Module):
 
         scheduler = copy.deepcopy(self.scheduler)
         arguments = self.arguments(torch.zeros(1, dtype=torch.long), 2)
-        if "generator" in inspect.signature(type(self._loop.pipe).__call__).parameters:
-            arguments["generator"] = torch.Generator().manual_seed(0)
         x = self._loop.begin(scheduler, arguments, trace)
         if len(x) != 1:
             raise ValueError(f"prompts: the first one makes {len(x)} images, expected one")
         self.sample_shape, self.resolution = tuple(x.shape[1:]), tuple(first[0].latents[0].shape[-2:])
         self.branch_names, self.architecture = self.adapter.branch_names, self.adapter.architecture
         self.guidance_channels = self.sample_shape[0]
-        self.guided(self.set_timesteps(scheduler, 2), self.guidance)  # raises now what it would raise then
+        noise = torch.randn(x.numel(), dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+        packed = torch.equal(x.cpu().flatten().sort()[0], noise.sort()[0])  # noise in some order, and nothing else
+        try:
+            self.guided(self.set_timesteps(scheduler, 2), self.guidance)  # raises now what it would raise then
+        except Exception:  # of the pipeline's code too: of whatever kind
+            if not packed or not hasattr(self._loop.pipe, "prepare_latents"):
+                raise
+            self._loop.puts_latents = True
+            self.guided(self.set_timesteps(scheduler, 2), self.guidance)
 
     @property
     def num_classes(self) -> int:
@@ -281,7 +287,8 @@ def _transformer_of(pipe) -> nn.Module:
 
 def check_class(cls: type) -> None:
     """Raises ValueError if the steps of such a pipeline cannot be run one by one."""
-    missing = [name for name in ("latents", *WITHOUT) if name not in inspect.signature(cls.__call__).parameters]
+    parameters = inspect.signature(cls.__call__).parameters
+    missing = [name for name in ("latents", "generator", *WITHOUT) if name not in parameters]
     if missing:
         raise ValueError(f"pipe: {cls.__name__}'s call takes no {missing[0]}, so its steps cannot be run one by one")
 

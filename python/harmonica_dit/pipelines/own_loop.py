@@ -42,6 +42,10 @@ class OwnLoop:
 
     Args:
         pipe: a copy of the user's pipeline; the modules may be shared. transformer: the one that its loop calls.
+
+    Attributes:
+        puts_latents: whether latents are put in place of what the pipeline's `prepare_latents` makes, for a call that
+            takes its `latents` in another form than its loop; else they are given to the call.
     """
 
     def __init__(self, pipe, transformer: nn.Module):
@@ -49,6 +53,7 @@ class OwnLoop:
         self._call = type(pipe).__call__
         while getattr(self._call, "__globals__", {}).get("__name__") == "torch.utils._contextlib":
             self._call = self._call.__wrapped__  # diffusers decorates it by torch.no_grad()
+        self.puts_latents = False
         self._forms: dict[tuple, Any] = {}  # of outputs, by the call's arguments: on the device "meta"
 
     def output(self, scheduler: SchedulerMixin, s: int, x: Tensor, predict: Predict, arguments: Mapping) -> Tensor:
@@ -72,9 +77,10 @@ class OwnLoop:
             return self._run(scheduler, x, arguments, Seen())
 
     def begin(self, scheduler: SchedulerMixin, arguments: Mapping, first: Predict) -> Tensor:
-        """The latents [1, …] that the call itself begins with. first: runs the transformer's calls of the first step.
+        """The latents [1, …] that the call itself begins with, by a generator whose seed is 0.
 
-        The scheduler is left with the timesteps that the call has set.
+        first: runs the transformer's calls of the first step. The scheduler is left with the timesteps that the call
+        has set.
         """
         seen = Seen()
         with torch.no_grad():
@@ -113,7 +119,11 @@ class OwnLoop:
         stepping.__class__ = _stepping_class(cls, sets)
         stepping._harmonica_step = step
         vars(self.pipe)["scheduler"] = stepping
-        given = {} if x is None else dict(latents=x)
+        given: dict[str, Any] = dict(latents=x)
+        if x is None or self.puts_latents:
+            given = dict(generator=torch.Generator().manual_seed(0))
+        if x is not None and self.puts_latents:
+            vars(self.pipe)["prepare_latents"] = functools.partial(_prepared, x, self.pipe)
         try:
             with replace_forwards({self.transformer: transformer}, inside_hook=True):
                 returned = self._call(self.pipe, **arguments, **given)
@@ -121,6 +131,7 @@ class OwnLoop:
             return end.output
         finally:
             vars(self.pipe)["scheduler"] = None
+            vars(self.pipe).pop("prepare_latents", None)
             stepping.__class__ = cls
             del stepping._harmonica_step
         if at is not None:
@@ -143,6 +154,12 @@ class _End(BaseException):
 
     def __init__(self, output: Tensor | None):
         self.output = output
+
+
+def _prepared(x: Tensor, pipe, *args, **kwargs):
+    """What the pipeline's own `prepare_latents` returns, with x in place of the latents."""
+    made = type(pipe).prepare_latents(pipe, *args, **kwargs)
+    return (x.to(made[0].dtype), *made[1:]) if isinstance(made, tuple) else x.to(made.dtype)
 
 
 def _end(*_):

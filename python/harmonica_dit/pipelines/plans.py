@@ -206,7 +206,7 @@ class Plans:
         schedule = self.config.loaded
         if schedule is None:
             return
-        if guidance is not None and schedule.guidance not in (None, max(float(guidance), 1.0)):
+        if guidance is not None and schedule.guidance not in (None, float(guidance), max(float(guidance), 1.0)):
             self._say(f"guidance_scale: this call's is {max(float(guidance), 1.0):g}, the schedule is for "
                       f"{schedule.guidance:g}")  # up to 1, pipelines run without guidance
         size = tuple(latents[0].shape[-2:]) if latents else None

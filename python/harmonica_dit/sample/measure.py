@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harmonica_dit.costs import Seconds
 from harmonica_dit.files import check_file
-from harmonica_dit.flops import Flops, count_flops
+from harmonica_dit.flops import Flops, count_flops, trunk_costs
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.timing import device_name, interleave, medians, steady_clock
@@ -100,7 +100,7 @@ def _schedules(net, flops: Flops, steps: int, kinds: Sequence[list[int]]) -> dic
         return Schedule(compute, net.branch_names, flops, **how)
 
     forecast = dict(extrapolation=torch.ones(steps, K))
-    trunk = taylor([s < 2 for s in range(steps)], 1, net.tokens * net.width)
+    trunk = taylor([s < 2 for s in range(steps)], 1, trunk_costs(net)[1])
     return {"computed": make(1, ~nothing), "repeated": make(1, nothing), "forecast": make(2, nothing, **forecast),
             "trunk": make(2, nothing, forecaster=trunk), "half repeated": make(1, half),
             "half forecast": make(2, half, **forecast)} | {

@@ -84,7 +84,8 @@ def test_a_file_of_encoded_prompts(tmp_path):
 def test_prompts_that_are_refused():
     row = torch.zeros(1, 3, 2)
     for prompts, words in (("a cat", "got 'a cat', expected a list"), ([], "expected a list"),
-                           (None, "expected a list"), (["a", " "], "number 1 is"), ([{}], "number 0 is"), ([5], "number 0 is 5"),
+                           (None, "expected a list"), (["a", " "], "number 1 is"), ([{}], "number 0 is"),
+                           ([5], "number 0 is 5"),
                            (["a", dict(prompt_embeds=row)], "by different arguments"),
                            ([dict(prompt_embeds=row), dict(prompt_embeds=row[:, :2])], "of different lengths")):
         with pytest.raises(ValueError, match=f"prompts: .*{words}"):

@@ -1,6 +1,7 @@
 """A pipeline as a denoiser: its own loop makes each step's guided output. What cannot be run so is refused."""
 
 import functools
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -8,9 +9,13 @@ import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxPipeline, HeunDiscreteScheduler
 
 import harmonica_dit
+from harmonica_dit.pipelines.denoiser import PipelineDenoiser
 from harmonica_dit.sample import denoise, sample
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
+from harmonica_dit.train.frozen_model import checkpoint_bodies, freeze
+from harmonica_dit.train.own_features import feature_error
 from support.many_pipes import PIPES
+from support.pipes import make_pipe, run
 
 # guided by two calls, by one doubled batch, embedded; with packed latents, videos, lists, a learned variance
 NAMES = ("flux", "sd3", "qwen", "wan", "z-image", "sana", "chroma", "lumina2", "hunyuan-dit", "ltx", "mochi")
@@ -57,6 +62,25 @@ def test_a_steps_output_is_what_the_pipelines_own_scheduler_is_handed(name):
 
 
 @torch.no_grad()
+def test_a_call_that_takes_its_latents_in_another_form():
+    """Flux 2 packs what it is given; and nobody else's random numbers are used up."""
+    pipe, net = made("flux2-klein")
+    assert net.sample_shape == (24, 4)
+    labels, noise = torch.tensor([1, 0]), image_noise(0, 0, 2, net.sample_shape)
+    unpacked = noise.transpose(1, 2).reshape(2, 4, 4, 6)
+    _, handed = ordinary_call(pipe, net, labels, 3, unpacked)
+    torch.manual_seed(5)
+    trajectory, x = Trajectory(net, labels, steps=3), noise
+    for s, expected in enumerate(handed):
+        output = trajectory.predict(x, s)
+        assert torch.equal(output, expected)
+        x = trajectory.advance(output, s, x)
+    drawn = torch.randn(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.randn(1))
+
+
+@torch.no_grad()
 def test_only_the_wanted_step_runs_the_transformer():
     pipe, net = made("qwen")
     counted, noise = [], image_noise(0, 0, 2, net.sample_shape)
@@ -96,6 +120,61 @@ def test_a_scheduler_that_scales_the_models_input():
     found = denoise(trajectory, noise)
     expected, _ = ordinary_call(pipe, net, torch.tensor([0, 1]), 3, noise)
     assert torch.equal(found, expected)
+
+
+def test_branches_that_are_computed_again_keep_only_what_enters_them():
+    _, net = made("flux")
+    trajectory, noise = Trajectory(net, torch.tensor([0]), steps=2), image_noise(0, 0, 1, net.sample_shape)
+    saved, rows = {}, torch.full((len(net.branch_names),), 0.5, requires_grad=True)
+    for again in (False, True):
+        cache = net.new_cache()
+        with torch.no_grad():
+            trajectory.predict(noise, 0, cache=cache)
+
+        def pack(t, again=again):
+            saved[again] = saved.get(again, 0) + t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), checkpoint_bodies(net) if again else (
+                nullcontext()), freeze(net):
+            trajectory.predict(noise, 1, row=rows, cache=cache)
+    assert saved[True] < 0.6 * saved[False]
+
+
+def test_the_error_in_the_models_own_features():
+    """What enters each branch at the last timestep, in every call of that step; differentiable in the images."""
+    pipe, net = made("qwen")
+    trajectory, entered = Trajectory(net, torch.tensor([0, 1]), steps=3), []
+    images, targets = (image_noise(0, i, 2, net.sample_shape).requires_grad_() for i in (0, 2))
+    branches = [pipe.transformer.get_submodule(name) for name in net.branch_names]
+    handles = [branch.register_forward_pre_hook(lambda _, args, kwargs: entered.append(
+        next(iter((*args, *kwargs.values())))), with_kwargs=True) for branch in branches]
+    with torch.no_grad():
+        for x in (images, targets):
+            trajectory.predict(x, 2)
+    for handle in handles:
+        handle.remove()
+    found, wanted = entered[: len(entered) // 2], entered[len(entered) // 2 :]
+    assert len(found) == 2 * len(branches)
+    expected = torch.stack([(a - b).square().mean() / b.square().mean() for a, b in zip(found, wanted)]).mean()
+    error = feature_error(trajectory, images, targets.detach())
+    torch.testing.assert_close(error, expected)
+    error.backward()
+    assert images.grad.abs().max() > 0 and targets.grad is None
+
+
+def test_pipelines_in_memory_with_a_fused_adapter():
+    """They stay on the fused path, under the name that `enable_cache` has for them."""
+    pipe, texts = make_pipe("dit"), make_pipe("alpha")
+    net = harmonica_dit.load(pipe)
+    made = harmonica_dit.methods.fora(net, 3, every=2)
+    assert isinstance(net, PipelineDenoiser) and sample(net, [3], schedule=made).shape == (1, 3, 16, 16)
+    harmonica_dit.enable_cache(pipe, made)
+    run(pipe, 3)
+    with pytest.raises(ValueError, match="call: .* is a DiTPipeline, for which"):
+        harmonica_dit.load(make_pipe("dit"), call=dict(guidance_scale=3.0))
+    with pytest.raises(ValueError, match="prompts: PixArtTransformer2DModel is conditioned on text"):
+        harmonica_dit.load(texts)
 
 
 def pipe_with(name, **parts):
@@ -154,11 +233,11 @@ def test_other_arguments_that_are_refused():
     given = PIPES["qwen"].to_train_on()
     with pytest.raises(TypeError, match="name: got int, expected a name, or a diffusers pipeline"):
         harmonica_dit.load(5)
-    with pytest.raises(ValueError, match="prompts: QwenImagePipeline is a QwenImagePipeline; give some prompts"):
+    with pytest.raises(ValueError, match="prompts: QwenImageTransformer2DModel is a QwenImagePipeline; give some"):
         harmonica_dit.load(pipe)
     with pytest.raises(ValueError, match="call: fashion-dit is no pipeline"):
         harmonica_dit.load("fashion-dit", call={})
-    with pytest.raises(ValueError, match="vae: QwenImagePipeline"):
+    with pytest.raises(ValueError, match="vae: .* is a QwenImagePipeline, which has its own"):
         harmonica_dit.load(pipe, vae="some", **given)
     harmonica_dit.enable_cache(pipe, 1.5)
     with pytest.raises(ValueError, match="disable_cache"):
