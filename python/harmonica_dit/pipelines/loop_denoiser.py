@@ -248,7 +248,8 @@ class GuidedLoop:
 
     def check(self, x: Tensor) -> None:
         """Refuses a loop whose steps cannot be run one by one. x: zeros [1, …]."""
-        x, T, pipe = x + torch.arange(x.numel(), device=x.device).view_as(x), len(self.scheduler.timesteps), type(self.net._loop.pipe).__name__
+        x = x + torch.arange(x.numel(), device=x.device).view_as(x)
+        T, pipe = len(self.scheduler.timesteps), type(self.net._loop.pipe).__name__
         times = self.scheduler.timesteps.tolist()
         if getattr(self.scheduler, "order", 1) > 1 or len(set(times)) < T:
             raise ValueError(f"scheduler: {type(self.scheduler).__name__} evaluates the model several times a step; "
