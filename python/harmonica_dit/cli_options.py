@@ -10,7 +10,7 @@ import harmonica_dit
 from harmonica_dit.pipelines.prompts import read_texts
 
 Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, or the folder "
-                                         "or repository of a diffusers pipeline.")]
+                                         "or repository of a diffusers pipeline, of any class.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="File of the model's weights, .pt or .safetensors; fashion-dit "
                                                       "has its own.")]
 Vae = Annotated[str | None, typer.Option(help="Folder or repository of the VAE that decodes a latent model's samples; "

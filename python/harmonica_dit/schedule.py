@@ -181,16 +181,9 @@ class Schedule:
         return 1 if all(row is None for row in self.forecast_weights) else 2
 
     def new_cache(self, net=None):
-        """A cache for one trajectory. net: the denoiser, which may have a kind of its own.
-
-        Raises:
-            ValueError: runs of branches are decided together, which such a denoiser cannot.
-        """
+        """A cache for one trajectory. net: the denoiser, which may have a kind of its own."""
         if hasattr(net, "new_cache"):
-            if self.runs is not None:
-                raise ValueError(f"schedule: decides on runs of branches, which needs a model with a fused adapter; "
-                                 f"{net.name} has none")
-            return net.new_cache(self.history, self.unit)
+            return net.new_cache(self.history, self.unit, self.runs)
         return hk.FeatureCache(self.history, self.runs) if self.unit == "branch" else hk.TrunkCache(self.history)
 
     @cached_property
@@ -327,8 +320,7 @@ class Schedule:
             raise ValueError(f"{path}: {error}") from None
 
     def check_forecaster(self, where: str, width: int, scheduler: str) -> None:
-        """Raises ValueError, which begins with `where`, if a forecaster of the trunk is for another width or scheduler.
-        """
+        """Raises ValueError, beginning with `where`, if a trunk's forecaster is for another width or scheduler."""
         if self.unit == "branch":
             return
         self.forecaster.check_width(where, width)
@@ -350,8 +342,7 @@ class Schedule:
         if self.timesteps is not None and self.timesteps != tuple(trajectory.timesteps):
             warnings.warn(f"schedule: made for other timesteps ({shorten(self.timesteps)}) than the trajectory's "
                           f"({shorten(trajectory.timesteps)})", stacklevel=3)
-        scale = trajectory.model.scale
-        if self.guidance not in (None, scale):
+        if None not in (self.guidance, scale := trajectory.model.scale) and self.guidance != scale:
             warnings.warn(f"schedule: made for guidance {self.guidance:g}, the trajectory's is {scale:g}", stacklevel=3)
         others = set() if self.labels is None else set(trajectory.labels.tolist()) - set(self.labels)
         if others:

@@ -202,8 +202,15 @@ class LoopDenoiser(nn.Module):
             images.append(self._loop.finish(scheduler, part, arguments)[0].float())
         return 2 * torch.cat(images) - 1
 
-    def new_cache(self, history: int = 1, unit: str = "branch") -> StepCache:
-        """A cache for one trajectory."""
+    def new_cache(self, history: int = 1, unit: str = "branch", runs: tuple[int, ...] | None = None) -> StepCache:
+        """A cache for one trajectory. runs: a schedule's, which has to have none.
+
+        Raises:
+            ValueError: it has some.
+        """
+        if runs is not None:
+            raise ValueError("schedule: decides on runs of branches, which needs a model with a fused adapter; "
+                             f"{self.name} has none")
         return StepCache(lambda: self.adapter.new_cache(history, unit))
 
     def _zeros(self) -> Tensor:

@@ -205,8 +205,7 @@ class GenericAdapter:
         device = torch.device(given[0][3]).type if given else "cpu"  # not the weights', which may be offloaded
         alike = Arguments(given), self.transformer, autocast_dtype(device)
         cache._check(*alike)
-        cut = not trunk and cache._cut  # the trunk's states are no constants
-        if cut and torch.is_grad_enabled() and not isinstance(row, Tensor) and not all(compute):
+        if not trunk and cache._cut and torch.is_grad_enabled() and not isinstance(row, Tensor) and not all(compute):
             raise RuntimeError("cache: holds outputs that a gradient would have to pass through, and reused ones are "
                                "constants; run the trajectory under torch.no_grad(), or without a cache")
         run: BranchRun | TrunkRun
