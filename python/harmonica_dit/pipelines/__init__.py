@@ -8,8 +8,12 @@
     calls.py             a call: what tells it from the others of its step
     streams.py           runs a step's calls, each with its own cache
     summary.py           what was done
-    denoiser.py          makes a denoiser of a pipeline's transformer
+    denoiser.py          makes a denoiser of a pipeline's transformer, on the fused path
     prompts.py           the text conditions of such a denoiser
+    loop_denoiser.py     makes one of any other pipeline
+    own_loop.py          runs a pipeline's own loop up to a step
+    conditions.py        the prompts of such a denoiser
+    step_cache.py        the caches of a step's calls as one
     adapters/            run diffusers' transformers, branch by branch or as a whole
 """
 

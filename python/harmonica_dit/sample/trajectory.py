@@ -86,7 +86,8 @@ class Trajectory:
     """One batch's way from noise to images: model, labels, guidance and the scheduler's state.
 
     Args:
-        net: a denoiser, `net(x, t, y, row=, forecast_weights=, cache=, threshold=)`, see `harmonica_dit.load`.
+        net: a denoiser, `net(x, t, y, row=, forecast_weights=, cache=, threshold=)`, or one that a pipeline's own loop
+            runs, see `harmonica_dit.load`.
         labels: [n] int64, one for each image: classes or, of a text model, the numbers of its prompts.
         steps: T. scheduler: a name or an instance, see `make_scheduler`; None is the model's own.
         guidance: classifier-free guidance scale; 1 runs no unconditional half of the batch; None is the model's own.

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-import harmonica_kernels as hk
 from harmonica_dit.router import Router
 from harmonica_dit.sample.trajectory import Trajectory
 
@@ -12,7 +11,7 @@ from .student import Student
 
 @torch.no_grad()
 def measure_importance(router: Router, trajectory: Trajectory, noise: Tensor, *, kind: str = "paper",
-                       rows: str = "soft", cache: hk.FeatureCache | None = None) -> Tensor:
+                       rows: str = "soft", cache=None) -> Tensor:
     """Measures λ [T]. λ_0 is 0, because row 0 computes everything.
 
     "paper": λ_s = mean((x_final - x_final^(s))²). x_final comes from the router's rows at every step; for x_final^(s)

@@ -20,12 +20,12 @@ class Student:
         trajectory: model, labels, guidance and scheduler; nothing else may use it.
         noise: [n, C, H, W], standard normal.
         hard: True applies the threshold to rows, as in inference; False blends.
-        cache: the one to work in; it is rewound. Recorded graphs use the memory of one cache, so their calls need that
-            cache again. None makes a new one.
+        cache: the one to work in, of `Trajectory.new_cache`; it is rewound. Recorded graphs use the memory of one cache,
+            so their calls need that cache again. None makes a new one.
     """
 
     def __init__(self, router: Router, trajectory: Trajectory, noise: Tensor, *, hard: bool = False,
-                 cache: hk.FeatureCache | None = None):
+                 cache=None):
         self.router, self.trajectory, self.hard = router, trajectory, hard
         self.x, self.s = trajectory.start(noise), 0
         self.cache = trajectory.new_cache(router.history) if cache is None else cache
@@ -94,7 +94,7 @@ class Student:
 
 
 def student_step(model: Guided, x: Tensor, t: Tensor, labels: Tensor, target: Tensor, r: Tensor, e: Tensor | None,
-                 weight: Tensor, cache: hk.FeatureCache, threshold: float, channels: int | None,
+                 weight: Tensor, cache, threshold: float, channels: int | None,
                  learned: bool) -> tuple[Tensor, ...]:
     """The student's forward and backward at one step, in which SDT spends its time.
 

@@ -11,7 +11,6 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-import harmonica_kernels as hk
 from harmonica_dit.costs import Costs
 from harmonica_dit.router import Router
 from harmonica_dit.sample.trajectory import run_eagerly
@@ -137,7 +136,7 @@ def check_arguments(*, recipe: str = "recommended", dtype: str | torch.dtype = t
 
 
 def _train_one(net, settings: Settings, costs: Costs, training: Training, executor: Callable,
-               cache: hk.FeatureCache) -> dict[str, float]:
+               cache) -> dict[str, float]:
     """Measures λ if it is due, runs the next trajectory, and returns the values to log.
 
     costs: what a target speedup is in. executor: runs the model, see `Trajectory`. cache: the one to work in, see
