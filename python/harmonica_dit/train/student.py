@@ -20,8 +20,8 @@ class Student:
         trajectory: model, labels, guidance and scheduler; nothing else may use it.
         noise: [n, C, H, W], standard normal.
         hard: True applies the threshold to rows, as in inference; False blends.
-        cache: the one to work in, of `Trajectory.new_cache`; it is rewound. Recorded graphs use the memory of one cache,
-            so their calls need that cache again. None makes a new one.
+        cache: the one to work in, of `Trajectory.new_cache`; it is rewound. Recorded graphs use the memory of one, so
+            their calls need that cache again. None makes a new one.
     """
 
     def __init__(self, router: Router, trajectory: Trajectory, noise: Tensor, *, hard: bool = False,

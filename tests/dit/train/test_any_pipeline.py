@@ -149,7 +149,7 @@ def test_the_final_images_gradient_is_the_finite_difference(exact):
             difference = (after - loss()) / 2e-4
             p += 1e-4 * direction
             # Flux turns queries and keys in float32
-            torch.testing.assert_close((g * direction).sum(), difference, rtol=2e-5, atol=1e-9)
+            torch.testing.assert_close((g * direction).sum(), difference, rtol=2e-4, atol=1e-8)
 
 
 def test_the_gradient_of_sdt_reaches_its_own_row_alone(exact):
