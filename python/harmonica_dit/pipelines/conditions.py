@@ -119,12 +119,12 @@ class Encoder:
             arguments = given.arguments | {name: [value[i]] for name, value in texts.items()}
             key = repr(arguments)
             if key not in self._known:
-                self._known[key] = _moved(self._encode(arguments), "cpu")
+                self._known[key] = moved(self._encode(arguments), "cpu")
             found.append(self._known[key])
         joined = join(found)
         if joined is None:
             self.by_text, joined = False, self._encode(given.arguments)
-        self._batch = whole, _moved(joined, given.arguments.get("device") or "cpu")
+        self._batch = whole, moved(joined, given.arguments.get("device") or "cpu")
         return self._batch[1]
 
     @torch.no_grad()
@@ -142,7 +142,8 @@ def _texts(arguments: Mapping[str, Any]) -> dict[str, list[str]]:
             and value and all(isinstance(text, str) for text in value)}
 
 
-def _moved(value: Any, device: str | torch.device) -> Any:
+def moved(value: Any, device: str | torch.device) -> Any:
+    """The same with its tensors on a device."""
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
 
 

@@ -20,7 +20,7 @@ from harmonica_dit.validate import shorten
 from .adapters import model_name, unwrap
 from .adapters.generic import GenericAdapter
 from .calls import Call
-from .conditions import Conditions, Encoder
+from .conditions import Conditions, Encoder, moved
 from .own_loop import OwnLoop
 from .plans import check_hooks
 from .step_cache import StepCache
@@ -156,7 +156,7 @@ class LoopDenoiser(nn.Module):
         """Of the pipeline's call for images of these labels [n]."""
         key = tuple(labels.tolist())
         if self._batch is None or self._batch[0] != key:
-            self._batch = key, self.prompts.arguments(key)
+            self._batch = key, moved(self.prompts.arguments(key), next(self.parameters()).device)
         return self.call | self._batch[1] | WITHOUT | dict(num_inference_steps=steps)
 
     def set_timesteps(self, scheduler: SchedulerMixin, steps: int, labels: Sequence[int] = (0,)) -> SchedulerMixin:
@@ -290,6 +290,9 @@ def _transformer_of(pipe) -> nn.Module:
         raise ValueError("pipe: a cache is enabled on it; call harmonica_dit.disable_cache(pipe) first")
     transformer = unwrap(getattr(pipe, name))
     check_hooks(transformer)
+    if hasattr(transformer, "_hf_hook"):
+        raise ValueError("pipe: its transformer is offloaded, and a training needs it all the time; call "
+                         "pipe.remove_all_hooks(), and move it to the device")
     return transformer
 
 

@@ -211,7 +211,7 @@ class _Run:
         task = bar.add_task("making targets", total=len(self.labels))
         settings = self.settings
         about = {name: self.about[name] for name in ("model", "weights", "dtype", "prompts", "scheduler",
-                                                     "sample_shape")}
+                                                     "sample_shape", "call") if name in self.about}
         if settings["target"] == "uncached":
             made = Target(self.schedule.steps, None)
         elif scheduler_name(settings["scheduler"]) == "ddim":

@@ -86,6 +86,8 @@ def record_of(net, settings: dict) -> dict:
                   if not name.startswith("_")}  # those are diffusers' notes; each process orders them differently
         scheduler = {"class": scheduler_name(scheduler), "config": config}
     prompts = getattr(net, "prompts", None)
+    if hasattr(net, "call"):
+        settings = settings | {"call": {name: str(value) for name, value in net.call.items()}}
     return json.loads(json.dumps(settings | {
         "scheduler": scheduler, "model": net.name, "branches": net.branch_names,
         "dtype": str(next(net.parameters()).dtype), "sample_shape": net.sample_shape,

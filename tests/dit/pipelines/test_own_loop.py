@@ -184,6 +184,12 @@ def pipe_with(name, **parts):
     return pipe
 
 
+def offloaded():
+    pipe = PIPES["sd3"].pipe()
+    pipe.enable_model_cpu_offload(device="cpu")
+    return pipe
+
+
 class ChangesLatents(FluxPipeline):
     @functools.wraps(FluxPipeline.__call__)
     def __call__(self, *args, **kwargs):
@@ -210,6 +216,7 @@ def of_class(cls):
 
 @pytest.mark.parametrize("name,make,change,words", [
     ("wan-of-two", None, {}, "WanPipeline has transformer and transformer_2, expected one"),
+    ("sd3", offloaded, {}, "its transformer is offloaded, .* pipe.remove_all_hooks"),
     ("sd3-img2img", None, {}, "makes 1 steps, its scheduler has 2"),
     ("flux", lambda: of_class(TakesNoLatents), {}, "TakesNoLatents's call takes no latents"),
     ("flux", lambda: of_class(ChangesLatents), {}, "changes the latents between two of the scheduler's steps"),

@@ -218,6 +218,10 @@ def test_a_router_that_was_interrupted_ends_with_the_same_bits(tmp_path, monkeyp
         train_router(net_of("qwen"), out=tmp_path, **settings)
     fresh = harmonica_dit.load(PIPES["qwen"].pipe(), **PIPES["qwen"].to_train_on())
     assert torch.equal(train_router(fresh, out=tmp_path, **settings).scores(), expected.scores())
+    given = PIPES["qwen"].to_train_on()
+    other = harmonica_dit.load(pipe_of("qwen"), prompts=given["prompts"], call=given["call"] | dict(true_cfg_scale=2.0))
+    with pytest.raises(ValueError, match="of a training with call="):
+        train_router(other, out=tmp_path, **settings)
 
 
 def test_a_forecaster_that_was_interrupted_ends_with_the_same_bits(tmp_path, monkeypatch):
