@@ -43,6 +43,11 @@ class Conditions:
         self.arguments(range(len(prompts)))  # raises now if they cannot be put together
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts as texts; "" for one given by its embeddings."""
+        return tuple(str(one.get("prompt") or "") for one in self.prompts)
+
+    @property
     def checksum(self) -> str:
         """Over texts, names, and first values of tensors."""
         parts = [f"{name}={_values(value)}" for one in self.prompts for name, value in sorted(one.items())]

@@ -46,7 +46,9 @@ class LoopDenoiser(nn.Module):
 
     Attributes:
         guidance: the call's guidance_scale; None where it has none. sample_shape: of an image's latents, as the
-            scheduler is given them.
+            scheduler is given them. resolution: height and width of what the transformer is given, or, where that is
+            packed, tokens and channels. width: D, if it is that of the trunk's state; else 1, and a forecaster weighs
+            all channels alike.
 
     Raises:
         TypeError, ValueError: the pipeline or its call cannot be trained on so; the message says why.
@@ -98,10 +100,16 @@ class LoopDenoiser(nn.Module):
         first: list[Call] = []
 
         def trace(j: int, forward, args: tuple, kwargs: dict):
-            if not first:
-                first.append(Call(self.transformer, forward, args, kwargs))
-                self.adapter.trace_call(forward, args, kwargs)
-            return forward(*args, **kwargs)
+            if first:
+                return forward(*args, **kwargs)
+            first.append(Call(self.transformer, forward, args, kwargs))
+            self.adapter.trace_call(forward, args, kwargs)
+            unit = "branch" if self.trunk_left_out else "trunk"
+            cache = self.adapter.new_cache(unit=unit)
+            output = self.adapter._call(forward, args, kwargs, None, None, cache)
+            widths = {self.architecture["D"]} if unit == "branch" else {t.shape[-1] for t in cache.newest()}
+            self.width = widths.pop() if widths == {self.architecture["D"]} else 1
+            return output
 
         scheduler = copy.deepcopy(self.scheduler)
         arguments = self.arguments(torch.zeros(1, dtype=torch.long), 2)
@@ -109,7 +117,6 @@ class LoopDenoiser(nn.Module):
         if len(x) != 1:
             raise ValueError(f"prompts: the first one makes {len(x)} images, expected one")
         self.sample_shape, self.resolution = tuple(x.shape[1:]), tuple(first[0].latents[0].shape[-2:])
-        self.branch_names, self.architecture = self.adapter.branch_names, self.adapter.architecture
         self.guidance_channels = self.sample_shape[0]
         noise = torch.randn(x.numel(), dtype=x.dtype, generator=torch.Generator().manual_seed(0))
         packed = torch.equal(x.cpu().flatten().sort()[0], noise.sort()[0])  # noise in some order, and nothing else
@@ -127,13 +134,16 @@ class LoopDenoiser(nn.Module):
         return len(self.prompts.prompts)
 
     @property
-    def width(self) -> int:
-        """D of the trunk's state, whose channels a forecaster weighs."""
-        return self.architecture["D"]
+    def branch_names(self) -> tuple[str, ...]:
+        """See `GenericAdapter`; so are the next five."""
+        return self.adapter.branch_names
+
+    @property
+    def architecture(self) -> dict[str, str | int]:
+        return self.adapter.architecture
 
     @property
     def flops(self) -> Flops:
-        """Of a call of the transformer for one image, see `GenericAdapter`; so are the next three."""
         return self.adapter.flops
 
     @property

@@ -90,6 +90,7 @@ def test_prompts_that_are_refused():
                            ([dict(prompt_embeds=row), dict(prompt_embeds=row[:, :2])], "of different lengths")):
         with pytest.raises(ValueError, match=f"prompts: .*{words}"):
             Conditions(prompts)
+    assert Conditions(["a", dict(prompt="b")]).texts == ("a", "b")
     one, other = (Conditions([dict(prompt_embeds=row + i)]).checksum for i in range(2))
     assert one != other
 

@@ -8,6 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import harmonica_dit
 from harmonica_dit.forecaster import forecast_ratios, taylor
+from harmonica_dit.pipelines.adapters.generic import GenericAdapter
 from harmonica_dit.router import Router
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
@@ -89,6 +90,21 @@ def test_a_forecaster_of_other_steps_timesteps_and_models_is_refused(tmp_path):
     harmonica_dit.enable_cache(pipe, made)
     with pytest.raises(ValueError, match="the forecaster's weights belong to"):
         PIPES["sd3"].call(pipe, steps=4)
+
+
+def test_a_trunk_of_another_width_and_one_that_cannot_be_reused(monkeypatch):
+    """All channels are weighed alike where they may differ from tensor to tensor; the second is refused."""
+    entry = PIPES["sana"]
+    monkeypatch.setattr(GenericAdapter, "architecture", {"class": "SanaTransformer2DModel", "K": 6, "D": 17})
+    net = harmonica_dit.load(entry.pipe(), **entry.to_train_on())
+    made = train_forecaster(net, 1.4, target="uncached", **FORECASTER)
+    assert made.forecaster.states.shape[-1] == net.width == 1 and made.forecaster.own.shape[-1] == 1
+    pipe = entry.pipe()
+    harmonica_dit.enable_cache(pipe, made)
+    assert entry.call(pipe, steps=4).isfinite().all()
+    net.adapter.trunk_size, net.adapter.trunk_left_out = None, "of something"
+    with pytest.raises(ValueError, match="the trunk of this model cannot be reused: of something"):
+        train_forecaster(net, 1.4, target="uncached", **FORECASTER)
 
 
 class EulerInDouble(FlowMatchEulerDiscreteScheduler):
