@@ -61,7 +61,9 @@ class AdaptiveSchedule:
         return self.first, len(self.branches) - self.first
 
     def new_cache(self, net=None) -> hk.FeatureCache:
-        """A cache for one trajectory, which begins with it."""
+        """A cache for one trajectory, which begins with it. net: the denoiser, which may be unable to decide so."""
+        if hasattr(net, "new_cache"):
+            return net.new_cache(runs=self.runs)
         self.ran.append([])
         return hk.FeatureCache(runs=self.runs)
 

@@ -84,6 +84,9 @@ def branch_errors(trajectory: Trajectory, noise: Tensor, longest: int) -> Tensor
 
     Of an uncached trajectory, averaged over its batch, the unconditional half included; 0 where j > s.
     """
+    if not hasattr(trajectory.net, "branches"):
+        raise ValueError(f"net: {trajectory.net.name} is run by its pipeline's loop, whose branches' outputs are not "
+                         "compared; use step_search, which takes any denoiser")
     K = len(trajectory.net.branch_names)
     errors = torch.zeros(trajectory.steps, longest, K, dtype=torch.float64)
     cache, x = hk.FeatureCache(longest + 1), trajectory.start(noise)

@@ -107,9 +107,8 @@ class Trajectory:
         self.executor = run_eagerly  # runs the model in `predict`; may be `harmonica_kernels.compile(run_eagerly)`
         guidance = net.guidance if guidance is None else guidance
         self._own_loop = getattr(net, "guided_by_its_loop", False)  # guides and scales, and is told the step
-        if guidance is None and self._own_loop:
-            pass  # its call has no guidance_scale
-        elif not isinstance(guidance, Real) or not 0 <= guidance < float("inf"):
+        unsaid = guidance is None and self._own_loop  # a call that has no guidance_scale
+        if not unsaid and (not isinstance(guidance, Real) or not 0 <= guidance < float("inf")):
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")
         if guidance_channels is not None and guidance_channels < 1:
             raise ValueError(f"guidance_channels: got {guidance_channels}, expected at least 1")

@@ -6,7 +6,13 @@ from functools import cache
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FluxPipeline, HeunDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxPipeline,
+    HeunDiscreteScheduler,
+)
 
 import harmonica_dit
 from harmonica_dit.pipelines.denoiser import PipelineDenoiser
@@ -106,6 +112,18 @@ def test_guidance_size_and_scheduler_of_ones_own():
     found = denoise(Trajectory(net, labels, steps=3, scheduler=other), noise)
     pipe.scheduler = other
     assert torch.equal(found, ordinary_call(pipe, net, labels, 3, noise)[0])
+
+
+@torch.no_grad()
+def test_timesteps_of_ones_own():
+    """Are what the transformer is given, whatever the call would set."""
+    pipe, net = made("hunyuan-dit")
+    given, scheduler = [], DPMSolverMultistepScheduler(prediction_type="v_prediction")
+    trajectory = Trajectory(net, torch.tensor([0]), steps=3, scheduler=scheduler, timesteps=[900, 500, 100])
+    handle = pipe.transformer.register_forward_pre_hook(lambda _, args: given.append(args[1].flatten()[0].item()))
+    x = trajectory.predict(image_noise(0, 0, 1, net.sample_shape), 2)
+    handle.remove()
+    assert given == [900, 500, 100] and x.isfinite().all()
 
 
 def test_a_scheduler_that_scales_the_models_input():
@@ -258,3 +276,7 @@ def test_other_arguments_that_are_refused():
         Trajectory(net, torch.tensor([0]), steps=2, guidance_channels=2)
     with pytest.raises(ValueError, match="schedule: decides on runs of branches"):
         sample(net, [0], schedule=harmonica_dit.methods.delta_dit(net, 4, every=2, blocks=1))
+    with pytest.raises(ValueError, match="schedule: decides on runs of branches"):
+        sample(net, [0], schedule=harmonica_dit.methods.first_block(net, 4, 0.1))
+    with pytest.raises(ValueError, match="is run by its pipeline's loop, whose branches' outputs"):
+        harmonica_dit.methods.smoothcache(net, 4, 0.1, images=1)
