@@ -1,9 +1,9 @@
 """A pipeline's call as a function of one step: its own loop makes the guided output, whatever the class.
 
 Conditioning, guidance, packing of latents and scaling of timesteps are different in every pipeline class, and none of
-it has to be known: the call runs up to the step that is wanted. Until then the transformer does not run and the
-scheduler hands the loop the latents that the step is to begin with. There the transformer runs as it is told to, and
-what the loop then hands the scheduler, the guided output, ends the call.
+it has to be known: the call is given the latents that the step is to begin with, and runs up to it. Until then the
+transformer does not run, and the scheduler hands the loop back what it was handed. There the transformer runs as it is
+told to, and what the loop then hands the scheduler, the guided output, ends the call.
 """
 
 import copy
@@ -72,7 +72,7 @@ class OwnLoop:
         return seen
 
     def finish(self, scheduler: SchedulerMixin, x: Tensor, arguments: Mapping):
-        """What the call returns if its last step ends with the latents x."""
+        """What the call returns if its loop ends with the latents x."""
         with torch.no_grad():
             return self._run(scheduler, x, arguments, Seen())
 
@@ -112,7 +112,7 @@ class OwnLoop:
             if len(seen.samples) - 1 == at:
                 raise _End(output)
             seen.calls.append([])
-            return x.to(sample.dtype)
+            return sample
 
         stepping = scheduler if sets else copy.copy(scheduler)
         cls = type(scheduler)
@@ -130,8 +130,6 @@ class OwnLoop:
         except _End as end:
             return end.output
         finally:
-            vars(self.pipe)["scheduler"] = None
-            vars(self.pipe).pop("prepare_latents", None)
             stepping.__class__ = cls
             del stepping._harmonica_step
         if at is not None:

@@ -101,6 +101,8 @@ def test_a_pipelines_texts_are_encoded_once_and_the_encoders_let_go(flux, tmp_pa
     net = harmonica_dit.load(str(flux), prompts=TEXTS, call=CALL, image_size=64, embeddings=path)
     assert (net.name, net.guidance, net.num_classes) == ("small-flux", 2.0, 3)
     assert net._loop.pipe.text_encoder is None and net._loop.pipe.text_encoder_2 is None
+    with pytest.raises(ValueError, match="prompts: were encoded for a call with other arguments"):
+        net._loop.pipe.encode_prompt(["another"])
     pipe = FluxPipeline.from_pretrained(flux)
     pipe.set_progress_bar_config(disable=True)
     noise = image_noise(0, 0, 2, net.sample_shape)
