@@ -11,6 +11,7 @@
     denoiser.py          makes a denoiser of a pipeline's transformer, on the fused path
     prompts.py           the text conditions of such a denoiser
     loop_denoiser.py     makes one of any other pipeline
+    trainable.py         what it has to be for that
     own_loop.py          runs a pipeline's own loop up to a step
     conditions.py        the prompts of such a denoiser
     step_cache.py        the caches of a step's calls as one

@@ -15,8 +15,9 @@ from harmonica_dit.models import VAE_FACTOR, latent_side
 from harmonica_dit.sample.decoding import load_vae
 
 from .adapters import adapt, model_name
-from .loop_denoiser import LoopDenoiser, check_class, check_transformers
+from .loop_denoiser import LoopDenoiser
 from .prompts import Prompts, prepare
+from .trainable import check_class, check_transformers
 
 PIPELINES = ("DiTPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline")  # their transformers have fused adapters
 GIVE = "give some prompts, such as those it will be used with"

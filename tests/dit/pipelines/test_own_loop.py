@@ -10,6 +10,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    Flux2KleinPipeline,
     FluxPipeline,
     HeunDiscreteScheduler,
 )
@@ -226,8 +227,16 @@ class TakesNoLatents(FluxPipeline):
         raise AssertionError("not reached")
 
 
-def of_class(cls):
-    pipe = PIPES["flux"].pipe()
+class BeginsWithMore(Flux2KleinPipeline):
+    """Its latents are no noise, and it takes them in another form: nothing could stand in their place."""
+
+    def prepare_latents(self, *args, **kwargs):
+        latents, ids = super().prepare_latents(*args, **kwargs)
+        return latents + 1, ids
+
+
+def of_class(cls, name="flux"):
+    pipe = PIPES[name].pipe()
     pipe.__class__ = cls
     return pipe
 
@@ -235,6 +244,7 @@ def of_class(cls):
 @pytest.mark.parametrize("name,make,change,words", [
     ("wan-of-two", None, {}, "WanPipeline has transformer and transformer_2, expected one"),
     ("sd3", offloaded, {}, "its transformer is offloaded, .* pipe.remove_all_hooks"),
+    ("flux2-klein", lambda: of_class(BeginsWithMore, "flux2-klein"), {}, "not enough values to unpack"),
     ("sd3-img2img", None, {}, "makes 1 steps, its scheduler has 2"),
     ("flux", lambda: of_class(TakesNoLatents), {}, "TakesNoLatents's call takes no latents"),
     ("flux", lambda: of_class(ChangesLatents), {}, "changes the latents between two of the scheduler's steps"),
