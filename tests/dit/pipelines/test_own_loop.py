@@ -13,6 +13,7 @@ from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
     HeunDiscreteScheduler,
+    PNDMScheduler,
 )
 
 import harmonica_dit
@@ -251,6 +252,8 @@ def of_class(cls, name="flux"):
     ("flux", lambda: of_class(TurnsGradOff), {}, "TurnsGradOff turns grad off in its loop"),
     ("sd3", lambda: pipe_with("sd3", scheduler=FlowMatchHeunDiscreteScheduler()), {}, "several times a step"),
     ("hunyuan-dit", lambda: pipe_with("hunyuan-dit", scheduler=HeunDiscreteScheduler()), {}, "several times a step"),
+    ("hunyuan-dit", lambda: pipe_with("hunyuan-dit", scheduler=PNDMScheduler(skip_prk_steps=True)), {},
+     "several times a step"),
     ("lumina2", None, dict(cfg_trunc_ratio=0.5), "calls its transformer otherwise at step 1 than at step 0"),
     ("flux", None, dict(num_inference_steps=5), "call: got num_inference_steps=5"),
     ("flux", None, dict(num_images_per_prompt=2), "call: got num_images_per_prompt=2"),
