@@ -5,6 +5,8 @@ import sys
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a Latin-1 terminal has no β
     # diffusers imports torchao if it is installed, and importing it logs warnings about torchao itself.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -14,5 +16,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("harmonica"):
             raise
-        sys.exit(f"harmonica: {error.name} is missing; pip install 'harmonica-kernels[dit]' brings it")
+        sys.exit(f"harmonica: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     app()

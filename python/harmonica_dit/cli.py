@@ -1,31 +1,19 @@
-"""The command `harmonica`."""
+"""The command `harmonica`.
+
+A command imports what it needs when it runs: none of its help waits for PyTorch.
+"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
-import harmonica_dit
-from harmonica_dit import demo as demonstration
-from harmonica_dit.costs import Seconds
-from harmonica_dit.evaluate.heat_maps import plot
-from harmonica_dit.evaluate.named_methods import read, schedule_of
-from harmonica_dit.evaluate.pictures import image_sheet
 from harmonica_dit.fashion import find
-from harmonica_dit.fashion.data import CLASSES
-from harmonica_dit.files import check_file, check_folder, save_tensors
-from harmonica_dit.methods import trunk_forecast
-from harmonica_dit.published_routers import KINDS, load_published_router
-from harmonica_dit.router import Router, warn_if_soft
-from harmonica_dit.sample import measure_costs
-from harmonica_dit.sample.decoding import makes_images
-from harmonica_dit.sample.schedulers import steps_of
-from harmonica_dit.schedule import Schedule
-from harmonica_dit.train import RECIPES, check_arguments, train_forecaster, train_router
+from harmonica_dit.train.recipes import RECIPES
 
 from .cli_compare import compare
+from .cli_errors import Commands
 from .cli_options import (
     FILE,
     Batch,
@@ -44,24 +32,12 @@ from .cli_options import (
     option_value,
 )
 
+if TYPE_CHECKING:
+    from harmonica_dit.costs import Seconds
+    from harmonica_dit.router import Router
+    from harmonica_dit.schedule import Schedule
+
 console = Console()
-
-
-class Commands(TyperGroup):
-    """Reports an error in one line on stderr (exit code 2). After Ctrl-C it says how to go on (exit code 130)."""
-
-    def invoke(self, context):
-        try:
-            return super().invoke(context)
-        except typer.TyperException as error:  # a misspelt option, a value that does not parse
-            message, code = error.format_message(), 2
-        except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-            message, code = str(error), 2
-        except KeyboardInterrupt as interruption:
-            message, code = str(interruption) or "interrupted; the same command starts again", 130
-        typer.echo(f"harmonica: {' '.join(message.split())}", err=True)
-        raise typer.Exit(code)
-
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Learned feature caching for diffusion transformers (HarmoniCa, ICML 2025).")
@@ -79,6 +55,9 @@ def of_recipe(name: str, help: str, *flags: str):
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for pictures and figures.")] = Path("demo")) -> None:
     """Train forecasts on the bundled model, sample with them and compare them: a few minutes on a CPU."""
+    from harmonica_dit import demo as demonstration
+    from harmonica_dit.files import check_folder
+
     check_folder(out)
     demonstration.run(out, console)
 
@@ -144,6 +123,12 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Train a router, which decides which branches to compute at which step, or a forecaster. No images are needed."""
+    import harmonica_dit
+    from harmonica_dit.costs import Seconds
+    from harmonica_dit.files import check_folder
+    from harmonica_dit.methods import trunk_forecast
+    from harmonica_dit.train import check_arguments, train_forecaster, train_router
+
     check_folder(out)
     table = Seconds.load(costs) if costs and costs.endswith(".json") else None
     if forecast is not None:
@@ -155,7 +140,7 @@ def train(
         net = load(model, checkpoint, prompts, dtype, image_size, device, out)
         batch = 10 if batch is None else batch
         if costs == "time":
-            table = measure_costs(net, batch=batch, guidance=guidance, scheduler=scheduler)
+            table = harmonica_dit.measure_costs(net, batch=batch, guidance=guidance, scheduler=scheduler)
         whole = trunk_forecast(net, steps, speedup=2.7 if target_speedup is None else target_speedup, costs=table)
         schedule = train_forecaster(net, whole, target=forecast, steps=steps, iterations=iterations, batch=batch,
                                     lr=4e-3 if lr is None else lr, guidance=guidance, scheduler=scheduler, seed=seed,
@@ -202,6 +187,12 @@ def sample(
     batch: Batch = 64,
 ) -> None:
     """Sample images, one for each label."""
+    import harmonica_dit
+    from harmonica_dit.evaluate.named_methods import read, schedule_of
+    from harmonica_dit.files import check_file, save_tensors
+    from harmonica_dit.sample.decoding import makes_images
+    from harmonica_dit.sample.schedulers import steps_of
+
     if out.suffix not in (".png", ".safetensors"):
         raise ValueError(f"--out: got {out}, expected a .png or a .safetensors file")
     if threshold is not None and schedule is None:
@@ -220,6 +211,8 @@ def sample(
     images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=used, guidance=guidance,
                                   scheduler=scheduler, seed=seed, batch=batch, latents=out.suffix != ".png")
     if out.suffix == ".png":
+        from harmonica_dit.evaluate.pictures import image_sheet
+
         image_sheet(images, out)
     else:
         save_tensors(out, {"samples": images}, {"model": net.name, "seed": seed})
@@ -234,9 +227,16 @@ def show(
     file: Annotated[Path, typer.Argument(help=f"{FILE}; or a .pt file from published code.")],
     out: Annotated[Path | None, typer.Option(help="The picture, a .png.", show_default="beside the file")] = None,
     threshold: Threshold = None,
-    kind: Annotated[str, typer.Option(help=f"Which published code wrote a .pt file: {' or '.join(KINDS)}.")] = KINDS[0],
+    kind: Annotated[str, typer.Option(help="Which published code wrote a .pt file: learning-to-cache or "
+                                           "harmonica.")] = "learning-to-cache",
 ) -> None:
     """Draw a router or a schedule, and say what it saves."""
+    from harmonica_dit.evaluate.heat_maps import plot
+    from harmonica_dit.evaluate.named_methods import read, schedule_of
+    from harmonica_dit.files import check_file
+    from harmonica_dit.published_routers import load_published_router
+    from harmonica_dit.router import Router, warn_if_soft
+
     out = out or file.parent / find(file).with_suffix(".png").name  # of a bundled router: in the current folder
     check_file(out)
     found = load_published_router(file, kind) if file.suffix == ".pt" else read(file)
@@ -247,8 +247,10 @@ def show(
         warn_if_soft(found)
 
 
-def describe(schedule: Schedule, path: Path, costs: Seconds | None = None,
-             made: Router | Schedule | None = None) -> None:
+def describe(schedule: "Schedule", path: Path, costs: "Seconds | None" = None,
+             made: "Router | Schedule | None" = None) -> None:
+    from harmonica_dit.router import Router
+
     text = f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×"
     if costs:
         text += f", in time by what was measured {schedule.speedup_by(costs):.2f}×"
@@ -261,6 +263,8 @@ def parse_labels(text: str | None, net) -> list[int]:
     """Labels from numbers and, for the bundled model, class names, separated by commas; None is the first ten."""
     if text is None:
         return list(range(min(10, net.num_classes)))
+    from harmonica_dit.fashion.data import CLASSES
+
     names = {name.lower(): i for i, name in enumerate(CLASSES)} if net.name == "fashion-dit" else {}
     labels = []
     for word in (word.strip().lower() for word in text.split(",")):

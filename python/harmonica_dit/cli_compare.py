@@ -4,16 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from harmonica_dit.demo import ACCURATE
 from harmonica_dit.evaluate.catalogue import CATALOGUE, RIVALS, make_methods
-from harmonica_dit.evaluate.judging import judge_of
-from harmonica_dit.evaluate.named_methods import name_after, read
-from harmonica_dit.evaluate.report import compare_with_bar, table, write
-from harmonica_dit.files import check_folder
 
 from .cli_options import (
     FILE,
@@ -73,6 +67,14 @@ def compare(
     batch: Batch = 64,
 ) -> None:
     """Compare ways to skip work on the same noise: error, label accuracy, Fréchet distance, speedup, pictures."""
+    import torch
+
+    from harmonica_dit.demo import ACCURATE
+    from harmonica_dit.evaluate.judging import judge_of
+    from harmonica_dit.evaluate.named_methods import name_after, read
+    from harmonica_dit.evaluate.report import compare_with_bar, table, write
+    from harmonica_dit.files import check_folder
+
     for name, value in (("--samples", samples), ("--seeds", seeds), ("--processes", processes)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")

@@ -3,11 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-
-import harmonica_dit
-from harmonica_dit.pipelines.prompts import read_texts
 
 Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, or the folder "
                                          "or repository of a diffusers pipeline, of any class.")]
@@ -36,6 +32,11 @@ Threshold = Annotated[float | None, typer.Option(help="Compute a branch where th
 def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, image_size: int | None,
          device: str | None, folder: Path | None = None, vae: str | None = None):
     """Loads the denoiser that the options name; `folder` keeps the encoded prompts."""
+    import torch
+
+    import harmonica_dit
+    from harmonica_dit.pipelines.prompts import read_texts
+
     return harmonica_dit.load(model, checkpoint, image_size=image_size, vae=vae, dtype=dtype,
                               device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
                               prompts=prompts and read_texts(prompts),

@@ -190,7 +190,7 @@ def test_compare_decodes_the_latents_of_a_pipeline(tmp_path):
 def test_a_forecaster_is_trained_sampled_with_and_shown(tmp_path):
     small = ["--steps", "4", "--iterations", "1", "--batch", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("harmonica_dit.cli.train_forecaster", partial(train_forecaster, images=2, held_out=2))
+        patch.setattr("harmonica_dit.train.train_forecaster", partial(train_forecaster, images=2, held_out=2))
         result = harmonica("train", "--forecast", "uncached", "--target-speedup", "1.5", "--out", tmp_path, *small)
     assert result.exit_code == 0 and "FLOPs speedup" in result.output, result.output
     file = tmp_path / "forecast.safetensors"
@@ -310,7 +310,7 @@ def test_a_loss_that_is_not_finite_is_said_in_one_line(tmp_path, monkeypatch):
     def diverge(*_, **__):
         raise FloatingPointError("the loss is not finite in trajectory 3")
 
-    monkeypatch.setattr(harmonica_dit.cli, "train_router", diverge)
+    monkeypatch.setattr(harmonica_dit.train, "train_router", diverge)
     result = harmonica("train", "--out", tmp_path, *TINY)
     assert (result.exit_code, result.stderr) == (2, "harmonica: the loss is not finite in trajectory 3\n")
 
@@ -320,6 +320,6 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, message, said):
     def interrupt(*_, **__):
         raise KeyboardInterrupt(message)
 
-    monkeypatch.setattr(harmonica_dit.cli, "train_router", interrupt)
+    monkeypatch.setattr(harmonica_dit.train, "train_router", interrupt)
     result = harmonica("train", "--out", tmp_path, *TINY)
     assert result.exit_code == 130 and said in result.stderr

@@ -22,7 +22,7 @@ def harmonica(*arguments):
 def seconds(monkeypatch):
     """What is measured, wherever it is: attention takes long."""
     table = Seconds((8.0, 1.0) * 8, 1.0, 0.1, 2.0, 0.5, 72.0)
-    for module in ("harmonica_dit.cli", "harmonica_dit.train.start"):
+    for module in ("harmonica_dit", "harmonica_dit.train.start"):
         monkeypatch.setattr(f"{module}.measure_costs", lambda net, **_: table)
     return table
 
@@ -39,7 +39,7 @@ def test_a_speedup_in_time(tmp_path, monkeypatch, seconds, kept):
     schedule = read_schedule(tmp_path / "router" / "router.safetensors")
     assert schedule.speedup_by(seconds) >= 1.5 - 1e-9
     assert f"in time by what was measured {schedule.speedup_by(seconds):.2f}×" in " ".join(result.output.split())
-    monkeypatch.setattr("harmonica_dit.cli.train_forecaster", partial(train_forecaster, images=2, held_out=2))
+    monkeypatch.setattr("harmonica_dit.train.train_forecaster", partial(train_forecaster, images=2, held_out=2))
     result = harmonica("train", "--forecast", "uncached", "--steps", 4, "--iterations", 1, "--batch", 2,
                        "--target-speedup", 1.5, "--costs", costs, "--out", tmp_path / "forecast")
     assert result.exit_code == 0, result.output

@@ -34,7 +34,7 @@ def calls(monkeypatch):
         found.append(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(harmonica_dit.cli, "train_router", train_router)
+    monkeypatch.setattr(harmonica_dit.train, "train_router", train_router)
     return found
 
 

@@ -1,12 +1,15 @@
 """Who imports whom: one way only, from the top rooms of docs/design.md down; and no file is too long to read."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+import harmonica_dit
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"harmonica_kernels": ROOT / "harmonica_kernels", "harmonica_dit": ROOT / "python" / "harmonica_dit"}
@@ -15,10 +18,10 @@ PACKAGES = {"harmonica_kernels": ROOT / "harmonica_kernels", "harmonica_dit": RO
 # of one line may import each other. Each package's __init__.py stands below all that imports the package as a whole.
 ORDER = {
     "harmonica_kernels": (("__main__", "_command"), ("__init__",), ("graphs",), ("forward",), ("checks",),
-                          ("cache", "trunk"), ("ops", "_info"), ("triton_kernels",)),
-    "harmonica_dit": (("cli",), ("cli_compare",), ("cli_options",), ("demo",), ("__init__",), ("published_routers",),
-                      ("load",), ("train",), ("evaluate",), ("pipelines",), ("methods",), ("sample",),
-                      ("router",), ("adaptive", "schedule"), ("resample",),
+                          ("cache", "trunk"), ("ops", "_info"), ("triton_kernels", "_lazy")),
+    "harmonica_dit": (("cli",), ("cli_compare",), ("cli_errors", "cli_options"), ("demo",), ("__init__",),
+                      ("published_routers",), ("load",), ("train",), ("evaluate",), ("pipelines",),
+                      ("methods",), ("sample",), ("router",), ("adaptive", "schedule"), ("resample",),
                       ("fashion",), ("forecaster",), ("validate",), ("models",), ("flops",), ("costs",),
                       ("files", "progress", "timing")),
 }
@@ -136,7 +139,48 @@ def test_what_is_wrong_is_found(tmp_path):
     assert long_files(tmp_path) == [f"{tmp_path / 'low.py'}: {3 * LINES} lines"]
 
 
-def test_importing_the_package_does_not_import_all_of_diffusers_models():
+HEAVY = {"torch", "numpy", "diffusers", "transformers", "torchmetrics", "sklearn", "matplotlib"}
+
+
+@pytest.mark.parametrize("statement", [
+    "import harmonica_dit",
+    "import harmonica_kernels",
+    *(f"import harmonica_kernels._command as c; sys.argv = ['harmonica', {words}]; raises(c.main)"
+      for words in ("'--help'", "'train', '--help'", "'compare', '--help'")),
+])
+def test_nothing_heavy_is_imported_before_it_is_used(statement):
+    """So help comes at once."""
+    command = f"""import sys
+def raises(main):
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+{statement}
+print(*sys.modules, file=sys.stderr)"""
+    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert run.returncode == 0 and not HEAVY & set(run.stderr.split()), run.stderr
+
+
+def test_sampling_does_not_import_all_of_diffusers_models():
     """Which takes seconds, and warns of packages that are not there."""
-    command = "import sys, harmonica_dit; print('diffusers.models.autoencoders' in sys.modules)"
+    command = "import sys, harmonica_dit; harmonica_dit.sample; print('diffusers.models.autoencoders' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("package", ["harmonica_kernels", "harmonica_dit", *(
+    f"harmonica_dit.{room}" for room in ("train", "evaluate", "methods"))])
+def test_what_a_package_offers_is_there(package):
+    """Of that name, whichever of its submodules was imported first: some have the name of a function."""
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        importlib.import_module(f"{package}.{module._homes[name]}")
+        assert getattr(module, name).__name__ == name if name != "RECIPES" else getattr(module, name)
+        assert name in dir(module)
+    assert module._homes.keys() == set(module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        getattr(module, "nothing")  # noqa: B009
+
+
+def test_submodules_are_attributes():
+    assert harmonica_dit.flops is importlib.import_module("harmonica_dit.flops")

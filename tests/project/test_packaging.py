@@ -36,11 +36,29 @@ def test_every_minimum_has_one_pin_that_meets_it(python):
         assert exact.operator == "==" and minimum.specifier.contains(exact.version)
 
 
-def test_the_command_names_the_extra_that_is_missing(monkeypatch):
+@pytest.mark.parametrize("package", ["typer", "diffusers"])
+def test_what_is_missing_and_the_extra_that_brings_it_are_named(package):
+    """By the command in a line, and by Python."""
+    code = f"import sys; sys.modules[{package!r}] = None; "
+    said = f"{package} is missing; pip install 'harmonica-kernels[dit]' brings it"
+    for then, expected in (("import harmonica_dit", f"ModuleNotFoundError: {said}"),
+                           ("import harmonica_kernels._command as c; c.main()", f"harmonica: {said}")):
+        run = subprocess.run([sys.executable, "-c", code + then], capture_output=True, text=True)
+        assert run.returncode == 1 and run.stderr.splitlines()[-1] == expected
+    assert run.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_importing_is_quiet(monkeypatch):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "harmonica_dit.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "harmonica_dit.cli", raising=False)
-    monkeypatch.setitem(sys.modules, "typer", None)
-    with pytest.raises(SystemExit, match=r"^harmonica: typer is missing; pip install 'harmonica-kernels\[dit\]'"):
+    with pytest.raises(SystemExit) as end:
         main()
+    assert end.value.code == 130
 
 
 @pytest.mark.parametrize("change, message", [
