@@ -35,12 +35,14 @@ def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, 
     import torch
 
     import harmonica_dit
-    from harmonica_dit.pipelines.prompts import read_texts
 
-    return harmonica_dit.load(model, checkpoint, image_size=image_size, vae=vae, dtype=dtype,
-                              device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-                              prompts=prompts and read_texts(prompts),
-                              embeddings=prompts and folder and folder / "prompts.safetensors")
+    texts = kept = None
+    if prompts is not None:
+        from harmonica_dit.pipelines.prompts import read_texts  # with all of diffusers' models, which take seconds
+
+        texts, kept = read_texts(prompts), folder and folder / "prompts.safetensors"
+    return harmonica_dit.load(model, checkpoint, image_size=image_size, vae=vae, dtype=dtype, prompts=texts,
+                              embeddings=kept, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def option_value(option: str, given, found: list, default):
