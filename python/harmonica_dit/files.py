@@ -1,5 +1,6 @@
 """Files: safetensors and JSON, never pickle. A file is replaced whole or not at all."""
 
+import errno
 import json
 import os
 import secrets
@@ -20,7 +21,8 @@ def replacement(path: str | os.PathLike):
     An interruption at any moment leaves the old file whole.
 
     Raises:
-        OSError: the folder does not exist and cannot be made, or cannot be written to; the message names it.
+        OSError: the folder does not exist and cannot be made, or cannot be written to, or the disk is full; the message
+            names the file.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
@@ -36,9 +38,18 @@ def replacement(path: str | os.PathLike):
             os.fsync(written.fileno())
         os.chmod(temporary, mode)  # safetensors has replaced the file by one of its own
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def cannot_write(path: Path, error: OSError | SafetensorError) -> OSError:
+    """The error of a write with a message that names the file, for the system's "No space left" does not."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write {path}: {reason}")
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping) -> None:

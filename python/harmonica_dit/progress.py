@@ -1,11 +1,40 @@
-"""The progress bar of all long work: what is done, how long it took and how long it will take."""
+"""The progress of all long work: what is done, how long it took and how long it will take. It goes to stderr."""
+
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+EVERY = 30  # seconds between two lines where there is no terminal
+
+
+class Lines(Progress):
+    """In place of a bar where there is no terminal: a line now and then, and one at the end of each task."""
+
+    def __init__(self, shown: bool, **options):
+        super().__init__(disable=True, **options)
+        self._shown, self._said = shown, self.get_time()
+
+    def update(self, task_id, **fields) -> None:
+        super().update(task_id, **fields)
+        task, now = self._tasks[task_id], self.get_time()
+        if self._shown and (task.finished or now >= self._said + EVERY):
+            self._said = now
+            left = "" if task.finished or task.time_remaining is None else f", {_time(task.time_remaining)} left"
+            self.console.print(f"{task.completed:.0f} of {task.total:.0f} in {_time(task.elapsed)}{left}: "
+                               f"{task.description}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _time(seconds: float) -> timedelta:
+    return timedelta(seconds=int(seconds))
+
 
 def progress_bar(console: Console | None = None, shown: bool = True) -> Progress:
-    """A bar on a console, by default on stdout; not shown, it takes the same calls."""
+    """A bar on a console, by default on stderr; not shown, it takes the same calls."""
+    console = console or Console(stderr=True)
     # the time left is estimated from the last hour: of a step that takes minutes, rich's 30 seconds hold no two ends
+    options = dict(console=console, speed_estimate_period=3600)
+    if not console.is_terminal:
+        return Lines(shown, **options)
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                    TimeRemainingColumn(), console=console, disable=not shown, speed_estimate_period=3600)
+                    TimeRemainingColumn(), disable=not shown, **options)

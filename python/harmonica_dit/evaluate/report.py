@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -143,7 +142,7 @@ def _by_speedup(errors: Mapping[str, Sequence[float]], speedups: Mapping[str, fl
 
 def compare_with_bar(net, methods: Sequence[Method], labels, **options) -> list[dict]:
     """`compare` with a progress bar on stderr."""
-    bar = progress_bar(Console(stderr=True))
+    bar = progress_bar()
     ways = len(methods) + 1 + (options.get("accurate") is not None)
     task = bar.add_task("sampling", total=ways * len(labels) * len(options.get("seeds", (0,))))
     with ExitStack() as stack:

@@ -2,10 +2,9 @@
 
 import csv
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
-from harmonica_dit.files import replacement
+from harmonica_dit.files import cannot_write, replacement
 from harmonica_dit.progress import progress_bar
 
 COLUMNS = ("trajectory", "seconds", "loss", "error", "importance", "beta", "threshold", "cur", "speedup")
@@ -17,12 +16,11 @@ class Log:
     Args:
         out: folder of `log.csv` and the TensorBoard files, None for no files.
         total: number of trajectories. first: how many of them are done already; later lines of the CSV are dropped.
-        progress: whether a progress bar is shown; where the console is no terminal, such as a file, it is a line after
-            every hundredth part of the trajectories. of: what is counted in their place.
+        progress: whether a progress bar is shown.
     """
 
-    def __init__(self, out: Path | None, total: int, first: int, progress: bool, of: str = "trajectories"):
-        self._of, self._bar = of, progress_bar(shown=progress)
+    def __init__(self, out: Path | None, total: int, first: int, progress: bool):
+        self._bar = progress_bar(shown=progress)
         self._task = self._bar.add_task("training the router", total=total, completed=first)
         self._file = self._board = None
         if out is not None:
@@ -53,16 +51,14 @@ class Log:
     def line(self, **values: float) -> None:
         """Logs one trajectory; `values` has a value for each of COLUMNS; importance is the mean of λ as measured."""
         if self._file is not None:
-            self._csv.writerow(values)
-            self._file.flush()
+            try:
+                self._csv.writerow(values)
+                self._file.flush()
+            except OSError as error:
+                raise cannot_write(Path(self._file.name), error) from None
         if self._board is not None:
             for name in COLUMNS[1:]:
                 self._board.add_scalar(name, values[name], values["trajectory"])
         text = (f"loss {values['loss']:.3g}  CUR {100 * values['cur']:.1f} %  speedup {values['speedup']:.2f}×  "
                 f"λ {values['importance']:.2g}  β {values['beta']:.2g}")
         self._bar.update(self._task, advance=1, description=text)
-        [task], console = self._bar.tasks, self._bar.console
-        done, total = int(task.completed), int(task.total)
-        if not (self._bar.disable or console.is_terminal) and done % max(total // 100, 1) == 0:
-            left = "" if task.time_remaining is None else f", {timedelta(seconds=int(task.time_remaining))} left"
-            console.print(f"{done} of {total} {self._of}{left}: {text}", soft_wrap=True)

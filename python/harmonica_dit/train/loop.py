@@ -29,7 +29,7 @@ def run_training(training: Training, total: int, advance: Callable[[], dict[str,
         if checkpoint.exists():
             training.restore(checkpoint, record)
         training.save(checkpoint, record)  # if the folder cannot be written, this fails before the work begins
-    with Log(out, total, training.trajectory, progress, of) as log:
+    with Log(out, total, training.trajectory, progress) as log:
         try:
             while training.trajectory < total:
                 log.line(**advance())
