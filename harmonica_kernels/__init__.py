@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .graphs import compile
     from .trunk import TrunkCache, TrunkWeights
 
+__version__ = "0.1.0"
 __all__ = ["Branch", "FeatureCache", "Modulation", "TrunkCache", "TrunkWeights", "cached_forward", "compile", "info"]
 
 import_when_used(__name__)

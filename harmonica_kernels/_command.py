@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 
 
 def main() -> None:
@@ -19,4 +20,10 @@ def main() -> None:
         sys.exit(f"harmonica: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    app()
+    warnings.showwarning = say
+    app(prog_name="harmonica")
+
+
+def say(message: Warning | str, *_, **__) -> None:
+    """A warning in a line, without the place in the code that gave it."""
+    print(f"harmonica: {' '.join(str(message).split())}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from harmonica_kernels import __version__
 from harmonica_kernels._lazy import import_when_used
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ for _needed in ("diffusers", "filelock", "matplotlib", "numpy", "PIL", "prdc", "
     if find_spec(_needed) is None:
         raise ModuleNotFoundError(f"{_needed} is missing; pip install 'harmonica-kernels[dit]' brings it", name=_needed)
 
-__all__ = ["HarmoniCaConfig", "Router", "Schedule", "denoise", "disable_cache", "enable_cache", "load",
+__all__ = ["HarmoniCaConfig", "Router", "Schedule", "__version__", "denoise", "disable_cache", "enable_cache", "load",
            "load_published_router", "measure_costs", "prune", "quantize", "sample", "summary", "train_forecaster",
            "train_learning_to_cache", "train_router"]
 

@@ -3,12 +3,14 @@
 A command imports what it needs when it runs: none of its help waits for PyTorch.
 """
 
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from harmonica_dit import __version__
 from harmonica_dit.fashion import find
 from harmonica_dit.train.recipes import RECIPES
 
@@ -16,6 +18,7 @@ from .cli_compare import compare
 from .cli_errors import Commands
 from .cli_options import (
     FILE,
+    Attention,
     Batch,
     Checkpoint,
     Device,
@@ -28,14 +31,11 @@ from .cli_options import (
     Seed,
     Threshold,
     Vae,
+    describe,
     load,
     option_value,
 )
-
-if TYPE_CHECKING:
-    from harmonica_dit.costs import Seconds
-    from harmonica_dit.router import Router
-    from harmonica_dit.schedule import Schedule
+from .cli_schedule import schedule
 
 console = Console()
 
@@ -50,6 +50,18 @@ def of_recipe(name: str, help: str, *flags: str):
     recommended, papers = (RECIPES[recipe][name] for recipe in ("recommended", "paper"))
     return typer.Option(*flags, help=help, rich_help_panel="What a router's recipe sets",
                         show_default=f"{recommended}" if recommended == papers else f"{recommended}, paper: {papers}")
+
+
+def say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"harmonica {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(version: Annotated[bool, typer.Option("--version", callback=say_version, is_eager=True,
+                                               help="Say the version and exit.")] = False) -> None:
+    pass
 
 
 @app.command()
@@ -74,6 +86,7 @@ def train(
     checkpoint: Checkpoint = None,
     prompts: Prompts = None,
     dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
     image_size: ImageSize = None,
     device: Device = None,
     steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
@@ -122,12 +135,17 @@ def train(
                                                 "less memory, more time.")] = False,
     seed: Seed = 0,
 ) -> None:
-    """Train a router, which decides which branches to compute at which step, or a forecaster. No images are needed."""
+    """Train a router, which decides which branches to compute at which step, or a forecaster. No images are needed.
+
+    More --trajectories than before, with the same --out, extend a training. The exit status is 1 if the router's
+    schedule is further than 2 % from its target.
+    """
     import harmonica_dit
     from harmonica_dit.costs import Seconds
     from harmonica_dit.files import check_folder
     from harmonica_dit.methods import trunk_forecast
     from harmonica_dit.train import check_arguments, train_forecaster, train_router
+    from harmonica_dit.train.budget import TargetMissed, how_missed
 
     check_folder(out)
     table = Seconds.load(costs) if costs and costs.endswith(".json") else None
@@ -137,7 +155,7 @@ def train(
             raise ValueError(f"--{given[0].replace('_', '-')}: is a router's; a forecaster (--forecast) has none")
         if costs not in (None, "flops", "time") and table is None:
             raise ValueError(f'--costs: got {costs!r}, for a forecaster expected "flops", "time" or a .json file')
-        net = load(model, checkpoint, prompts, dtype, image_size, device, out)
+        net = load(model, checkpoint, prompts, dtype, image_size, device, out, attention=attention)
         batch = 10 if batch is None else batch
         if costs == "time":
             table = harmonica_dit.measure_costs(net, batch=batch, guidance=guidance, scheduler=scheduler)
@@ -145,7 +163,7 @@ def train(
         schedule = train_forecaster(net, whole, target=forecast, steps=steps, iterations=iterations, batch=batch,
                                     lr=4e-3 if lr is None else lr, guidance=guidance, scheduler=scheduler, seed=seed,
                                     out=out)
-        describe(schedule, out / "forecast.safetensors", table)
+        console.print(describe(schedule, out / "forecast.safetensors", table), soft_wrap=True)
         return
     if recipe == "recommended" and target_speedup is None and target_cur is None and beta is None:
         target_speedup = 1.6
@@ -156,11 +174,18 @@ def train(
     options = settings | dict(recipe=recipe, steps=steps, target_speedup=target_speedup, target_cur=target_cur,
                               guidance=guidance, scheduler=scheduler, seed=seed)
     console.print(f"recipe: {check_arguments(**options, dtype=dtype)}", soft_wrap=True)
-    net = load(model, checkpoint, prompts, dtype, image_size, device, out)
-    router = train_router(net, **options, checkpointing=checkpointing, out=out)
+    net = load(model, checkpoint, prompts, dtype, image_size, device, out, attention=attention)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TargetMissed)  # it is said below
+        router = train_router(net, **options, checkpointing=checkpointing, out=out)
     if costs == "time":
         table = Seconds.load(out / "costs.json")
-    describe(router.schedule(), out / "router.safetensors", table, router)
+    schedule = router.schedule()
+    console.print(describe(schedule, out / "router.safetensors", table, router), soft_wrap=True)
+    missed = how_missed(schedule, table or router.flops, target_speedup, target_cur)
+    if missed:
+        typer.echo(f"harmonica: --{missed.replace('_', '-', 1)}", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -178,6 +203,7 @@ def sample(
     vae: Vae = None,
     prompts: Prompts = None,
     dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
     image_size: ImageSize = None,
     device: Device = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.", show_default="the schedule's, or 20")] = None,
@@ -188,8 +214,10 @@ def sample(
 ) -> None:
     """Sample images, one for each label."""
     import harmonica_dit
-    from harmonica_dit.evaluate.named_methods import read, schedule_of
     from harmonica_dit.files import check_file, save_tensors
+    from harmonica_dit.models import CONFIGS
+    from harmonica_dit.progress import progress_bar
+    from harmonica_dit.router import read, schedule_of
     from harmonica_dit.sample.decoding import makes_images
     from harmonica_dit.sample.schedulers import steps_of
 
@@ -198,27 +226,36 @@ def sample(
     if threshold is not None and schedule is None:
         raise ValueError("--threshold: only a router has one; give a router with --router")
     check_file(out)
-    net = load(model, checkpoint, prompts, dtype, image_size, device, vae=vae)
+    latents = (f"--out: {model} makes latents, not images; give the VAE that decodes them (--vae), or write a "
+               ".safetensors file")
+    if out.suffix == ".png" and model in CONFIGS and vae is None:  # said before the weights are read
+        raise ValueError(latents)
+    net = load(model, checkpoint, prompts, dtype, image_size, device, vae=vae, attention=attention)
     if out.suffix == ".png" and not makes_images(net):
-        raise ValueError(f"--out: {net.name} makes latents of {net.sample_shape[0]} channels, not images; give the VAE "
-                         "that decodes them (--vae), or write a .safetensors file")
+        raise ValueError(latents)
     found = None if schedule is None else read(schedule, net)
     used = None if found is None else schedule_of(found, threshold)
     scheduler = option_value("scheduler", scheduler, [found], net.scheduler)
     if steps is None:
         steps = 20 if used is None else steps_of(used.steps, scheduler, net)
     guidance = option_value("guidance", guidance, [found], net.guidance)
-    images = harmonica_dit.sample(net, parse_labels(labels, net), steps=steps, schedule=used, guidance=guidance,
-                                  scheduler=scheduler, seed=seed, batch=batch, latents=out.suffix != ".png")
+    wanted = parse_labels(labels, net)
+    with progress_bar() as bar:
+        task = bar.add_task("sampling", total=len(wanted))
+        images = harmonica_dit.sample(net, wanted, steps=steps, schedule=used, guidance=guidance, scheduler=scheduler,
+                                      seed=seed, batch=batch, latents=out.suffix != ".png",
+                                      progress=lambda done: bar.update(task, completed=done))
     if out.suffix == ".png":
         from harmonica_dit.evaluate.pictures import image_sheet
 
         image_sheet(images, out)
     else:
         save_tensors(out, {"samples": images}, {"model": net.name, "seed": seed})
-    console.print(f"{len(images)} images in {out}" + (f", {used.speedup:.2f}× fewer FLOPs" if used else ""))
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
+    console.print(f"{count} in {out}" + (f", {used.speedup:.2f}× fewer FLOPs" if used else ""), soft_wrap=True)
 
 
+app.command()(schedule)
 app.command()(compare)
 
 
@@ -232,31 +269,18 @@ def show(
 ) -> None:
     """Draw a router or a schedule, and say what it saves."""
     from harmonica_dit.evaluate.heat_maps import plot
-    from harmonica_dit.evaluate.named_methods import read, schedule_of
     from harmonica_dit.files import check_file
     from harmonica_dit.published_routers import load_published_router
-    from harmonica_dit.router import Router, warn_if_soft
+    from harmonica_dit.router import Router, read, schedule_of, warn_if_soft
 
     out = out or file.parent / find(file).with_suffix(".png").name  # of a bundled router: in the current folder
     check_file(out)
     found = load_published_router(file, kind) if file.suffix == ".pt" else read(file)
     schedule = schedule_of(found, threshold)
     plot(found, out, threshold=threshold)
-    describe(schedule, out, made=found)
+    console.print(describe(schedule, out, made=found), soft_wrap=True)
     if isinstance(found, Router):
         warn_if_soft(found)
-
-
-def describe(schedule: "Schedule", path: Path, costs: "Seconds | None" = None,
-             made: "Router | Schedule | None" = None) -> None:
-    from harmonica_dit.router import Router
-
-    text = f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×"
-    if costs:
-        text += f", in time by what was measured {schedule.speedup_by(costs):.2f}×"
-    if isinstance(made, Router):
-        text += f", {made.soft_share:.0%} of the scores soft" + (f", recipe: {made.recipe}" if made.recipe else "")
-    console.print(text, soft_wrap=True)
 
 
 def parse_labels(text: str | None, net) -> list[int]:

@@ -11,6 +11,7 @@ from harmonica_dit.evaluate.catalogue import CATALOGUE, RIVALS, make_methods
 
 from .cli_options import (
     FILE,
+    Attention,
     Batch,
     Checkpoint,
     Device,
@@ -58,6 +59,7 @@ def compare(
     vae: Vae = None,
     prompts: Prompts = None,
     dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
     image_size: ImageSize = None,
     device: Device = None,
     steps: Annotated[int, typer.Option(help="Number of steps of the uncached trajectory and of --method; a schedule "
@@ -71,21 +73,26 @@ def compare(
 
     from harmonica_dit.demo import ACCURATE
     from harmonica_dit.evaluate.judging import judge_of
-    from harmonica_dit.evaluate.named_methods import name_after, read
+    from harmonica_dit.evaluate.named_methods import name_after
     from harmonica_dit.evaluate.report import compare_with_bar, table, write
     from harmonica_dit.files import check_folder
+    from harmonica_dit.router import read
 
     for name, value in (("--samples", samples), ("--seeds", seeds), ("--processes", processes)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     check_folder(out)
-    make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae)
+    make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae, attention)
     net = make()
     found = [read(path, net) for path in schedule or ()]
     guidance = option_value("guidance", guidance, found, net.guidance)
     scheduler = option_value("scheduler", scheduler, found, net.scheduler)
     methods = [name_after(path, one) for path, one in zip(schedule or (), found)]
     options = dict(steps=steps, guidance=guidance, scheduler=scheduler)
+    for one in methods:
+        if one.steps != steps:
+            typer.echo(f"harmonica: {one.name} is for {one.steps} steps; it is compared with {steps} uncached steps "
+                       "(--steps)", err=True)
     methods += make_methods(net, method or RIVALS, speedup or (1.9, 2.7), **options)
     labels = torch.arange(samples) % net.num_classes
     judge = judge_of(net, inception=inception, real=real, clip=clip, kept=out / "real-images.safetensors")

@@ -1,12 +1,21 @@
 """Options that several commands have, and what they name."""
 
+import importlib
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, or the folder "
-                                         "or repository of a diffusers pipeline, of any class.")]
+if TYPE_CHECKING:
+    from harmonica_dit.costs import Seconds
+    from harmonica_dit.router import Router
+    from harmonica_dit.schedule import Schedule
+
+Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, the folder or "
+                                         "repository of a diffusers pipeline, of any class, or module:function, a "
+                                         "function without arguments that makes a denoiser.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="File of the model's weights, .pt or .safetensors; fashion-dit "
                                                       "has its own.")]
 Vae = Annotated[str | None, typer.Option(help="Folder or repository of the VAE that decodes a latent model's samples; "
@@ -15,6 +24,8 @@ Prompts = Annotated[Path | None, typer.Option(help="File of prompts for a text p
                                                    "their numbers, from 0.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the model's weights: float32, bfloat16 or float16; training refuses "
                                          "float16.")]
+Attention = Annotated[str, typer.Option(help="Back end of a DiT's attention: sdpa, PyTorch's, or xformers, which needs "
+                                             "a CUDA device.")]
 ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.", show_default="the model's own")]
 Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:1.",
                                             show_default="cuda if there is one, else cpu")]
@@ -30,19 +41,47 @@ Threshold = Annotated[float | None, typer.Option(help="Compute a branch where th
 
 
 def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, image_size: int | None,
-         device: str | None, folder: Path | None = None, vae: str | None = None):
+         device: str | None, folder: Path | None = None, vae: str | None = None, attention: str = "sdpa"):
     """Loads the denoiser that the options name; `folder` keeps the encoded prompts."""
     import torch
 
     import harmonica_dit
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ":" in model and not Path(model).exists():
+        given = dict(checkpoint=checkpoint, prompts=prompts, image_size=image_size, vae=vae)
+        return call(model, [name for name, value in given.items() if value is not None], dtype, device)
     texts = kept = None
     if prompts is not None:
         from harmonica_dit.pipelines.prompts import read_texts  # with all of diffusers' models, which take seconds
 
         texts, kept = read_texts(prompts), folder and folder / "prompts.safetensors"
     return harmonica_dit.load(model, checkpoint, image_size=image_size, vae=vae, dtype=dtype, prompts=texts,
-                              embeddings=kept, device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+                              embeddings=kept, device=device, attention=attention)
+
+
+def call(model: str, given: list[str], dtype: str, device: str):
+    """The denoiser that a function makes, named as module:function; modules of the current folder are found too.
+
+    given: other options of the model, which are refused.
+    """
+    from harmonica_dit.load import check_device, check_dtype
+    from harmonica_dit.validate import check_denoiser
+
+    dtype, device = check_dtype(dtype), check_device(device)
+    if given:
+        raise ValueError(f"{given[0]}: {model} makes its model itself and takes none")
+    module, _, function = model.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"name: {model} names no function in a module: {error}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    net = make()
+    check_denoiser(net)
+    return net.eval().requires_grad_(False).to(device, dtype)
 
 
 def option_value(option: str, given, found: list, default):
@@ -53,3 +92,16 @@ def option_value(option: str, given, found: list, default):
     if len(values) > 1:
         raise ValueError(f"--{option}: the files were made for {', '.join(sorted(map(str, values)))}; give one")
     return values.pop() if values else default
+
+
+def describe(schedule: "Schedule", path: Path, costs: "Seconds | None" = None,
+             made: "Router | Schedule | None" = None) -> str:
+    """A file's schedule in a line; `made` says more of a router."""
+    from harmonica_dit.router import Router
+
+    text = f"{path}: {schedule.steps} steps, CUR {schedule.cur:.1%}, FLOPs speedup {schedule.speedup:.2f}×"
+    if costs:
+        text += f", in time by what was measured {schedule.speedup_by(costs):.2f}×"
+    if isinstance(made, Router):
+        text += f", {made.soft_share:.0%} of the scores soft" + (f", recipe: {made.recipe}" if made.recipe else "")
+    return text

@@ -1,6 +1,7 @@
 """Files: safetensors and JSON, never pickle. A file is replaced whole or not at all."""
 
 import errno
+import glob
 import json
 import os
 import secrets
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+TOKEN = 4  # random bytes in a temporary file's name
 
 
 @contextmanager
@@ -25,7 +28,7 @@ def replacement(path: str | os.PathLike):
             names the file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(TOKEN)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "x") as made:  # tempfile would ignore the umask: only the owner could read its files
@@ -44,6 +47,12 @@ def replacement(path: str | os.PathLike):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what a killed process left of `replacement`; only where no other process writes the same file."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 2 * TOKEN}{path.suffix}"):
+        temporary.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError | SafetensorError) -> OSError:
@@ -97,12 +106,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, to
 
 
 def check_folder(folder: Path) -> None:
-    """Makes the folder and a file in it, so that a folder that cannot be written is refused before the work begins."""
+    """Refuses a folder that cannot be made or written to, before the work begins. One that was not there is not left.
+    """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise type(error)(f"cannot write into {folder}: {error.strerror}") from None
+    finally:
+        for one in made:
+            if one.is_dir():
+                one.rmdir()
 
 
 def check_file(path: Path) -> None:

@@ -138,9 +138,16 @@ def _count_product(a, b, *_, out_shape=None, **__) -> int:
 @contextmanager
 def replace_bodies(net, new: Callable[[int, Callable], Callable]):
     """Replaces body k of the denoiser by new(k, body) until the block ends."""
-    branches = list(net.branches)
-    net.branches[:] = [replace(b, body=new(k, b.body), body_out=None) for k, b in enumerate(branches)]
+    branches, own = list(net.branches), net.branches
+    changed = [replace(b, body=new(k, b.body), body_out=None) for k, b in enumerate(branches)]
+    if isinstance(own, tuple):
+        net.branches = tuple(changed)
+    else:
+        own[:] = changed  # in place: an adapter and its denoiser share their list
     try:
         yield
     finally:
-        net.branches[:] = branches
+        if isinstance(own, tuple):
+            net.branches = own
+        else:
+            own[:] = branches

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,9 @@ def load(name, checkpoint: str | os.PathLike | None = None, *, image_size: int |
     """Loads a denoiser, in evaluation mode and without gradients for its weights.
 
     A denoiser is a module `net(x, t, y, row=, forecast_weights=, cache=, threshold=)` with `name`, `sample_shape`,
-    `num_classes`, `branches` (a list) and `branch_names`. Its `guidance`, `guidance_channels` and `scheduler` are the
-    defaults of trajectories. Labels are classes, or the numbers of a text model's prompts; the label `num_classes`
-    stands for none.
+    `num_classes`, `branches` (a list or tuple), `branch_names`, `tokens` (N) and `width` (D). Its `guidance`,
+    `guidance_channels` and `scheduler` are the defaults of trajectories. Labels are classes, or the numbers of a text
+    model's prompts; the label `num_classes` stands for none.
 
     A pipeline with another transformer than DiT's or PixArt's becomes a denoiser without `branches`, which is run by a
     `Trajectory` alone: the pipeline's own loop makes the guided output of each step, see `pipelines/own_loop.py`. It
@@ -45,8 +46,8 @@ def load(name, checkpoint: str | os.PathLike | None = None, *, image_size: int |
         vae: folder or repository of the AutoencoderKL that decodes a latent model's samples; a pipeline has its own.
             None for a configuration leaves latents. It stays in float32.
         dtype: of the weights: float32, bfloat16 or float16. device: of the weights, such as "cuda".
-        attention: back end of a DiT, "sdpa" (PyTorch chooses between flash attention, cuDNN and its own) or "xformers".
-            A pipeline keeps its own processors.
+        attention: back end of a DiT, "sdpa" (PyTorch chooses between flash attention, cuDNN and its own) or "xformers",
+            for CUDA alone. A pipeline keeps its own processors.
 
     Raises:
         ValueError: the name, dtype, back end or device is not known, or the image size, the checkpoint, the prompts,
@@ -55,10 +56,14 @@ def load(name, checkpoint: str | os.PathLike | None = None, *, image_size: int |
         FileNotFoundError: there is no such checkpoint. OSError: there is no such VAE.
     """
     dtype, device = check_dtype(dtype), check_device(device)
+    if attention == "xformers" and device.type != "cuda":
+        raise ValueError(f"attention: xformers needs a CUDA device, got {device}; leave the default, sdpa")
     if not isinstance(name, str) or name not in ("fashion-dit", *CONFIGS) and (
             os.path.isdir(name) or re.fullmatch(r"[\w.-]+/[\w.-]+", name)):
         from harmonica_dit.pipelines.denoiser import load_pipeline
 
+        if attention != "sdpa":
+            raise ValueError(f"attention: {name} is a pipeline, which keeps its own processors")
         if checkpoint is not None:
             raise ValueError(f"checkpoint: {name} is a pipeline, which has its own weights")
         return load_pipeline(name, prompts=prompts, call=call, embeddings=embeddings, image_size=image_size, vae=vae,
@@ -103,13 +108,13 @@ def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def check_device(device: str | torch.device) -> torch.device:
     try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f'device: got {device!r}, expected one of PyTorch\'s, such as "cpu" or "cuda:0"') from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: got {str(device)!r}, but PyTorch {torch.__version__} sees "
-                         f"{torch.cuda.device_count()} CUDA devices here")
-    return device
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()  # for torch.device() takes any number, and what this PyTorch lacks
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: got {str(device)!r}, which PyTorch {torch.__version__} cannot use here: {reason}") \
+            from None
+    return found
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -139,5 +144,9 @@ def read_checkpoint(path: str | os.PathLike):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):  # the file may well be whole
         raise
-    except Exception as error:  # torch passes on the errors of its readers: pickle, zip and runtime errors
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: {error}") from None
+    except pickle.UnpicklingError as error:  # whose message goes on to advise reading the file all the same
+        (found,) = re.findall(r"GLOBAL (\S+)", str(error))[:1] or ["more than tensors"]
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: it holds {found}, and reading that could run "
+                         "code of whoever made the file") from None
+    except Exception as error:  # torch passes on the errors of its readers: zip and runtime errors, and what pickle has
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: {type(error).__name__}, {error}") from None

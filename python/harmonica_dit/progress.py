@@ -5,11 +5,12 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-EVERY = 30  # seconds between two lines where there is no terminal
+# where there is no terminal, in seconds: between two lines, and what takes a line at its end
+EVERY, LONG = 30, 2
 
 
 class Lines(Progress):
-    """In place of a bar where there is no terminal: a line now and then, and one at the end of each task."""
+    """In place of a bar where there is no terminal: a line now and then, and one at the end of each task that took some time."""
 
     def __init__(self, shown: bool, **options):
         super().__init__(disable=True, **options)
@@ -18,7 +19,7 @@ class Lines(Progress):
     def update(self, task_id, **fields) -> None:
         super().update(task_id, **fields)
         task, now = self._tasks[task_id], self.get_time()
-        if self._shown and (task.finished or now >= self._said + EVERY):
+        if self._shown and (task.finished and task.elapsed >= LONG or now >= self._said + EVERY):
             self._said = now
             left = "" if task.finished or task.time_remaining is None else f", {_time(task.time_remaining)} left"
             self.console.print(f"{task.completed:.0f} of {task.total:.0f} in {_time(task.elapsed)}{left}: "

@@ -189,3 +189,32 @@ def warn_if_soft(router: Router) -> None:
 def decide(scores: Tensor, threshold: float) -> Tensor:
     """r > τ, compared in float64 as Python floats are. A float32 score of 0.1 is above τ = 0.1 only in float64."""
     return scores.detach().double() > threshold
+
+
+def read(path: str | os.PathLike, net=None) -> Router | Schedule:
+    """Reads the router or schedule in a file, or the bundled one of that name, see `harmonica_dit.fashion.find`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, it holds neither, or its router does not fit `net`.
+    """
+    path = find(path)
+    tensors, metadata = load_tensors(path)
+    if metadata.get("kind") == "router":
+        return Router.from_tensors(tensors, metadata, path, net)
+    return Schedule.from_tensors(tensors, metadata, path)
+
+
+def schedule_of(found: str | os.PathLike | Router | Schedule, threshold: float | None = None) -> Schedule:
+    """The schedule that a router, a schedule or a file of either stands for; `threshold` replaces a router's own.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it holds neither, or τ is out of range or no router's.
+    """
+    path = found if isinstance(found, (str, os.PathLike)) else "this"
+    if path is found:
+        found = read(path)
+    if isinstance(found, Router):
+        return found.schedule(threshold)
+    if threshold is not None:
+        raise ValueError(f"threshold: is a router's, {path} is a schedule, which has been decided already")
+    return found

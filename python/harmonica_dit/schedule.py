@@ -28,6 +28,7 @@ from harmonica_dit.resample import resample
 from harmonica_dit.validate import (
     FORMAT,
     WITH_FORECASTER,
+    check_alike_in_runs,
     check_architecture,
     check_branches,
     check_content,
@@ -47,7 +48,7 @@ FIELDS = ("branches", "flops", "origin", "model", "timesteps")
 OPTIONAL = ("guidance", "resolution", "architecture", "scheduler", "labels", "runs")  # older files lack these
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
     """The frozen compute table of one trajectory.
 
@@ -118,18 +119,11 @@ class Schedule:
         check_architecture(self.architecture)
         if self.runs is not None:
             object.__setattr__(self, "runs", check_runs(self.runs))
-            self._check_runs()
+            check_alike_in_runs(self.runs, compute=self.compute, extrapolation=self.extrapolation)
+            if self.unit == "trunk":
+                raise ValueError("runs: got some beside a forecaster of the trunk; give one of both")
         if self.forecaster is not None:
             self._check_forecaster()
-
-    def _check_runs(self) -> None:
-        for first, end in run_spans(self.runs, self.compute.shape[1]):
-            for name in ("compute", "extrapolation"):
-                table = getattr(self, name)[:, first:end]
-                if (table != table[:, :1]).any():
-                    raise ValueError(f"{name}: differs within the run of the branches {first} to {end - 1}")
-        if self.unit == "trunk":
-            raise ValueError("runs: got some beside a forecaster of the trunk; give one of both")
 
     def _check_forecaster(self) -> None:
         forecaster, compute = self.forecaster, self.compute
@@ -148,6 +142,10 @@ class Schedule:
         partly = (compute.any(1) & ~compute.all(1)).nonzero().flatten().tolist()
         if partly:
             raise ValueError(f"compute: steps {partly} are computed in part; a forecaster of the trunk has whole ones")
+
+    def __repr__(self) -> str:
+        return (f"<Schedule {self.origin or 'of unknown origin'}: {self.steps} steps, {len(self.branches)} branches, "
+                f"CUR {self.cur:.1%}, FLOPs speedup {self.speedup:.2f}×>")
 
     @property
     def steps(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harmonica_dit.costs import Costs
 from harmonica_dit.flops import Flops
+from harmonica_kernels.cache import run_spans
 
 FORMAT = 1  # of router and schedule files
 WITH_FORECASTER = 2  # of schedule files with a forecaster or runs, which older versions cannot follow
@@ -62,12 +63,35 @@ def check_fits(where: str, made, net) -> None:
         warnings.warn(f"{where}made for the model {made.model!r}, used with {net.name!r}", stacklevel=4)
 
 
+DENOISER = ("name", "sample_shape", "num_classes", "branch_names", "guidance", "guidance_channels", "scheduler",
+            "width")
+UNTRACED = ("branches", "tokens")  # what one needs whose FLOPs no adapter has counted
+
+
+def check_denoiser(net) -> None:
+    """Refuses what lacks an attribute of a denoiser, see `harmonica_dit.load`; the message names all that is lacking.
+    """
+    needed = DENOISER if hasattr(net, "flops") else DENOISER + UNTRACED
+    missing = [name for name in needed if not hasattr(net, name)]
+    if missing:
+        raise TypeError(f"net: {type(net).__name__} has no {', '.join(missing)}, which a denoiser needs: see the help "
+                        "of harmonica_dit.load")
+
+
 def check_table(name: str, table: Tensor, T: int, K: int) -> None:
     """Refuses everything but a finite float32 tensor [T, K]."""
     if not isinstance(table, Tensor) or table.dtype != torch.float32 or tuple(table.shape) != (T, K):
         raise TypeError(f"{name}: got {describe(table)}, expected a float32 tensor [{T}, {K}]")
     if not table.isfinite().all():
         raise ValueError(f"{name}: has entries that are not finite")
+
+
+def check_alike_in_runs(runs: tuple[int, ...], **tables: Tensor) -> None:
+    """Refuses tables [T, K] whose columns differ within a run of branches."""
+    for name, table in tables.items():
+        for first, end in run_spans(runs, table.shape[1]):
+            if (table[:, first:end] != table[:, first : first + 1]).any():
+                raise ValueError(f"{name}: differs within the run of the branches {first} to {end - 1}")
 
 
 def check_branches(branches, K: int) -> tuple[str, ...]:

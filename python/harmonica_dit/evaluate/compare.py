@@ -17,7 +17,7 @@ from torch import Tensor
 from harmonica_dit.sample import Trajectory, check_labels, decode, sample
 from harmonica_dit.sample.decoding import makes_images
 from harmonica_dit.sample.sampling import own_timesteps
-from harmonica_dit.validate import check_whole
+from harmonica_dit.validate import check_denoiser, check_whole
 
 from .metrics import Judge
 from .named_methods import Method, check_names
@@ -62,6 +62,7 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
             more than once a step. Nothing has been sampled then.
         KeyboardInterrupt: Ctrl-C; the message says how much is kept.
     """
+    check_denoiser(net)
     for name, value in (("batch", batch), ("processes", processes)):
         check_whole(name, value, 1)
     for seed in seeds:

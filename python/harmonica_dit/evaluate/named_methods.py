@@ -10,10 +10,9 @@ from diffusers import SchedulerMixin
 
 from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.fashion import find
-from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import fora
-from harmonica_dit.router import Router
+from harmonica_dit.router import Router, read, schedule_of
 from harmonica_dit.schedule import Schedule
 
 
@@ -64,28 +63,6 @@ def fora_methods(net, steps: int, every: int) -> list[Method]:
     """FORA at every n-th step: once repeating, once with first-order forecasts as in TaylorSeer."""
     return [Method(f"FORA n={every}", "FORA", steps, fora(net, steps, every)),
             Method(f"FORA n={every} + forecast", "FORA + forecast", steps, fora(net, steps, every, 1))]
-
-
-def read(path: str | os.PathLike, net=None) -> Router | Schedule:
-    """Reads the router or schedule in a file; a bare name may be that of a bundled router, see `Router.find`.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, it holds neither, or its router does not fit `net`.
-    """
-    path = find(path)
-    tensors, metadata = load_tensors(path)
-    if metadata.get("kind") == "router":
-        return Router.from_tensors(tensors, metadata, path, net)
-    return Schedule.from_tensors(tensors, metadata, path)
-
-
-def schedule_of(found: Router | Schedule, threshold: float | None = None) -> Schedule:
-    """The schedule of what `read` found; `threshold` replaces a router's own."""
-    if isinstance(found, Router):
-        return found.schedule(threshold)
-    if threshold is not None:
-        raise ValueError("threshold: the file holds a frozen schedule; only a router has one")
-    return found
 
 
 def read_schedule(path: str | os.PathLike, net=None, threshold: float | None = None) -> Schedule:

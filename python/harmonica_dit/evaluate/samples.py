@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from harmonica_dit.adaptive import AdaptiveSchedule
-from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.files import load_tensors, remove_leftovers, save_tensors
 from harmonica_dit.models.quantized import stored
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.schedulers import make_scheduler
@@ -105,6 +105,7 @@ class Samples:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(path.with_suffix(".lock"), blocking=False):
+                remove_leftovers(path)
                 if self.read(method, seed, first) is None:
                     adaptive, schedule = isinstance(method.schedule, AdaptiveSchedule), method.schedule
                     if adaptive:

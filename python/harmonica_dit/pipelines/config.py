@@ -4,9 +4,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
-from harmonica_dit.fashion import find
-from harmonica_dit.files import load_tensors
-from harmonica_dit.router import Router
+from harmonica_dit.router import Router, schedule_of
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import is_number
 
@@ -70,12 +68,4 @@ class HarmoniCaConfig:
         Raises:
             FileNotFoundError: there is no such file. ValueError: it holds something else, or τ is out of range.
         """
-        found = self.schedule
-        if isinstance(found, (str, os.PathLike)):
-            path = find(found)
-            tensors, metadata = load_tensors(path)
-            cls = Schedule if metadata.get("kind") == "schedule" else Router
-            found = cls.from_tensors(tensors, metadata, path)
-            if self.threshold is not None and cls is Schedule:
-                raise ValueError(f"threshold: is a router's, {path} is a schedule, which has been decided already")
-        return found.schedule(self.threshold) if isinstance(found, Router) else found
+        return None if self.schedule is None else schedule_of(self.schedule, self.threshold)

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from harmonica_dit.models import VAE_FACTOR, latent_side
+from harmonica_dit.repository import check_reachable
 from harmonica_dit.sample.decoding import load_vae
 
 from .adapters import adapt, model_name
@@ -88,6 +89,7 @@ def load_pipeline(source: str | DiffusionPipeline, *, prompts: Sequence[str | Ma
     elif not isinstance(source, str):
         raise TypeError(f"name: got {type(source).__name__}, expected a name, or a diffusers pipeline")
     else:
+        check_reachable("name", source, "model_index.json")
         parts, name = DiffusionPipeline.load_config(source), model_name(source)
         kind = parts.get("_class_name")
     if kind not in PIPELINES:

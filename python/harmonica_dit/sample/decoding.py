@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from harmonica_dit.repository import check_reachable
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
@@ -50,6 +52,7 @@ def load_vae(source: str | os.PathLike, channels: int, **options) -> "Autoencode
     Raises:
         OSError: there is none. ValueError: its latents have another number of channels.
     """
+    check_reachable("vae", source, os.path.join(options.get("subfolder", ""), "config.json"))
     from diffusers import AutoencoderKL  # not at the top: with all of diffusers' models it takes seconds to import
 
     vae = AutoencoderKL.from_pretrained(source, **options)

@@ -13,6 +13,7 @@ from harmonica_dit.costs import Seconds
 from harmonica_dit.files import check_file
 from harmonica_dit.flops import Flops, count_flops, trunk_costs
 from harmonica_dit.forecaster import taylor
+from harmonica_dit.memory import check_fits_memory
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.timing import device_name, interleave, medians, steady_clock
 from harmonica_dit.validate import check_whole
@@ -49,6 +50,7 @@ def measure_costs(net, *, batch: int, guidance: float | None = None, scheduler=N
     for name, value in (("batch", batch), ("rounds", rounds)):
         check_whole(name, value, 1)
     flops, weight = count_flops(net), next(net.parameters())
+    check_fits_memory(net, batch, net.guidance if guidance is None else guidance, kept=len(net.branch_names))
     labels = (torch.arange(batch) % net.num_classes).to(weight.device)
     trajectory = Trajectory(net, labels, steps=STEPS, guidance=guidance, scheduler=scheduler)
     where = dict(device=device_name(weight.device), model=net.name, flops=flops.total, dtype=str(weight.dtype),

@@ -1,5 +1,6 @@
 """From labels to images."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -8,15 +9,18 @@ from torch import Tensor
 
 import harmonica_kernels as hk
 from harmonica_dit.adaptive import AdaptiveSchedule
+from harmonica_dit.memory import check_fits_memory
+from harmonica_dit.router import Router, schedule_of
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_whole
+from harmonica_dit.validate import check_denoiser, check_whole
 
 from .decoding import decode
 from .trajectory import Trajectory, check_labels, image_noise
 
 
 @torch.no_grad()
-def sample(net, labels, *, steps: int | None = None, schedule: Schedule | AdaptiveSchedule | None = None,
+def sample(net, labels, *, steps: int | None = None,
+           schedule: str | os.PathLike | Router | Schedule | AdaptiveSchedule | None = None,
            guidance: float | None = None, guidance_channels: int | None = None, seed: int = 0, first: int = 0,
            scheduler=None, batch: int = 64, executor="eager", latents: bool = False,
            progress: Callable[[int], None] | None = None) -> Tensor:
@@ -26,7 +30,8 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | Adapti
         net: a denoiser, see `harmonica_dit.load`.
         labels: [n] whole numbers: classes or, of a text model, the numbers of its prompts.
         steps: T, the scheduler's steps; None is the schedule's number, or 20.
-        schedule: for this model and T; None computes every branch at every step. An adaptive one decides for a batch.
+        schedule: for this model and T, or a router, or a file or the bundled name of either; None computes every branch
+            at every step. An adaptive one decides for a batch.
         guidance, guidance_channels: classifier-free guidance (Ho & Salimans, 2022), see `Trajectory`; None is the
             model's own.
         seed, first: image i starts from noise number `first` + i of the seed, whatever the batch size.
@@ -44,13 +49,17 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | Adapti
         has a VAE, see `harmonica_dit.load`, and latents otherwise.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or the schedule is for another model or another T.
+        TypeError, ValueError: an argument is not as above, or the schedule is for another model or another T, or a
+            batch cannot fit in memory. FileNotFoundError: there is no such file.
         RuntimeError: the trajectory cannot be captured, for example because the scheduler draws noise; the message says
             why.
     """
+    check_denoiser(net)
     labels = check_labels(labels, net.num_classes)
+    if isinstance(schedule, (str, os.PathLike, Router)):
+        schedule = schedule_of(schedule)
     if schedule is not None and not isinstance(schedule, (Schedule, AdaptiveSchedule)):
-        raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (a router's: router.schedule())")
+        raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule, a Router or a file of one")
     for name, value, least in (("batch", batch, 1), ("seed", seed, 0), ("first", first, 0)):
         check_whole(name, value, least)
     if steps is None:
@@ -65,6 +74,8 @@ def sample(net, labels, *, steps: int | None = None, schedule: Schedule | Adapti
         trajectory = Trajectory(net, part, steps=steps, scheduler=scheduler, guidance=guidance,
                                 guidance_channels=guidance_channels, seed=seed, first=first + start,
                                 timesteps=own_timesteps(schedule))
+        if start == 0:
+            check_fits_memory(net, len(part), trajectory.model.scale)
         if schedule is not None:
             schedule.check(net, trajectory)
         noise = image_noise(seed, first + start, len(part), net.sample_shape)

@@ -85,7 +85,7 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,
         made = ReferenceDDIM() if isinstance(scheduler, ReferenceDDIM) else _make_from_config(type(scheduler),
                                                                                               scheduler.config)
     else:
-        made = _make_by_name(scheduler, None if isinstance(own, str) else own)
+        made = _make_by_name(scheduler, _by_default(own) if isinstance(own, str) else own)
     if getattr(net, "guided_by_its_loop", False):
         net.set_timesteps(made, steps)
     elif made.config.get("use_dynamic_shifting"):
@@ -121,10 +121,22 @@ def steps_of(calls: int, scheduler: str | SchedulerMixin | None, net=None) -> in
     raise ValueError(f"scheduler: {scheduler!r} cannot call the model {calls} times, as the schedule needs")
 
 
+def _by_default(name: str) -> SchedulerMixin | None:
+    """A model's own scheduler that it has by name; None for the reference's."""
+    cls = _class(name)
+    return None if cls is None or "beta_schedule" in inspect.signature(cls).parameters else cls()
+
+
+def _class(name: str) -> type[SchedulerMixin] | None:
+    """diffusers' scheduler of this name; None if there is none."""
+    cls = getattr(diffusers, name, None)
+    return cls if inspect.isclass(cls) and issubclass(cls, SchedulerMixin) else None
+
+
 def _make_by_name(name: str, own: SchedulerMixin | None) -> SchedulerMixin:
     """The scheduler `name` of the reference or of diffusers. own: the model's; None stands for the reference's DDIM."""
-    cls = {"ddim": ReferenceDDIM, "iddpm": DDPMScheduler}.get(name) or getattr(diffusers, name, None)
-    if not (inspect.isclass(cls) and issubclass(cls, SchedulerMixin)):
+    cls = {"ddim": ReferenceDDIM, "iddpm": DDPMScheduler}.get(name) or _class(name)
+    if cls is None:
         raise ValueError(f'scheduler: got {name!r}, expected "ddim", "iddpm" or the name of a diffusers scheduler, '
                          'such as "DPMSolverMultistepScheduler"')
     accepted = inspect.signature(cls.__init__).parameters

@@ -9,9 +9,14 @@ from torch import Tensor
 
 from harmonica_dit.costs import Costs
 from harmonica_dit.router import Router
+from harmonica_dit.schedule import Schedule
 
 WINDOW = 10  # the running mean of the values looks back on about so many trajectories
 TOLERANCE = 0.02  # how far a frozen schedule may be from its target without a warning, as a share of it
+
+
+class TargetMissed(UserWarning):
+    """A router's frozen schedule is further than 2 % from its target."""
 
 
 class Budget:
@@ -60,25 +65,34 @@ class Budget:
         above = ranked[ranked > first_out]  # entries of equal value are reused together
         return (first_out + above[-1].item()) / 2 if len(above) else first_out
 
-    def set_threshold(self, router: Router) -> None:
-        """Sets the router's threshold, so that its schedule meets the target as nearly as the scores allow."""
+    def threshold(self, router: Router) -> float:
+        """The threshold at which the router's schedule meets the target as nearly as its scores allow."""
         scores = router.scores()[1:]
         if self.exact:
-            router.threshold = self.cut(scores)
-            return
+            return self.cut(scores)
         values = scores.double().unique().tolist()
         cuts = [(a + b) / 2 for a, b in pairwise([0.0, *values, values[-1]])]
-        router.threshold = cuts[bisect_left(cuts, True, key=lambda cut: router.schedule(cut).speedup_by(
+        return cuts[bisect_left(cuts, True, key=lambda cut: router.schedule(cut).speedup_by(
             self.costs) >= self.speedup * (1 - 1e-9))]
+
+    def set_threshold(self, router: Router) -> None:
+        router.threshold = self.threshold(router)
 
     def check(self, router: Router) -> None:
         """Warns if the frozen schedule is further than 2 % from the target."""
-        schedule = router.schedule()
-        name, got, target = (("target_speedup", schedule.speedup_by(self.costs), self.speedup) if self.cur is None
-                             else ("target_cur", schedule.cur, self.cur))
-        if abs(got - target) > TOLERANCE * target:
-            warnings.warn(f"{name}={target:g}: the nearest schedule above it that the scores allow has {got:.4g}",
-                          stacklevel=4)
+        missed = how_missed(router.schedule(), self.costs, self.speedup, self.cur)
+        if missed:
+            warnings.warn(missed, TargetMissed, stacklevel=4)
+
+
+def how_missed(schedule: Schedule, costs: Costs, speedup: float | None, cur: float | None) -> str | None:
+    """How a schedule misses its target, the speedup in these costs or the CUR, by more than 2 %; None if it does not.
+    """
+    name, got, target = (("target_speedup", schedule.speedup_by(costs), speedup) if cur is None
+                         else ("target_cur", schedule.cur, cur))
+    if target is None or abs(got - target) <= TOLERANCE * target:
+        return None
+    return f"{name}={target:g}: the nearest schedule above it that the scores allow has {got:.4g}"
 
 
 class Steering:

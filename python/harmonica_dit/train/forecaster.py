@@ -12,15 +12,16 @@ from diffusers import SchedulerMixin
 from rich.progress import Progress
 from torch import Tensor
 
-from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
+from harmonica_dit.files import load_tensors, optimizer_tensors, remove_leftovers, restore_optimizer, save_tensors
 from harmonica_dit.flops import trunk_costs
 from harmonica_dit.forecaster import taylor
+from harmonica_dit.memory import check_fits_memory
 from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.progress import progress_bar
 from harmonica_dit.sample.schedulers import make_scheduler, scheduler_name
 from harmonica_dit.sample.trajectory import FIRST_IMAGE, Trajectory, check_labels, image_noise
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_fits, check_whole, is_number
+from harmonica_dit.validate import check_denoiser, check_fits, check_whole, is_number
 from harmonica_kernels.cache import check_history
 
 from .checkpoint import check_like, check_same_settings
@@ -82,6 +83,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         FloatingPointError: the loss is not finite.
         KeyboardInterrupt: Ctrl-C; the message says how to go on.
     """
+    check_denoiser(net)
     for name, value, least in (("steps", steps, 2), ("iterations", iterations, 1), ("images", images, 1),
                                ("held_out", held_out, 1), ("batch", batch, 1), ("seed", seed, 0)):
         check_whole(name, value, least)
@@ -100,6 +102,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         labels = sorted(set(check_labels(labels, net.num_classes).tolist()))
     check_weights(next(net.parameters()).dtype)
     guidance = net.guidance if guidance is None else guidance
+    check_fits_memory(net, batch, guidance)
     if not isinstance(schedule, Schedule):
         schedule = trunk_forecast(net, steps, speedup=schedule)
     compute = [bool(row.all()) for row in schedule.compute]
@@ -160,6 +163,7 @@ class _Run:
             try:
                 # Before the targets, which take minutes: the folder may be of another training, or read-only.
                 if path is not None:
+                    remove_leftovers(path)
                     self._restore(path) if path.exists() else self._save(path)
                 targets = self._targets(bar)
                 task = bar.add_task("training the forecaster", total=n, completed=self.done)

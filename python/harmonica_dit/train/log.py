@@ -9,6 +9,8 @@ from harmonica_dit.progress import progress_bar
 
 COLUMNS = ("trajectory", "seconds", "loss", "error", "importance", "beta", "threshold", "cur", "speedup")
 
+EVENTS = ".harmonica"  # ends the name of our event file
+
 
 class Log:
     """Logs one line per trajectory.
@@ -35,7 +37,11 @@ class Log:
             except ImportError:
                 warnings.warn("tensorboard is not installed: the log is written to log.csv only", stacklevel=4)
             else:
-                self._board = SummaryWriter(str(out), purge_step=first)
+                for old in out.glob(f"events.out.tfevents.*{EVENTS}"):  # one file a training, however often it goes on
+                    old.unlink()
+                self._board = SummaryWriter(str(out), filename_suffix=EVENTS)
+                for line in csv.DictReader(row.decode() for row in kept):
+                    self._plot({name: float(value) for name, value in line.items()})
 
     def __enter__(self) -> "Log":
         self._bar.start()
@@ -57,8 +63,11 @@ class Log:
             except OSError as error:
                 raise cannot_write(Path(self._file.name), error) from None
         if self._board is not None:
-            for name in COLUMNS[1:]:
-                self._board.add_scalar(name, values[name], values["trajectory"])
+            self._plot(values)
         text = (f"loss {values['loss']:.3g}  CUR {100 * values['cur']:.1f} %  speedup {values['speedup']:.2f}×  "
                 f"λ {values['importance']:.2g}  β {values['beta']:.2g}")
         self._bar.update(self._task, advance=1, description=text)
+
+    def _plot(self, values: dict[str, float]) -> None:
+        for name in COLUMNS[1:]:
+            self._board.add_scalar(name, values[name], int(values["trajectory"]))

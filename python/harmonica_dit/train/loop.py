@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from harmonica_dit.files import remove_leftovers
 from harmonica_dit.router import Router, warn_if_soft
 
 from .budget import Budget
@@ -17,17 +18,21 @@ def run_training(training: Training, total: int, advance: Callable[[], dict[str,
     Args:
         training: at its start; it goes on from the checkpoint in `out`, if there is one.
         advance: runs the next one, counts it in `training.trajectory` and returns the values to log.
-        out, progress: as in `train_router`. record: the settings that a checkpoint must have.
+        out, progress: as in `train_router`. record: the settings that a checkpoint must have; it may have counted to
+            another total, so a training can be extended.
         budget: of the target, for which the router's threshold is chosen at the end; None leaves the threshold.
-        of: what is counted, for messages.
+        of: what is counted: the setting that says how many.
 
     Returns:
         The router, which is also in `out/router.safetensors`.
     """
     if out is not None:
         checkpoint = out / "checkpoint.safetensors"
+        remove_leftovers(checkpoint)
         if checkpoint.exists():
-            training.restore(checkpoint, record)
+            training.restore(checkpoint, {name: value for name, value in record.items() if name != of})
+            if training.trajectory > total:
+                raise ValueError(f"{of}: got {total}, but {checkpoint} has run {training.trajectory} of them already")
         training.save(checkpoint, record)  # if the folder cannot be written, this fails before the work begins
     with Log(out, total, training.trajectory, progress) as log:
         try:

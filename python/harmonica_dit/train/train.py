@@ -12,9 +12,12 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from harmonica_dit.costs import Costs
+from harmonica_dit.memory import check_fits_memory
 from harmonica_dit.router import Router
 from harmonica_dit.sample.trajectory import run_eagerly
+from harmonica_dit.validate import check_denoiser
 
+from .budget import Budget
 from .checkpoint import Training
 from .frozen_model import checkpoint_bodies, freeze
 from .importance import measure_importance, normalise
@@ -80,7 +83,7 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
             whole training; "eager" runs them as they are. On the CPU both run alike.
         seed: decides the initial logits, the noise and the labels.
         out: folder for checkpoint, logs, the router and its picture. The same call with the same folder goes on after
-            an interruption and ends with the same bits.
+            an interruption and ends with the same bits; with more trajectories it extends a training.
         progress: whether a progress bar is shown.
 
     Returns:
@@ -94,6 +97,7 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
 
     Source: HarmoniCa (Huang et al., ICML 2025, arXiv 2410.01723), section 3; targets and forecasts are ours.
     """
+    check_denoiser(net)
     completed, said = complete(recipe, dict(
         steps=steps, target_speedup=target_speedup, target_cur=target_cur, beta=beta, trajectories=trajectories,
         batch=batch, lr=lr, eps=eps, threshold=threshold, importance=importance, importance_rows=importance_rows,
@@ -105,6 +109,7 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
     check_weights(next(net.parameters()).dtype)
     if executor not in ("captured", "eager"):
         raise ValueError(f'executor: got {executor!r}, expected "captured" or "eager"')
+    check_fits_memory(net, settings.batch, settings.guidance, kept=len(net.branch_names))
     out = None if out is None else Path(out)
     costs = find_costs(net, settings, out)
     training, budget = start_training(net, settings, costs)
@@ -115,7 +120,7 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
     recomputation = checkpoint_bodies(net) if checkpointing else nullcontext()
     with freeze(net), recomputation:
         return run_training(training, settings.trajectories,
-                            lambda: _train_one(net, settings, costs, training, run, cache),
+                            lambda: _train_one(net, settings, costs, training, run, cache, budget),
                             out=out, record=settings.record(net), budget=budget, progress=progress)
 
 
@@ -136,11 +141,11 @@ def check_arguments(*, recipe: str = "recommended", dtype: str | torch.dtype = t
 
 
 def _train_one(net, settings: Settings, costs: Costs, training: Training, executor: Callable,
-               cache) -> dict[str, float]:
+               cache, budget: Budget | None) -> dict[str, float]:
     """Measures λ if it is due, runs the next trajectory, and returns the values to log.
 
     costs: what a target speedup is in. executor: runs the model, see `Trajectory`. cache: the one to work in, see
-    `Student`.
+    `Student`. budget: of the target; what is logged of the schedule is what it would be if the training ended here.
     """
     begun, n, router = time.monotonic(), training.trajectory, training.router
     refreshed = last_refresh(n, router.steps, settings.refresh)
@@ -164,10 +169,11 @@ def _train_one(net, settings: Settings, costs: Costs, training: Training, execut
     if training.steering is not None:
         training.beta = training.steering.observe(measurements.values)
     training.trajectory += 1
-    schedule = router.schedule()
+    threshold = router.threshold if budget is None else budget.threshold(router)
+    schedule = router.schedule(threshold)
     return dict(trajectory=n, seconds=time.monotonic() - begun, loss=measurements.losses.mean().item(),
                 error=measurements.errors.mean().item(), importance=training.importance[1:].mean().item(),
-                beta=beta or 0.0, threshold=router.threshold, cur=schedule.cur, speedup=schedule.speedup_by(costs))
+                beta=beta or 0.0, threshold=threshold, cur=schedule.cur, speedup=schedule.speedup_by(costs))
 
 
 def _check_finite(values: Tensor, what: str, n: int) -> Tensor:

@@ -89,7 +89,7 @@ def test_files(net, tmp_path):
     assert float(lines[-1]["speedup"]) >= 1 and all(float(line["loss"]) > 0 for line in lines)
 
 
-@pytest.mark.parametrize("change", [dict(lr=0.05), dict(trajectories=7), dict(beta=1e-4), dict(seed=1),
+@pytest.mark.parametrize("change", [dict(lr=0.05), dict(beta=1e-4), dict(seed=1),
                                     dict(extrapolation="learned"), dict(scheduler="DDPMScheduler"), dict(steps=5)])
 def test_a_checkpoint_of_other_settings_is_refused(net, tmp_path, change):
     train_router(net, beta=1e-5, out=tmp_path, **SMALL)
@@ -97,6 +97,35 @@ def test_a_checkpoint_of_other_settings_is_refused(net, tmp_path, change):
     with pytest.raises(ValueError, match=f"of a training with {next(iter(change))}="):
         train_router(net, **dict(beta=1e-5, out=tmp_path, **SMALL) | change)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_training_can_be_extended(net, tmp_path):
+    """With the bits of one that was longer from the start, and one file of events; never shortened."""
+    options = dict(target_speedup=1.5, **SMALL)
+    shorter = options | dict(trajectories=3)
+    train_router(net, out=tmp_path / "run", **shorter)
+    leftover = tmp_path / "run" / ".checkpoint.safetensors.0123abcd.safetensors"
+    leftover.touch()  # as a killed process leaves it
+    extended = train_router(net, out=tmp_path / "run", **options)
+    assert not leftover.exists()
+    assert equals(extended, train_router(net, out=tmp_path / "whole", **options))
+    with open(tmp_path / "run" / "log.csv") as file:
+        assert [int(line["trajectory"]) for line in csv.DictReader(file)] == list(range(6))
+    (events,) = (tmp_path / "run").glob("events.*")
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    logged = [(event.step, value.tag) for event in EventFileLoader(str(events)).Load() for value in event.summary.value]
+    assert [step for step, tag in logged if tag == "loss"] == list(range(6))
+    with pytest.raises(ValueError, match="trajectories: got 3, but .* has run 6 of them already"):
+        train_router(net, out=tmp_path / "run", **shorter)
+
+
+def test_with_a_target_the_log_says_what_the_frozen_schedule_would_have(net, tmp_path):
+    """From the first trajectory on, where all scores are above the threshold of the training."""
+    train_router(net, target_speedup=1.5, out=tmp_path, **SMALL | dict(threshold=0.0))
+    with open(tmp_path / "log.csv") as file:
+        speedups = [float(line["speedup"]) for line in csv.DictReader(file)]
+    assert len(speedups) == 6 and min(speedups) >= 1.5
 
 
 def test_other_weights_are_refused(net, tmp_path):

@@ -1,0 +1,61 @@
+"""The command `harmonica schedule`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .cli_options import Attention, Checkpoint, Device, Dtype, ImageSize, Model, Prompts, describe, load
+
+# name -> function of harmonica_dit.methods, its settings, and whether it takes every n-th step and an order
+METHODS = {
+    "fora": ("fora", {}, True),
+    "trunk": ("trunk_forecast", {}, True),
+    "adams": ("trunk_forecast", dict(adams=True), True),
+    "step-search": ("step_search", {}, False),
+    "smoothcache": ("smoothcache", {}, False),
+    "delta-dit": ("delta_dit", {}, False),
+}
+SPACED = ", ".join(name for name, (*_, spaced) in METHODS.items() if spaced)
+
+
+def schedule(
+    out: Annotated[Path, typer.Option(help="File to write, .safetensors; sample, compare, show and enable_cache take "
+                                           "it.")],
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}. step-search and smoothcache sample a few "
+                                             "images to calibrate.")] = "fora",
+    every: Annotated[int | None, typer.Option(help=f"Compute every n-th step: {SPACED}.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach, in place of --every.")] = None,
+    forecast: Annotated[int | None, typer.Option(help=f"Order of what is forecast, 0 to 3, where 0 repeats: {SPACED}.",
+                                                 show_default="fora: 0, the others: 1")] = None,
+    steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
+    model: Model = "fashion-dit",
+    checkpoint: Checkpoint = None,
+    prompts: Prompts = None,
+    dtype: Dtype = "float32",
+    attention: Attention = "sdpa",
+    image_size: ImageSize = None,
+    device: Device = None,
+) -> None:
+    """Make a schedule without training, such as FORA's: every n-th step is computed."""
+    from harmonica_dit import methods
+    from harmonica_dit.files import check_file
+
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out: got {out}, expected a .safetensors file")
+    if method not in METHODS:
+        raise ValueError(f"--method: got {method!r}, expected one of {', '.join(METHODS)}")
+    function, settings, spaced = METHODS[method]
+    if (every is None) == (speedup is None):
+        raise ValueError("--every, --speedup: give exactly one of them")
+    for name, value in (("--every", every), ("--forecast", forecast)):
+        if value is not None and not spaced:
+            raise ValueError(f"{name}: {method} has none, these have: {SPACED}")
+    check_file(out)
+    net = load(model, checkpoint, prompts, dtype, image_size, device, attention=attention)
+    wanted = dict(every=every, order=forecast, speedup=speedup)
+    made = getattr(methods, function)(net, steps, **settings, **{
+        name: value for name, value in wanted.items() if value is not None})
+    made.save(out)
+    Console().print(describe(made, out), soft_wrap=True)
