@@ -74,7 +74,7 @@ def compare(
     from harmonica_dit.demo import ACCURATE
     from harmonica_dit.evaluate.judging import judge_of
     from harmonica_dit.evaluate.named_methods import name_after
-    from harmonica_dit.evaluate.report import compare_with_bar, table, write
+    from harmonica_dit.evaluate.report import compare_with_bar, print_table, write
     from harmonica_dit.files import check_folder
     from harmonica_dit.router import read
 
@@ -101,4 +101,4 @@ def compare(
                             load=make, judge=judge)
     title = f"{net.name}, {steps} steps, {samples:,} images a method and seed"
     write(out, net, methods, labels, rows, title, batch=batch, **options)
-    Console().print(table(rows, title))
+    print_table(Console(), rows, title)

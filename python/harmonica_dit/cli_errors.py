@@ -56,4 +56,4 @@ def as_typed(message: str, options: dict[str, str]) -> str:
     head = re.match(r"(\w+(, \w+)*): ", message)
     if head:
         message = re.sub(r"\w+", option, head[0]) + message[head.end():]
-    return re.sub(r"(?<![\w.-])\w+(?==)", option, message)
+    return re.sub(r"(?<![\w./-])\w+(?==)", option, message)

@@ -15,7 +15,7 @@ from harmonica_dit.evaluate.fashion import fashion_judge
 from harmonica_dit.evaluate.heat_maps import plot
 from harmonica_dit.evaluate.pictures import image_grid
 from harmonica_dit.evaluate.plots import plot_tradeoff
-from harmonica_dit.evaluate.report import compare_with_bar, table
+from harmonica_dit.evaluate.report import compare_with_bar, print_table
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import replacement
 from harmonica_dit.methods import trunk_forecast
@@ -76,7 +76,7 @@ def run(out: str | os.PathLike, console: Console, *, iterations: int = 60, image
                                               "method: a rough picture")
     with replacement(out / "rows.json") as path:
         path.write_text(json.dumps(rows, indent=1) + "\n")
-    console.print(table(rows, f"{samples} images a method: a small sample, label accuracy is good to a few percent"))
+    print_table(console, rows, f"{samples} images a method: a small sample, label accuracy is good to a few percent")
     console.print("Trained now is the first; the other learned forecasts, and the router, are bundled.")
     console.print(f"[bold]3.[/] Look at {out / 'grid.png'}, {out / 'router.png'} and {out / 'tradeoff.png'}")
     return rows

@@ -36,14 +36,12 @@ def replacement(path: str | os.PathLike):
     except OSError as error:
         raise type(error)(error.errno, f"cannot write into the folder of {path}: {error.strerror}") from None
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, mode)  # safetensors has replaced the file by one of its own
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from None
+        with naming(path):
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.chmod(temporary, mode)  # safetensors has replaced the file by one of its own
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -55,10 +53,14 @@ def remove_leftovers(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def cannot_write(path: Path, error: OSError | SafetensorError) -> OSError:
-    """The error of a write with a message that names the file, for the system's "No space left" does not."""
-    reason = getattr(error, "strerror", None) or str(error)
-    return OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write {path}: {reason}")
+@contextmanager
+def naming(path: str | os.PathLike):
+    """Gives errors of writing a message that names the file: the system's "No space left on device" does not."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write {path}: {reason}") from None
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping) -> None:

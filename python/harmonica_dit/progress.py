@@ -10,7 +10,7 @@ EVERY, LONG = 30, 2
 
 
 class Lines(Progress):
-    """In place of a bar where there is no terminal: a line now and then, and one at the end of each task that took some time."""
+    """In place of a bar where there is no terminal: a line now and then, and one at the end of what took some time."""
 
     def __init__(self, shown: bool, **options):
         super().__init__(disable=True, **options)

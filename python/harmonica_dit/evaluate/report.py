@@ -2,12 +2,15 @@
 
 import csv
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from torch import Tensor
 
@@ -69,16 +72,32 @@ def caption(rows: Sequence[dict]) -> str:
     return CAPTION + (LATENTS if any(row.get("latent_error") is not None for row in rows) else "")
 
 
-def table(rows: Sequence[dict], title: str) -> Table:
-    """Rows of `compare` as a rich table."""
-    made = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left",
-                 title_style="bold", caption_justify="left", caption=caption(rows))
+def print_table(console: Console, rows: Sequence[dict], title: str) -> None:
+    """Prints rows of `compare` as a table; what the console has no room for stands in further tables below it."""
     columns = cells(rows)
-    for heading, column in columns.items():
-        least = max(map(len, [*heading.split(), *column]))  # no word of a heading, and no number, is cut
+    methods, *others = columns
+    parts: list[list[str]] = [[methods]]
+    wide = console.options.update(max_width=sys.maxsize)
+    for heading in others:
+        longer = [*parts[-1], heading]
+        fits = Measurement.get(console, wide, _table(columns, longer)).minimum <= console.width
+        if fits or len(parts[-1]) == 1:
+            parts[-1] = longer
+        else:
+            parts.append([methods, heading])
+    console.print(title, style="bold", soft_wrap=True)
+    for part in parts:
+        console.print(_table(columns, part))
+    console.print(caption(rows), style="italic")
+
+
+def _table(columns: Mapping[str, list[str]], headings: Sequence[str]) -> Table:
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in headings:
+        least = max(map(len, [*heading.split(), *columns[heading]]))  # no word of a heading, and no number, is cut
         made.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method",
                         min_width=least)
-    for line in zip(*columns.values()):
+    for line in zip(*(columns[heading] for heading in headings)):
         made.add_row(*line)
     return made
 

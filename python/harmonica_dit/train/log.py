@@ -4,7 +4,7 @@ import csv
 import warnings
 from pathlib import Path
 
-from harmonica_dit.files import cannot_write, replacement
+from harmonica_dit.files import naming, replacement
 from harmonica_dit.progress import progress_bar
 
 COLUMNS = ("trajectory", "seconds", "loss", "error", "importance", "beta", "threshold", "cur", "speedup")
@@ -50,18 +50,17 @@ class Log:
     def __exit__(self, *exception) -> None:
         self._bar.stop()
         if self._file is not None:
-            self._file.close()
+            with naming(self._file.name):
+                self._file.close()  # which writes what could not be written
         if self._board is not None:
             self._board.close()
 
     def line(self, **values: float) -> None:
         """Logs one trajectory; `values` has a value for each of COLUMNS; importance is the mean of λ as measured."""
         if self._file is not None:
-            try:
+            with naming(self._file.name):
                 self._csv.writerow(values)
                 self._file.flush()
-            except OSError as error:
-                raise cannot_write(Path(self._file.name), error) from None
         if self._board is not None:
             self._plot(values)
         text = (f"loss {values['loss']:.3g}  CUR {100 * values['cur']:.1f} %  speedup {values['speedup']:.2f}×  "

@@ -15,7 +15,7 @@ import harmonica_dit
 from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file, samples
 from harmonica_dit.evaluate.catalogue import CATALOGUE, make_methods
 from harmonica_dit.evaluate.fashion import fashion_judge
-from harmonica_dit.evaluate.report import table
+from harmonica_dit.evaluate.report import print_table
 from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import uncached
@@ -219,12 +219,14 @@ def test_fewer_steps_are_as_many_as_the_speedup_allows(speedup, steps):
     assert (method.steps, method.name, method.family) == (steps, f"{steps} steps", "fewer steps")
 
 
-def test_no_number_of_the_table_is_cut_in_a_terminal_of_80_columns():
+@pytest.mark.parametrize("columns", [80, 60, 40])
+def test_no_number_of_the_table_is_cut(columns):
     """With a name as long as the demo's longest; each heading's words are whole, too."""
     row = dict(name="learned 2.8×, trained now", cur=0.65, flops_speedup=2.79, wall_speedup=2.71, error=0.0447,
                accurate_error=0.0324, label_accuracy=0.875, frechet=None)
     shown = io.StringIO()
-    Console(file=shown, width=80).print(table([row], "a title"))
+    print_table(Console(file=shown, width=columns), [row], "a title")
     for cell in ("65.0%", "2.79×", "2.71×", "0.0447", "0.0324", "87.5%", "accurate", "accuracy", row["name"]):
         assert cell in shown.getvalue(), shown.getvalue()
-    assert "…" not in shown.getvalue()
+    assert "…" not in shown.getvalue() and max(map(len, shown.getvalue().splitlines())) <= columns
+    assert shown.getvalue().count(row["name"]) == {80: 1, 60: 2, 40: 6}[columns]  # tables below each other
