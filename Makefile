@@ -4,13 +4,20 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test mutants api
+.PHONY: demo test wheel types mutants api
 
 demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# What the README types, from the wheel, in a clean environment without a compiler: minutes, and not part of `test`.
+wheel:
+	bash tests/wheel.sh $(PYTHON)
+
+types: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m mypy
 
 # Whether the tests notice single changed lines, see docs/testing.md.
 mutants: $(VENV)/.installed-mutants

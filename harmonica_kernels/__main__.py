@@ -1,9 +1,13 @@
 """`python -m harmonica_kernels`: what this installation is made of."""
 
-from ._info import info
+import sys
 
 
 def main() -> None:
+    try:
+        from ._info import info
+    except ImportError as error:
+        sys.exit(f"harmonica_kernels: {error}")
     for key, value in info().items():
         if isinstance(value, dict):
             value = "".join(f"\n  {name:<20} {entry}" for name, entry in value.items())

@@ -75,7 +75,8 @@ class Samples:
         """The samples [n, C, H, W] batch by batch; what is missing is made."""
         for first in self.firsts:
             while (found := self.read(method, seed, first)) is None:
-                self._make(method, seed, first) or time.sleep(PAUSE)
+                if not self._make(method, seed, first):
+                    time.sleep(PAUSE)
             yield found[0]
 
     def seconds(self, method: Method, seed: int) -> dict[int, float]:

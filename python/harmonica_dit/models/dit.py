@@ -118,10 +118,10 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        self.half = frequencies // 2
+        self.size = frequencies // 2
 
     def forward(self, t: Tensor) -> Tensor:
-        rates = torch.exp(-math.log(10000) * torch.arange(self.half, dtype=torch.float32, device=t.device) / self.half)
+        rates = torch.exp(-math.log(10000) * torch.arange(self.size, dtype=torch.float32, device=t.device) / self.size)
         angles = t[:, None].float() * rates  # [B, 128]
         # not mlp[0].weight.dtype: a quantized layer's may be integers, or no tensor at all
         dtype = next((p.dtype for p in self.mlp.parameters() if p.is_floating_point()), torch.float32)
