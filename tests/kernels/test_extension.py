@@ -1,12 +1,15 @@
 """The extension as a whole: instruction sets, threads, and what it says of itself."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import harmonica_kernels
 from harmonica_kernels._info import info
 from harmonica_kernels.ops import residual_norm
 from harmonica_kernels.ops._arguments import dtype_number
@@ -31,12 +34,12 @@ print(kernels.isa())
 
 
 def test_unknown_instruction_set_is_an_error():
-    result = python("import harmonica_kernels", HARMONICA_CPU="mmx")
+    result = python("from harmonica_kernels import info", HARMONICA_CPU="mmx")
     assert result.returncode and "no CPU kernels named 'mmx'" in result.stderr and "portable" in result.stderr
 
 
 def test_missing_extension_says_what_to_do():
-    code = "import sys; sys.modules['harmonica_kernels._C'] = None; import harmonica_kernels"
+    code = "import sys; sys.modules['harmonica_kernels._C'] = None; from harmonica_kernels import info"
     assert "ImportError: harmonica_kernels' compiled kernels could not be loaded" in python(code).stderr
 
 
@@ -85,3 +88,23 @@ def test_info_is_honest():
     assert all(("CUDA: Triton" in path) == facts["cuda"] for path in facts["ops"].values())
     printed = subprocess.run([sys.executable, "-m", "harmonica_kernels"], text=True, capture_output=True).stdout
     assert facts["threading"] in printed and facts["extension"] in printed
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_source_folder_that_shadows_the_installed_package_is_named(tmp_path, installed):
+    """In a line, as `python -m harmonica_kernels` says it in a clone after `pip install .`."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(Path(harmonica_kernels.__file__).parent, source / "harmonica_kernels",
+                    ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (site / "harmonica_kernels-9.9.dist-info").mkdir(parents=True)
+    (site / "harmonica_kernels-9.9.dist-info" / "METADATA").write_text("Name: harmonica-kernels\nVersion: 9.9\n")
+    (site / "harmonica_kernels").mkdir()
+    if installed:
+        (site / "harmonica_kernels" / "_C.so").touch()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (source, site)))}
+    code = "import runpy, sys; sys.modules['harmonica_kernels._C'] = None; " \
+           "runpy.run_module('harmonica_kernels', run_name='__main__')"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, cwd=tmp_path)
+    said = f"This is the source folder {source}, which Python looks into before {site}, where the package is installed"
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and run.stderr.startswith("harmonica_kernels: ")
+    assert (said in run.stderr) == installed and ("They are built by `pip install .`" in run.stderr) != installed
