@@ -32,7 +32,7 @@ def test_branches_may_be_a_tuple(net):
     assert net.branches is before
 
 
-@pytest.mark.parametrize("name", ["name", "num_classes", "guidance_channels", "width", "branches"])
+@pytest.mark.parametrize("name", ["name", "num_classes", "width", "branches"])
 def test_what_a_denoiser_lacks_is_named(net, name):
     delattr(net, name)
     for call in (lambda: sample(net, [0], steps=2), lambda: train_router(net, **TRAINING),
