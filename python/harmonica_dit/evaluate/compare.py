@@ -74,6 +74,10 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     check_methods(net, methods, scheduler, guidance)
     if judge is not None and not makes_images(net):
         raise ValueError(f"judge: {net.name} makes latents, and no VAE decodes them; load it with vae=")
+    if makes_images(net) and hasattr(net, "decode"):  # by its pipeline, which may make anything
+        image = decode(net, torch.zeros(1, *net.sample_shape, device=next(net.parameters()).device))
+        if image.ndim != 4:
+            raise ValueError(f"net: {net.name} makes videos, {tuple(image.shape[1:])}; only images can be compared")
     options = dict(guidance=guidance, batch=batch, scheduler=scheduler)
     report = progress or (lambda done: None)
     report(0)

@@ -238,9 +238,10 @@ class Judge:
 
 
 def check_floats(name: str, value, count: int) -> None:
-    """Refuses all but `count` finite images or latents [count, C, H, W]."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 4 or not value.numel():
-        raise TypeError(f"{name}: got {describe(value)}, expected floats [n, C, H, W]")
+    """Refuses all but `count` finite images [count, C, H, W], or latents [count, …]: some models have tokens."""
+    expected, dims = ("[n, …]", range(2, 8)) if "latents" in name else ("[n, C, H, W]", (4,))
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim not in dims or not value.numel():
+        raise TypeError(f"{name}: got {describe(value)}, expected floats {expected}")
     if len(value) != count:
         raise ValueError(f"{name}: got {len(value)}, expected one for each of {count} images")
     if broken := count - int(value.isfinite().flatten(1).all(1).sum()):

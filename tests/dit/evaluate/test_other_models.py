@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+import harmonica_dit
 from harmonica_dit.evaluate import Method, compare
 from harmonica_dit.evaluate.along import errors_along
 from harmonica_dit.evaluate.named_methods import with_net
 from harmonica_dit.evaluate.samples import Samples
 from harmonica_dit.flops import count_flops
-from harmonica_dit.methods import fora
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.models import DiT, quantize
 from harmonica_dit.sample import sample
 from harmonica_dit.train import prune
+from support.many_pipes import PIPES
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +48,19 @@ def test_each_method_samples_with_its_own_model(net, tmp_path):
     assert speedups["pruned, FORA"] == pytest.approx(times * fora(narrow, 4, 2).speedup)
     along = errors_along(net, methods, [0, 3], steps=4)
     assert along["pruned"][0] > along["int8"][0] > along["FORA"][0] == 0  # which computes its first step
+
+
+def test_a_pipeline_that_its_own_loop_runs_is_compared(monkeypatch):
+    """Latents are tokens here (FLUX), and images are what the pipeline decodes."""
+    net = harmonica_dit.load(PIPES["flux"].pipe(), **PIPES["flux"].to_train_on())
+    methods = [Method("trunk", "trunk", 4, trunk_forecast(net, 4, every=2)), Method("2 steps", "fewer steps", 2)]
+    options = dict(steps=4, scheduler=None, guidance=net.guidance)
+    rows = compare(net, methods, [0, 1], **options)
+    assert [row["latent_error"] > 0 for row in rows] == [False, True, True] and "error" not in rows[0]
+    monkeypatch.setattr(type(net), "decodes", True)
+    monkeypatch.setattr(net, "decode", lambda latents: latents.unflatten(1, (3, -1)).tanh(), raising=False)
+    rows = compare(net, methods, [0, 1], **options)
+    assert all(0 < row["error"] < row["latent_error"] for row in rows[1:])
+    monkeypatch.setattr(net, "decode", lambda latents: latents[:, None, None])
+    with pytest.raises(ValueError, match=r"net: FluxTransformer2DModel makes videos, \(1, 1"):
+        compare(net, methods, [0, 1], **options)
