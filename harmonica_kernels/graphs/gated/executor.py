@@ -131,7 +131,9 @@ class Gated:
 
     def _build(self, trajectory: Any, noise: Tensor, tensors: tuple[Tensor, ...], rebuild: Callable, unit: str,
                history: int) -> "_Loop":
-        with torch.inference_mode(False):  # inference tensors cannot be written to outside inference mode
+        # Inference tensors cannot be written to outside inference mode. Leaving that mode turns grad on, with which the
+        # model would launch other kernels than it does in a captured call.
+        with torch.inference_mode(False), torch.no_grad():
             inputs = [t.clone() for t in tensors]
             loop = rebuild(*inputs).loop()
             nodes, start = plan(len(loop.branches), self.rule, unit), trajectory.start(noise)

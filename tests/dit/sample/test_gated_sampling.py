@@ -4,12 +4,18 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import harmonica_dit
 import harmonica_kernels as hk
+from harmonica_dit.methods import fora
+from harmonica_dit.models.dit import Body, DiT
 from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, denoise, image_noise, sample
 from harmonica_dit.sample.schedulers import ReferenceDDIM, make_scheduler
+from harmonica_kernels import ops
+from support.cpu_recorder import CpuRecorder
+from support.graph_stand_in import Built, Recorder
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +79,42 @@ def test_moved_weights_are_captured_anew(net, router):
         other.to(dtype)
         executor(Trajectory(other, torch.tensor([1]), steps=router.steps), noise)
     assert executor.graphs == 2
+
+
+class Ops(TorchDispatchMode):
+    """The names of the ops in its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_gated_branch_records_the_ops_of_a_captured_one(monkeypatch, mode):
+    """With weights that want a gradient, as a model has them that nobody has frozen."""
+    monkeypatch.setattr(ops, "FUSED", ("cpu",))
+    net = DiT(input_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    trajectory, noise = Trajectory(net, torch.tensor([1]), steps=2), torch.randn(1, *net.sample_shape)
+    found, write = {}, Body.write
+
+    def logged(body, h, context, out):
+        with Ops() as log:
+            write(body, h, context, out)
+        found[body.i, body.name] = log.names
+
+    monkeypatch.setattr(Body, "write", logged)
+    net.blocks = net.blocks  # whose branches take what stands in the class now
+    CpuRecorder.install(monkeypatch)
+    schedule, lists = fora(net, steps=2, every=2), {}
+    for name, executor in (("captured", hk.compile(denoise)), ("gated", Built(monkeypatch).executor)):
+        found.clear()
+        with mode():
+            for _ in range(2):
+                executor(trajectory, noise, schedule)
+        lists[name] = dict(found)
+    assert lists["gated"] == lists["captured"] and len(lists["gated"]) == 4
+    assert Recorder.last.launches == 2 and [entry for entry, _ in CpuRecorder.log] == ["new pool"]
