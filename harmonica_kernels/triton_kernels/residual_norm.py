@@ -5,9 +5,10 @@ each in its own storage size. At 3.35 TB/s (H100), an activation of 4096 rows of
 5.6 µs at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. The tokens of a batch entry share modulation rows,
 which come from the L1 cache: they are loaded with evict_last. Activations are read once and loaded with evict_first.
 
-The run is unrolled, so that the loads of several terms are in flight at once. A run of more than 4 terms is padded to
-8, 16 or 32, so that few lengths are compiled; a padded term's loads are predicated off. If only some terms of a run
-have a forecast or a gate, the loads of the others' previous outputs or gates are predicated off too.
+A program has one row: of up to two terms in one warp, of more in several, so that registers hold what is in flight.
+The run is unrolled. All loads of its first terms, scale and shift too, are issued before anything waits for one. A run
+of more than 4 terms is padded to 8, 16 or 32, so that few lengths are compiled; a padded term's loads are predicated
+off. If only some terms of a run have a forecast or a gate, the loads of the others' previous outputs or gates are too.
 """
 
 from collections.abc import Sequence
@@ -17,70 +18,101 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import accumulator, device_of, tile
+from ._launch import FUSED, accumulator, device_of
+from ._row import cast, divide, divisor, load_row, modulate, pieces, store_row, warps
 
-GROUP = tl.constexpr(8)  # terms whose loads are in flight together; with 16, registers spill
+GROUP = 8  # terms whose loads are in flight together
 EXACT = 4  # each run length up to this is compiled
 LONGEST = 32  # longer runs take several launches, with a float32 sum between them
 NO_GATE = -16  # a row stride that says no gate; a multiple of 16 like real strides, or Triton would compile anew
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "count"])
-def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, scale, scale_stride, rows, tokens,
-                   count, TERMS: tl.constexpr, FORECAST: tl.constexpr, HAS_GATE: tl.constexpr, PADDED: tl.constexpr,
-                   DEVICE_E: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr,
-                   ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, BLOCK)[None, :]
-    mask = col < D
-    if ROWS > 1:
-        mask = mask & (row < rows)
-    at = row.to(tl.int64) * D + col
-    batch = (row // tokens).to(tl.int64)
+@triton.jit
+def _load_terms(terms, e, BEGIN: tl.constexpr, END: tl.constexpr, count, at, batch, FORECAST: tl.constexpr,
+                HAS_GATE: tl.constexpr, CERTAIN: tl.constexpr, DEVICE_E: tl.constexpr, ACC: tl.constexpr,
+                PIECES: tl.constexpr, D: tl.constexpr):
+    """What the terms BEGIN..END-1 read: latest and previous outputs, gates, weights. The first CERTAIN are there."""
+    latest, previous, gates, weights = (), (), (), ()
+    for j in tl.static_range(BEGIN, END):
+        o, before, gate, gate_stride = terms[j]
+        latest = latest + (load_row(o + at, None if j < CERTAIN else j < count, 0.0, "evict_first", PIECES, D),)
+        if FORECAST:
+            if DEVICE_E:
+                weight = tl.load(e + j, j < count, other=0.0).to(ACC)
+            else:
+                weight = tl.full((), e[j], ACC)
+            weights = weights + (weight,)
+            previous = previous + (load_row(before + at, weight != 0, 0.0, "evict_first", PIECES, D),)
+        if HAS_GATE:
+            has_gate = gate_stride >= 0
+            if j >= CERTAIN:
+                has_gate = has_gate & (j < count)
+            gates = gates + (load_row(gate + batch * gate_stride, has_gate, 1.0, "evict_last", PIECES, D),)
+    return latest, previous, gates, weights
 
-    sum = tl.load(x + at, mask, other=0.0, eviction_policy="evict_first").to(ACC)
-    for group in tl.static_range(0, TERMS, GROUP):
+
+@triton.jit
+def _add_terms(sum, loaded, at, fresh, score, first, FORECAST: tl.constexpr, HAS_GATE: tl.constexpr, ACC: tl.constexpr,
+               PIECES: tl.constexpr, D: tl.constexpr):
+    """sum + Σ gate·o. fresh: blended with the first term's output; first: receives that."""
+    latest, previous, gates, weights = loaded
+    for j in tl.static_range(len(latest)):
+        added = ()
+        output = ()
+        for i in tl.static_range(len(PIECES)):
+            o = latest[j][i].to(ACC)
+            if FORECAST:
+                o = (1 + weights[j]) * o - weights[j] * previous[j][i].to(ACC)
+            if j == 0:
+                if fresh is not None:
+                    o = score * fresh[i].to(ACC) + (1 - score) * o
+            output = output + (o,)
+            if HAS_GATE:
+                o *= gates[j][i].to(ACC)
+            added = added + (sum[i] + o,)
+        if j == 0:
+            if first is not None:
+                store_row(first + at, output, None, PIECES, D)
+        sum = added
+    return sum
+
+
+@triton.jit(do_not_specialize=["multiplier", "bits", "count"])
+def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, scale, scale_stride, multiplier, bits,
+                   count, TERMS: tl.constexpr, CERTAIN: tl.constexpr, GROUP: tl.constexpr, FORECAST: tl.constexpr,
+                   HAS_GATE: tl.constexpr, DEVICE_E: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+                   ACC: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
+    row = tl.program_id(0)
+    at = row.to(tl.int64) * D
+    batch = divide(row, multiplier, bits)
+
+    # What the norm and the first group read is asked for before any of it is used. ptxas would move loads down to where
+    # they are used, but not past a barrier; x comes after it, and the sum cannot begin without x.
+    scale_row, shift_row, fresh_row, score = None, None, None, None
+    if scale is not None:
+        scale_row = load_row(scale + batch * scale_stride, None, 0.0, "evict_last", PIECES, D)
+    if shift is not None:
+        shift_row = load_row(shift + batch * shift_stride, None, 0.0, "evict_last", PIECES, D)
+    if fresh is not None:
+        score = tl.load(r).to(ACC)
+    loaded = _load_terms(terms, e, 0, min(GROUP, TERMS), count, at, batch, FORECAST, HAS_GATE, CERTAIN, DEVICE_E, ACC,
+                         PIECES, D)
+    if fresh is not None:
+        fresh_row = load_row(fresh + at, None, 0.0, "evict_first", PIECES, D)
+    tl.debug_barrier()
+    x_row = load_row(x + at, None, 0.0, "evict_first", PIECES, D)
+
+    sum = cast(x_row, ACC, PIECES)
+    sum = _add_terms(sum, loaded, at, fresh_row, score, first, FORECAST, HAS_GATE, ACC, PIECES, D)
+    for group in tl.static_range(GROUP, TERMS, GROUP):
         if group < count:  # a branch on a launch argument, so that loads are not hoisted out of it
-            for j in tl.static_range(group, min(group + GROUP, TERMS)):
-                latest, previous, gate, gate_stride = terms[j]
-                there = mask
-                if PADDED:
-                    there = mask & (col < tl.where(j < count, D, 0))
-                o = tl.load(latest + at, there, other=0.0, eviction_policy="evict_first").to(ACC)
-                if FORECAST:
-                    if DEVICE_E:
-                        number = tl.full([1, 1], j, tl.int32)
-                        weight = tl.load(e + number, number < count, other=0.0).to(ACC)
-                    else:
-                        weight = tl.full([1, 1], e[j], ACC)
-                    before = tl.load(previous + at, there & (weight != 0), other=0.0, eviction_policy="evict_first")
-                    o = (1 + weight) * o - weight * before.to(ACC)
-                if j == 0:
-                    if fresh is not None:
-                        score = tl.load(r).to(ACC)
-                        o = score * tl.load(fresh + at, mask, other=0.0, eviction_policy="evict_first").to(ACC) \
-                            + (1 - score) * o
-                    if first is not None:
-                        tl.store(first + at, o.to(first.dtype.element_ty), mask)
-                if HAS_GATE:
-                    o *= tl.load(gate + batch * gate_stride + col, there & (col < tl.where(gate_stride >= 0, D, 0)),
-                                 other=1.0, eviction_policy="evict_last").to(ACC)
-                sum += o
+            loaded = _load_terms(terms, e, group, min(group + GROUP, TERMS), count, at, batch, FORECAST, HAS_GATE,
+                                 CERTAIN, DEVICE_E, ACC, PIECES, D)
+            sum = _add_terms(sum, loaded, at, None, None, None, FORECAST, HAS_GATE, ACC, PIECES, D)
     if x_out is not None:
-        tl.store(x_out + at, sum.to(x_out.dtype.element_ty), mask)
-
+        store_row(x_out + at, sum, None, PIECES, D)
     if h is not None:
-        y = sum
-        if NORM:
-            mean = tl.sum(sum, 1)[:, None] / D
-            y = tl.where(mask, sum - mean, 0.0)
-            y *= tl.rsqrt(tl.sum(y * y, 1)[:, None] / D + EPS)
-        if scale is not None:
-            y *= 1 + tl.load(scale + batch * scale_stride + col, mask, other=0.0,
-                             eviction_policy="evict_last").to(ACC)
-        if shift is not None:
-            y += tl.load(shift + batch * shift_stride + col, mask, other=0.0, eviction_policy="evict_last").to(ACC)
-        tl.store(h + at, y.to(h.dtype.element_ty), mask)
+        store_row(h + at, modulate(sum, scale_row, shift_row, NORM, EPS, ACC, PIECES, D), None, PIECES, D)
 
 
 def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, h: Tensor | None, first: Tensor | None,
@@ -114,11 +146,13 @@ def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, 
     terms += terms[-1:] * (padded - count)
     weights += [0.0] * (padded - count)
     (shift, scale, normed, eps), absent = norm, (None, 0)
-    config = tile(width)
+    multiplier, bits = divisor(tokens)
+    held = max(1, min(GROUP, padded) * (2 if forecasts else 1) // 2)  # two outputs with gates fill a lane
     with device_of(x):
-        _residual_norm[triton.cdiv(rows, config["ROWS"]),](
+        _residual_norm[rows,](
             x, x_out, h, first, tuple(terms) or None,
             None if not forecasts else tuple(weights) if e is None else e, fresh, None if fresh is None else r,
-            *(shift or absent), *(scale or absent), rows, tokens, count, TERMS=padded, FORECAST=forecasts,
-            HAS_GATE=some_gate is not None, PADDED=padded != count, DEVICE_E=e is not None, NORM=normed, EPS=eps,
-            ACC=accumulator(x), **config)
+            *(shift or absent), *(scale or absent), multiplier, bits, count, TERMS=padded,
+            CERTAIN=count if padded == count else padded // 2, GROUP=GROUP, FORECAST=forecasts,
+            HAS_GATE=some_gate is not None, DEVICE_E=e is not None, NORM=normed, EPS=eps, ACC=accumulator(x), D=width,
+            PIECES=pieces(width), num_warps=warps(held * width * x.element_size()), **FUSED)

@@ -1,15 +1,14 @@
 """Compiles the kernels for GPUs that this machine need not have, exactly as the ops' calls would launch them.
 
-`python compile_for_gpus.py`: prints a JSON list of {arch, call, kernel, registers, stack}; a process of its own, for it
-replaces Triton's driver and lets launches end once they are compiled. stack: bytes a thread, all of them spills.
+`python -m support.compile_for_gpus [PART OF A CALL'S NAME]` in tests/ prints a JSON list: of each kernel and
+architecture the registers of a thread and the bytes of its stack, as ptxas gives them, and for sm_90 what the machine code tells.
+instructions: of all warps of a program together, a loop's counted once; a program of the two norms has one row. early:
+how many of the loads stand before the first use of one. A process of its own, for it replaces Triton's driver and lets
+launches end once they are compiled.
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
@@ -22,11 +21,12 @@ from harmonica_kernels.graphs.gated import Loop
 from harmonica_kernels.graphs.gated.decision_memory import DecisionMemory
 from harmonica_kernels.graphs.gated.norm import norm_on_cuda
 from harmonica_kernels.graphs.gated.parts import Parts
+from support.sass import instructions, resources
 
 ARCHES = (80, 90, 100)
 B, N, D = 2, 8, 1152
 SHAPE = (B, N, D)
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+READ = 90  # the architecture whose machine code is read
 
 
 class NoDevice:
@@ -119,16 +119,6 @@ CALLS = {
 }
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], check=True, text=True,
-                              capture_output=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return dict(registers=int(registers), stack=int(stack))
-
-
 def main() -> None:
     launch, compiled, found = JITFunction.run, [], []
 
@@ -143,8 +133,12 @@ def main() -> None:
             compiled.clear()
             call()
             for kernel in compiled:
-                found.append(dict(arch=arch, call=name, kernel=kernel.metadata.name,
-                                  **resources(kernel.asm["cubin"])))
+                cubin, warps = kernel.asm["cubin"], kernel.metadata.num_warps
+                entry = dict(arch=arch, call=name, kernel=kernel.metadata.name, warps=warps, **resources(cubin))
+                if arch == READ:
+                    entry |= instructions(cubin)
+                    entry["instructions"] *= warps
+                found.append(entry)
     print(json.dumps(found, indent=1))
 
 

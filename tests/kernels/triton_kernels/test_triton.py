@@ -35,8 +35,8 @@ pytestmark = [
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="is about the device itself, or slow in the interpreter")
 
 # (B, N, D, R): small, for the interpreter and for compute-sanitizer.
-SHAPES = [(1, 1, 1, 0), (2, 3, 1, 2), (1, 5, 7, 3), (2, 4, 8, 1), (3, 17, 65, 4), (2, 2, 1152, 1), (1, 2, 1152, 8),
-          (64, 1, 96, 1), (1, 2, 4096, 2), (2, 3, 31, 33)]
+SHAPES = [(1, 1, 1, 0), (2, 3, 1, 2), (1, 5, 7, 3), (2, 4, 8, 1), (3, 3, 65, 4), (2, 2, 1152, 1), (1, 2, 1152, 8),
+          (9, 1, 96, 1), (1, 2, 4096, 2), (1, 2, 31, 33)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,8 +63,8 @@ def test_residual_norm(shape):
     inference.check_agreement_with_float64(shape)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 2), (1, 5, 7, 3), (3, 17, 65, 2), (2, 2, 1152, 1),
-                                   (5, 1, 96, 1), (2, 40, 33, 1), (2, 5, 33, 0), (1, 1, 31, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 1, 2), (1, 5, 7, 3), (1, 17, 257, 1), (2, 2, 1152, 1),
+                                   (5, 1, 96, 1), (2, 9, 129, 1), (2, 5, 33, 0), (1, 1, 31, 9)], ids=str)
 def test_blend_residual_norm(shape):
     training.check_agreement_with_float64_autograd(shape)
 

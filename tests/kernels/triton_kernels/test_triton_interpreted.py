@@ -26,7 +26,7 @@ def test_in_the_interpreter():
 @pytest.fixture(scope="module")
 def compiled_kernels():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, HERE.parents[1] / "support" / "compile_for_gpus.py"], env=environment,
+    result = subprocess.run([sys.executable, "-m", "support.compile_for_gpus"], cwd=HERE.parents[1], env=environment,
                             text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -38,7 +38,19 @@ def test_compiles_for_every_gpu(compiled_kernels):
 
 
 def test_no_kernel_spills(compiled_kernels):
-    """At D = 1152, forward and backward, on every GPU; in Triton 3.7, one value in two of the calls."""
+    """At D = 1152, forward and backward, on every GPU; but one of training's, by two values on sm_100."""
     assert all(entry["registers"] > 0 for entry in compiled_kernels)
     spilling = [entry for entry in compiled_kernels if entry["stack"] > 0]
-    assert len(spilling) <= 2 and all(entry["stack"] <= 8 for entry in spilling), spilling
+    assert {entry["call"] for entry in spilling} <= {"blend_residual_norm_backward modulation"}
+    assert all(entry["stack"] <= 8 for entry in spilling), spilling
+
+
+def test_the_norms_are_short_and_ask_for_all_before_they_use_any(compiled_kernels):
+    """A row of 1152 in bfloat16 on an H100, by its machine code."""
+    norm = {entry["call"]: entry for entry in compiled_kernels if entry["arch"] == 90 and "_norm" in entry["call"]}
+    assert norm["residual_norm R=0"]["instructions"] <= 560
+    assert norm["residual_norm R=1"]["instructions"] <= 800
+    for call in ("residual_norm R=0", "residual_norm R=1", "residual_norm R=4"):
+        assert norm[call]["early"] == norm[call]["loads"], norm[call]
+    assert norm["residual_norm R=28"]["early"] >= 2 * (1 + 2 + 2 * 8), "x, scale, shift, and eight outputs and gates"
+    assert all(norm[f"gated_norm history={history}"]["registers"] <= 96 for history in (1, 2))
