@@ -110,6 +110,7 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
     if cache is not None:
         cache._begin(Forward(x.shape, x.dtype, x.device, K), model, autocast)
 
+    x = x.contiguous()  # a convolution's output is not, and each of the passes that read it would copy it
     trunk = cache if isinstance(cache, TrunkCache) else None
     cache = None if trunk else cache  # of the branches
     in_place_bodies = cache is not None and not soft and autocast is None and not torch.is_grad_enabled()

@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs that this machine need not have, exactly as the ops' calls would launch them.
 
 `python -m support.compile_for_gpus [PART OF A CALL'S NAME]` in tests/ prints a JSON list: of each kernel and
-architecture the registers of a thread and the bytes of its stack, as ptxas gives them, and for sm_90 what the machine code tells.
+architecture the registers of a thread and the bytes of its stack, as ptxas gives them, and what sm_90's code tells.
 instructions: of all warps of a program together, a loop's counted once; a program of the two norms has one row. early:
 how many of the loads stand before the first use of one. A process of its own, for it replaces Triton's driver and lets
 launches end once they are compiled.

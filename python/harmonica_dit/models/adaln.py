@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import harmonica_kernels as hk
+from harmonica_kernels import ops
 
 from .plain_modules import has_own_forward, is_plain_linear
 
@@ -42,9 +43,10 @@ def _rows(linear: nn.Linear | None, activated: Tensor, computed: Sequence[Sequen
           whole: Callable[[], Tensor]) -> list[tuple[Sequence[Tensor], Tensor]]:
     """For each branch, shift and scale [B, 2·D] of the steps that compute it, and the gates [S, B, D] of all steps."""
     S, _, D = activated.shape
-    if linear is None:
+    if linear is None or activated.device.type in ops.FUSED:  # where a launch costs more than rows that nobody reads
+        made_whole = whole() if linear is None else linear(activated)
         return [([part[s][:, : 2 * D] for s in steps], part[..., 2 * D :])
-                for part, steps in zip(whole().split(3 * D, 2), computed)]
+                for part, steps in zip(made_whole.split(3 * D, 2), computed)]
 
     def part(x: Tensor, start: int, end: int) -> Tensor:
         return F.linear(x, linear.weight[start:end], None if linear.bias is None else linear.bias[start:end])

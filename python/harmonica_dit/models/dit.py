@@ -15,7 +15,7 @@ import harmonica_kernels as hk
 
 from .adaln import add_block, linear_of
 from .feed_forward import linear_gelu
-from .plain_modules import BlockPart, has_own_forward, is_steady, write_linear
+from .plain_modules import BlockPart, has_own_forward, is_plain, is_steady, write_linear
 
 HOISTED = 256 << 20  # at most so many bytes of modulation rows are computed ahead of their steps
 CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
@@ -107,6 +107,11 @@ class Body(BlockPart):
             out.copy_(module(h))
 
 
+def _float_dtype(module: nn.Module) -> torch.dtype:
+    """That of its first parameter of a float type: a quantized layer's weight may be integers, or no tensor at all."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
 class FinalLayer(nn.Module):
     def __init__(self, width: int, out: int):
         super().__init__()
@@ -123,9 +128,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         rates = torch.exp(-math.log(10000) * torch.arange(self.size, dtype=torch.float32, device=t.device) / self.size)
         angles = t[:, None].float() * rates  # [B, 128]
-        # not mlp[0].weight.dtype: a quantized layer's may be integers, or no tensor at all
-        dtype = next((p.dtype for p in self.mlp.parameters() if p.is_floating_point()), torch.float32)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(_float_dtype(self.mlp)))
 
 
 class PatchEmbedder(nn.Module):
@@ -134,7 +137,19 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, N, D]
+        """[B, C, H, W] of any float dtype -> [B, N, D] in the weights'.
+
+        One pass casts and cuts into patches. Then a matrix product, whose rows are dense: those of a convolution are
+        not, and each later pass would have to copy them.
+        """
+        proj = self.proj
+        dtype = _float_dtype(proj)
+        if not is_plain(proj, nn.Conv2d):
+            return proj(x.to(dtype)).flatten(2).transpose(1, 2)
+        (B, C, *_), p = x.shape, proj.stride[0]
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
+        patches = patches.to(dtype, memory_format=torch.contiguous_format).reshape(B, -1, C * p * p)
+        return F.linear(patches, proj.weight.flatten(1), proj.bias)
 
 
 class LabelEmbedder(nn.Module):
@@ -222,7 +237,8 @@ class DiT(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, D], before the first branch."""
-        return self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
+        own = type(self.x_embedder) is PatchEmbedder  # which casts by itself
+        return self.x_embedder(x if own else x.to(self.pos_embed.dtype)) + self.pos_embed
 
     def head(self, tokens: Tensor) -> Tensor:
         """[B, N, D], after the final norm -> [B, C_out, H, W]."""

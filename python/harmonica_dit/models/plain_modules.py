@@ -40,9 +40,14 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and has_own_forward(module) and is_own(nn.Linear)
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether this is exactly of its kind (no LoRA, quantization or hook), so that its weight may be used directly."""
+    return type(module) is kind and has_own_forward(module) and is_own(kind) and type(module.weight) is nn.Parameter
+
+
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether this is exactly nn.Linear (no LoRA, quantization or hook), so that its weight may be used directly."""
-    return is_linear(module) and type(module.weight) is nn.Parameter
+    """Whether this is exactly nn.Linear, see `is_plain`."""
+    return is_plain(module, nn.Linear)
 
 
 def is_steady(module: nn.Module) -> bool:

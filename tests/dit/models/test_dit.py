@@ -16,7 +16,7 @@ import harmonica_kernels.ops as ops
 from harmonica_dit.files import save_tensors
 from harmonica_dit.flops import count_flops, replace_bodies
 from harmonica_dit.load import read_weights
-from harmonica_dit.models import DiT, dit
+from harmonica_dit.models import DiT, dit, feed_forward
 from harmonica_dit.sample import Trajectory, denoise
 from harmonica_dit.train.frozen_model import checkpoint_bodies
 from support.plain_dit import PlainDiT
@@ -265,6 +265,33 @@ def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(gelu_calls, autocast
                 assert len(gelu_calls) == calls
         net(x, t, y)
         assert len(gelu_calls) == 8
+
+
+def test_bias_and_gelu_are_part_of_the_product_where_it_takes_them(monkeypatch):
+    """On CUDA, where that function's GELU is the tanh form. Here a stand-in: on the CPU it is the exact one."""
+    calls = []
+
+    def product(bias, h, weight, use_gelu):
+        calls.append(1)
+        assert use_gelu and h.dim() == 2
+        return F.gelu(torch.addmm(bias, h, weight), approximate="tanh")
+
+    monkeypatch.setattr(feed_forward, "EPILOGUE", ("cpu",))
+    monkeypatch.setattr(torch, "_addmm_activation", product)
+    plain, net = pair()
+    x, t, y = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, t, y), plain(x, t, y), rtol=1e-4, atol=1e-4)
+        assert len(calls) == 3
+        net(x, t, y, cache=hk.FeatureCache())
+        assert len(calls) == 6, "also in bodies that write into the cache"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert feed_forward.linear_gelu(net.blocks[0].mlp.fc1, torch.randn(4, 2, 24)).dtype == torch.bfloat16
+        net.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
+        net.double()(x, t, y)
+        net.float()(x, t, y)
+    net(x, t, y)
+    assert len(calls) == 8, "of layers without a hook, in float32, without autocast and grad"
 
 
 def test_the_fused_feed_forward_compiles(gelu_calls):
