@@ -38,9 +38,26 @@ __global__ void __launch_bounds__(THREADS) decide_kernel(DecisionMemory m, int f
         }
         sums = block_sum(sums.x, sums.y);
     }
-    for (int k = first + threadIdx.x; k < last; k += THREADS)
-        settle(m, step, k, asks_for(m, rule, step, k, sums.x, sums.y));
-    __syncthreads();
+    // All threads read what the single one needs, so that it does not wait for memory once a branch.
+    __shared__ int computes[THREADS];
+    __shared__ cudaGraphConditionalHandle handles[THREADS];
+    int start = first == 0 ? 0 : m.start[first];
+    for (int begin = first; begin < last; begin += THREADS) {
+        int k = begin + threadIdx.x;
+        if (k < last) {
+            computes[threadIdx.x] = settle(m, step, k, asks_for(m, rule, step, k, sums.x, sums.y));
+            handles[threadIdx.x] = m.conditions[k];
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < min(THREADS, last - begin); ++i) {
+                if (computes[i]) start = begin + i;
+                m.start[begin + i + 1] = start;
+                cudaGraphSetConditional(handles[i], computes[i]);
+            }
+        }
+        __syncthreads();
+    }
     if (threadIdx.x) return;
     if (first == 0) {
         bool again = step + 1 < m.steps;
@@ -48,13 +65,6 @@ __global__ void __launch_bounds__(THREADS) decide_kernel(DecisionMemory m, int f
         *m.again = again;
         m.start[0] = 0;
         cudaGraphSetConditional(m.conditions[m.branches], again);
-    }
-    int start = m.start[first];
-    for (int k = first; k < last; ++k) {
-        int compute = m.compute[k];
-        if (compute) start = k;
-        m.start[k + 1] = start;
-        cudaGraphSetConditional(m.conditions[k], compute);
     }
     if (rule == DecisionRule::change && m.compute[first]) *m.reference ^= 1;
 }
