@@ -51,11 +51,17 @@ void check_cooperative(cudaGraphNode_t node, const std::string& where) {
     if (value.cooperative) refuse(where, "before driver 12.6, a cooperative kernel");
 }
 
-void check_nodes(cudaGraph_t graph, const std::string& where) {
+std::vector<cudaGraphNode_t> nodes_of(cudaGraph_t graph, const std::string& where) {
     size_t count = 0;
     check(cudaGraphGetNodes(graph, nullptr, &count), where + ": counting nodes");
     std::vector<cudaGraphNode_t> nodes(count);
     check(cudaGraphGetNodes(graph, nodes.data(), &count), where + ": listing nodes");
+    return nodes;
+}
+
+void check_nodes(cudaGraph_t graph, const std::string& where) {
+    const std::vector<cudaGraphNode_t> nodes = nodes_of(graph, where);
+    const size_t count = nodes.size();
     if (!count) throw std::runtime_error(where + ": captured no node; an empty body can hang older drivers");
     for (size_t i = 0; i < count; ++i) {
         const std::string here = where + ", node " + std::to_string(i) + " of " + std::to_string(count);
@@ -105,6 +111,52 @@ cudaError_t add_node(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNo
 #else
     return cudaGraphAddNode(node, graph, after, count, params);
 #endif
+}
+
+cudaError_t get_edges(cudaGraph_t graph, cudaGraphNode_t* from, cudaGraphNode_t* to, cudaGraphEdgeData* data,
+                      size_t* count) {
+#if CUDART_VERSION >= 13000
+    return cudaGraphGetEdges(graph, from, to, data, count);
+#else
+    return cudaGraphGetEdges_v2(graph, from, to, data, count);
+#endif
+}
+
+cudaError_t remove_edge(cudaGraph_t graph, cudaGraphNode_t from, cudaGraphNode_t to, const cudaGraphEdgeData& data) {
+#if CUDART_VERSION >= 13000
+    return cudaGraphRemoveDependencies(graph, &from, &to, &data, 1);
+#else
+    return cudaGraphRemoveDependencies_v2(graph, &from, &to, &data, 1);
+#endif
+}
+
+cudaError_t add_edge(cudaGraph_t graph, cudaGraphNode_t from, cudaGraphNode_t to) {
+#if CUDART_VERSION >= 13000
+    return cudaGraphAddDependencies(graph, &from, &to, nullptr, 1);
+#else
+    return cudaGraphAddDependencies(graph, &from, &to, 1);
+#endif
+}
+
+// Edges of programmatic dependent launch let a kernel begin before the one before it has ended; cuBLAS launches so on
+// Hopper. No source says that they may stand in the body of a conditional node, so plain ones take their places.
+void make_edges_plain(cudaGraph_t graph, const std::string& where) {
+    size_t count = 0;
+    check(get_edges(graph, nullptr, nullptr, nullptr, &count), where + ": counting edges");
+    std::vector<cudaGraphNode_t> from(count), to(count);
+    std::vector<cudaGraphEdgeData> data(count);
+    if (count) check(get_edges(graph, from.data(), to.data(), data.data(), &count), where + ": listing edges");
+    for (size_t i = 0; i < count; ++i) {
+        if (!data[i].type && !data[i].from_port && !data[i].to_port) continue;
+        check(remove_edge(graph, from[i], to[i], data[i]), where + ": removing an edge that lets kernels overlap");
+        check(add_edge(graph, from[i], to[i]), where + ": adding a plain edge in its place");
+    }
+    for (cudaGraphNode_t node : nodes_of(graph, where)) {
+        if (node_type(node, where) != CU_GRAPH_NODE_TYPE_GRAPH) continue;
+        cudaGraph_t inner;
+        check(cudaGraphChildGraphNodeGetGraph(node, &inner), where + ": opening a child graph");
+        make_edges_plain(inner, where);
+    }
 }
 
 const char* reason(cudaGraphInstantiateResult result) {
@@ -184,6 +236,9 @@ void GatedGraph::child(int graph, uintptr_t captured, const std::string& name) {
     check_nodes(source, name);
     cudaGraphNode_t node;
     check(cudaGraphAddChildGraphNode(&node, c.graph, &c.last, c.last != nullptr, source), name + ": cloning its graph");
+    cudaGraph_t clone;  // what is changed in it is changed in the node
+    check(cudaGraphChildGraphNodeGetGraph(node, &clone), name + ": opening its clone");
+    make_edges_plain(clone, name);
     append(c, node, name);
 }
 

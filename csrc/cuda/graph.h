@@ -31,7 +31,8 @@ class GatedGraph {
                 const std::string& name);
     void change(int graph, const Change& change, const std::string& name);
 
-    // Clones a captured cudaGraph_t. First checks that each node, in child graphs too, may stand in a conditional.
+    // Clones a captured cudaGraph_t. First checks that each node, in child graphs too, may stand in a conditional. In
+    // the clone every node begins after the ones before it have ended.
     void child(int graph, uintptr_t captured, const std::string& name);
 
     // Adds an IF node (with one body) or, with `loop`, a WHILE node. Returns the number of its body.

@@ -2,6 +2,9 @@
 
 import random
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -76,3 +79,11 @@ def test_the_build_says_what_it_is():
 def test_a_cuda_error_is_an_exception():
     with pytest.raises(RuntimeError, match="asking for the current device: cudaError"):
         kernels.GatedGraph(0)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_the_smallest_graph_builds(tmp_path):
+    """It needs a GPU to run, where a name that has changed would cost the first call."""
+    command = ["nvcc", "-std=c++17", "-O0", "-arch=sm_90", "-c", "tests/cuda/smallest.cu", "-o", tmp_path / "built.o"]
+    built = subprocess.run(command, cwd=Path(__file__).parents[4], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
