@@ -280,13 +280,15 @@ class FeatureCache(Memory):
         """The state that a recorded forward relies on, buffer addresses included; None before there are buffers."""
         if self._arena is None:
             return None
-        newest = tuple(slots[0].data_ptr() for slots in self._slots)
+        newest = tuple([slots[0].data_ptr() for slots in self._slots])
         return self._of, self._setting, self._open, tuple(self._filled), newest
 
     def _restore(self, state: tuple) -> None:
         """Goes to a `_state` of the same buffers; the values in them stay as they are."""
         self._of, self._setting, self._open, filled, newest = state
         self._filled = list(filled)
+        if self.history == 1:
+            return
         for slots, address in zip(self._slots, newest, strict=True):
             newest = [slot.data_ptr() for slot in slots].index(address)
             slots[:] = slots[newest:] + slots[:newest]  # roles only ever go round

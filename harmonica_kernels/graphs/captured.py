@@ -37,7 +37,7 @@ class Captured:
         call = Call.of(args, kwargs)
         device = one_device(call)
         recorder = self._recorder_on(device)
-        if recorder is None or None in (cache._state() for cache in call.caches):
+        if recorder is None or any(cache.dtype is None for cache in call.caches):
             return self._run(call, call.tensors)
         key = (call.key, weights(self.function), device, torch.is_autocast_enabled(device.type),
                torch.get_autocast_dtype(device.type), tf32())

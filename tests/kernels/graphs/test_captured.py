@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
+from harmonica_kernels.graphs import keys
 from support.cpu_recorder import CpuRecorder
 from support.three_branches import double
 
@@ -152,6 +153,24 @@ def test_memory_that_is_not_there_is_said_as_it_is(recorder):
     executor(torch.ones(3))
     with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
         executor(torch.ones(3))
+
+
+def test_a_module_is_walked_again_only_after_one_was_given_a_part(monkeypatch):
+    """And its number is another one after anything that would make a recording read other weights."""
+    net, walks = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ModuleList([torch.nn.Linear(2, 2)])), []
+    walk = net.parameters
+    monkeypatch.setattr(net, "parameters", lambda: walks.append(1) or walk())
+    numbers = [keys.weights((net, 1.5)) for _ in range(3)]
+    assert len({*numbers}) == 1 and len(numbers[0]) == 1 and len(walks) == 1
+    changes = (lambda: net.double(), lambda: net.half(), lambda: setattr(net, "2", torch.nn.Linear(2, 2)),
+               lambda: setattr(net[0], "weight", torch.nn.Parameter(torch.zeros(2, 2))),
+               lambda: net[1].insert(0, torch.nn.Linear(2, 2)), lambda: net[1].pop(0), lambda: net[1].pop(0))
+    for change in changes:
+        change()
+        numbers.append(keys.weights(net))
+        assert keys.weights((net, "x")) == numbers[-1]
+    assert len({*numbers}) == 1 + len(changes)
+    assert keys.weights(torch.nn.Linear(2, 2)) not in numbers and keys.weights((True, None)) == ()
 
 
 def test_weights(recorder):
