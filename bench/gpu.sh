@@ -2,6 +2,10 @@
 # What only a GPU can show, in one command: builds, tests and times everything, inside 8 minutes on an H100.
 #
 #   bench/gpu.sh [--tiny] [PART ...]        all parts, or those named, in the order below
+#   bench/gpu.sh a | b2 | b16 | c           the same for calls that are short: a is build, kernels, attention, trajectory
+#                                           and gated, in 300 s; b2 and b16 are build and a compiled part, in 400 s; c is
+#                                           build, tests, sdt and sanitizer, in 400 s
+#   bench/gpu.sh --wheels                   what is missing on this machine, and the command that fetches its wheels
 #
 # A part is a process of its own with its own time-out, and writes its results as it goes: one that fails or hangs
 # leaves what it had, and the others theirs. After each part all results are merged into bench/results/<gpu>.json (with
@@ -15,21 +19,22 @@
 #   HARMONICA_WHEELS     a folder of wheels that are missing there, installed into build/ first (.whl, if it exists)
 #   HARMONICA_COMMIT     the commit, where the tree came without .git
 #   OUT                  a folder that receives copies: <gpu>.json, plots, gpu.log
-#   HARMONICA_BENCH_SECONDS   all parts together end by then (480)
+#   HARMONICA_BENCH_SECONDS   all parts together end by then (480, or what a, b2, b16 and c have)
 #
 #   part         limit, s   expected on an H100, s: estimates, until it has run on one
 parts="
     build            200   # 60: C++ for three instruction sets, nvcc for three architectures; or again without nvcc
-    kernels           60   # 30
-    trajectory       110   # 60: a round of all candidates takes about 1.4 s at 2 rows, 2.6 s at 16
+    kernels           70   # 40
+    attention         25   # 12: before the parts that use the fastest back end
+    trajectory       120   # 70: a round of all candidates takes about 1.4 s at 2 rows, 2.6 s at 16
     gated            140   # 70
     tests            120   # 60: pytest -m gpu, most of it Triton compiling
     sdt               90   # 45: at 64 rows, and at 32 where the published loop does not fit
-    attention         25   # 12
-    compiled         150   # 110: max-autotune, twice; the one that may take far longer
     sanitizer         75   # 45: memcheck and racecheck side by side
+    compiled2        330   # 60 to 120: max-autotune of 28 unrolled blocks; the parts that may take far longer
+    compiled16       330   # 60 to 120
 "
-# What everything else needs and what matters most stands first. Expected together: 492 s. What keeps the 8 minutes is
+# What everything else needs and what matters most stands first. Expected together: 522 to 642 s. What keeps the 8 minutes is
 # that no part outlasts HARMONICA_BENCH_SECONDS, counted from the start: the last ones get what is left, and can be run
 # by themselves, `bench/gpu.sh build sanitizer`, or all with more seconds.
 
@@ -40,6 +45,14 @@ python="${PYTHON:-python3}"
 tiny=""
 if [ "${1:-}" = --tiny ]; then tiny=--tiny; shift; fi
 known=$(echo "$parts" | sed 's/#.*//' | awk 'NF { print $1 }')
+seconds_of_all=480
+case "${1:-}" in
+    a) set -- build kernels attention trajectory gated; seconds_of_all=300 ;;
+    b2) set -- build compiled2; seconds_of_all=400 ;;
+    b16) set -- build compiled16; seconds_of_all=400 ;;
+    c) set -- build tests sdt sanitizer; seconds_of_all=400 ;;
+    --wheels) exec "$python" -m bench.gpu.needs ;;
+esac
 for part in "$@"; do
     echo "$known" | grep -qx -- "$part" || { echo "gpu.sh: no part $part; there are:" $known >&2; exit 2; }
 done
@@ -50,7 +63,7 @@ log="${OUT:-$work}/gpu.log"
 : > "$log"
 export CUDA_LOG_FILE=stderr  # why a graph is refused, in words
 export HARMONICA_TEST_SEED="${HARMONICA_TEST_SEED:-$RANDOM}"
-deadline=$((SECONDS + ${HARMONICA_BENCH_SECONDS:-480} - 20))  # 20 s for the last part's end and the last merge
+deadline=$((SECONDS + ${HARMONICA_BENCH_SECONDS:-$seconds_of_all} - 20))  # 20 s for the last part's end and the last merge
 
 wheels="${HARMONICA_WHEELS:-.whl}"
 if [ -z "$tiny" ] && [ -d "$wheels" ]; then
@@ -58,6 +71,11 @@ if [ -z "$tiny" ] && [ -d "$wheels" ]; then
         --target build/gpu-site "$wheels"/*.whl 2>&1 | tee -a "$log"
 fi
 if [ -d build/gpu-site ]; then export PYTHONPATH="$PYTHONPATH:$PWD/build/gpu-site"; fi
+if [ -z "$tiny" ]; then
+    # shellcheck disable=SC2046,SC2086
+    "$python" -m bench.gpu.needs $([ $# -eq 0 ] && echo $known || echo "$@") 2>&1 | tee -a "$log"
+    [ "${PIPESTATUS[0]}" -eq 0 ] || exit 2
+fi
 
 failed=""
 echo "$parts" | sed 's/#.*//' | awk 'NF' > "$work/parts"

@@ -1,4 +1,7 @@
-"""Attention back ends at DiT-XL/2's shape: 16 heads of 72, 256 tokens, bfloat16; each in a CUDA graph."""
+"""Attention back ends at DiT-XL/2's shape: 16 heads of 72, 256 tokens, bfloat16; each in a CUDA graph.
+
+The fastest at 2 rows of those that a DiT can be given is the one that the parts after this one use.
+"""
 
 from collections.abc import Callable
 
@@ -14,6 +17,8 @@ from .record import Record
 LAUNCHES, ROUNDS, TOLERANCE = 28, 25, 1e-2
 BACK_ENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION,
              "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+
+OFFERED = {"PyTorch's choice": "sdpa", "flash": "flash", "cuDNN": "cudnn", "xformers": "xformers"}  # to a DiT
 
 
 def run(record: Record) -> None:
@@ -35,9 +40,14 @@ def measure(record: Record, rows: int, N: int, heads: int, d: int) -> None:
             record.row(rows=rows, back_end=name, refused=str(reason)[:200])
             continue
         with record.attempt(f"{rows} rows, {name}"):
-            record.check(f"{rows} rows, {name}", relative_error(found, exact), TOLERANCE)
-            candidates[name] = capture(lambda f=attention: [f(*t.unbind(2)) for t in qkv], record.device)
+            error = relative_error(found, exact)
+            record.check(f"{rows} rows, {name}", error, TOLERANCE)
+            if error <= TOLERANCE:
+                candidates[name] = capture(lambda f=attention: [f(*t.unbind(2)) for t in qkv], record.device)
     seconds = record.time(f"{rows} rows", candidates, ROUNDS, launches=LAUNCHES)
+    offered = [name for name in seconds if name in OFFERED]
+    if rows == 2 and offered:
+        record.note("fastest", OFFERED[min(offered, key=seconds.get)])
     for name, value in sorted(seconds.items(), key=lambda item: item[1]):
         record.row(rows=rows, back_end=name, **{"µs": value * 1e6, "TFLOP/s": 4e-12 * rows * heads * N * N * d / value})
 

@@ -1,6 +1,6 @@
 """torch.compile(mode="max-autotune") of the plain model beside our captured trajectory, uncached, T = 20.
 
-A part of its own, since compiling may take longer than all the rest: stopped, it leaves the sizes that were done.
+A part for each number of rows, compiled2 and compiled16, since compiling may take longer than all the rest.
 """
 
 import time
@@ -30,11 +30,11 @@ class Compiled(Plain):
 
 
 def run(record: Record) -> None:
-    net = models.model(record.tiny, record.device)
+    net = models.model(record.tiny, record.device, models.attention(record.path.parent))
     compiled, plain = Compiled(net, record.tiny), Plain(net, torch.bfloat16, models.config(record.tiny))
-    for images, rounds in ((1, 15), (8, 9)):
-        with torch.inference_mode(), record.attempt(f"{2 * images} rows, compiling"):
-            measure(record, net, compiled, plain, images, rounds)
+    images, rounds = {"compiled2": (1, 15), "compiled16": (8, 9)}[record.part]
+    with torch.inference_mode(), record.attempt(f"{2 * images} rows, compiling"):
+        measure(record, net, compiled, plain, images, rounds)
 
 
 def measure(record: Record, net, compiled: Compiled, plain: Plain, images: int, rounds: int) -> None:

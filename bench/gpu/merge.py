@@ -56,7 +56,7 @@ def merge(folder: Path, results: Path, tiny: bool) -> list[Path]:
 def ratio_line(ratio: dict) -> str:
     reached = ratio["value"] <= ratio["reach"] if ratio["at_most"] else ratio["value"] >= ratio["reach"]
     return (f"{ratio['measure']}: {ratio['value']:.3f}, to reach {'≤' if ratio['at_most'] else '≥'} {ratio['reach']}"
-            f"{'' if reached else ': SHORT'}")
+            f"{'' if reached else ': SHORT'}{'' if ratio.get('valid', True) else ', NOT VALID: a check failed'}")
 
 
 def plots(path: Path) -> list[Path]:

@@ -1,5 +1,8 @@
 """What the whole-model parts share: the model with random weights, its schedules, its trajectories."""
 
+import json
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -24,12 +27,18 @@ def config(tiny: bool) -> dict:
     return TINY if tiny else XL
 
 
-def model(tiny: bool, device: torch.device) -> DiT:
+def attention(folder: Path) -> str:
+    """The back end that the part `attention` found fastest and left in the folder; PyTorch's choice without it."""
+    path = folder / "attention.json"
+    return json.loads(path.read_text())["notes"].get("fastest", "sdpa") if path.exists() else "sdpa"
+
+
+def model(tiny: bool, device: torch.device, attention: str = "sdpa") -> DiT:
     """Random weights in bfloat16 under which every branch counts: products keep the size of what they are given, and
     gates and modulation are not zero, as they are before a training."""
     torch.manual_seed(0)
     with device:
-        net = DiT(**config(tiny), name="DiT-XL/2")
+        net = DiT(**config(tiny), name="DiT-XL/2", attention=attention)
         for p in net.parameters():
             p.data.normal_(std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
     return net.to(torch.bfloat16).eval().requires_grad_(False)

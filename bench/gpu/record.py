@@ -18,6 +18,8 @@ from harmonica_dit.timing import interleave, medians
 
 from .merge import ratio_line
 
+SPIN = 0.3  # seconds
+
 
 class Record:
     """FOLDER/PART.json, rewritten as a whole with each addition: a part that is stopped leaves what it had.
@@ -29,9 +31,10 @@ class Record:
         self.part, self.tiny, self.path, self.started = part, tiny, Path(folder) / f"{part}.json", time.monotonic()
         self.device = torch.device("cpu" if tiny else "cuda")
         self.failed: dict[str, str] = {}
+        self._valid = True  # whether all checks of this attempt held; what is measured otherwise says so
         self.content: dict[str, Any] = dict(
             part=part, finished=False, seconds=0.0, stage="", machine=describe(tiny), ratios=[], rows=[], checks=[],
-            samples={}, notes={}, failed=self.failed)
+            samples={}, clocks={}, notes={}, failed=self.failed)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "Record":
@@ -48,6 +51,7 @@ class Record:
     def attempt(self, stage: str):
         """A stage of its own: an exception in it is recorded, and the part goes on."""
         self.stage(stage)
+        self._valid = True
         try:
             yield
         except Exception:
@@ -68,31 +72,40 @@ class Record:
         """
         if self.tiny:
             rounds, warmup = 1, 0
+        spin(self.device)
         found = interleave(candidates, rounds, warmup=warmup, device=self.device)
         seconds = {name: [value / launches for value in values] for name, values in found.items()}
         for name, values in seconds.items():
             self.content["samples"][f"{group}: {name}"] = dict(
                 median=median(values), quartiles=quartiles(values), least=min(values), most=max(values),
                 count=len(values), unit="s")
+        self.content["clocks"][group] = clocks(self.device)
         self._write()
         return medians(seconds)
 
     def check(self, what: str, error: float, limit: float) -> None:
-        """Keeps a relative error; ValueError where it is over its limit or no number: what is wrong is not timed."""
-        self.content["checks"].append(dict(what=what, error=error, limit=limit))
+        """Keeps a relative error. Where it is over its limit or no number, the part has failed, and all that is
+        measured until the next attempt is marked as not valid."""
+        valid = error <= limit
+        self.content["checks"].append(dict(what=what, error=error, limit=limit, valid=valid))
+        if not valid:
+            self._valid = False
+            self.failed[what] = f"relative error {error:.3g}, at most {limit:.3g} was expected"
+            self._say(f"{what}: {self.failed[what]}; timed all the same, marked as not valid")
         self._write()
-        if not error <= limit:
-            raise ValueError(f"{what}: relative error {error:.3g}, at most {limit:.3g} was expected")
 
     def row(self, **columns: Any) -> None:
         """A line of the part's table."""
+        if not self._valid:
+            columns["valid"] = False
         self.content["rows"].append(columns)
         self._say(", ".join(f"{name} {format_value(value)}" for name, value in columns.items()))
         self._write()
 
     def ratio(self, measure: str, value: float, reach: float, at_most: bool = False) -> None:
         """One of the numbers to reach."""
-        self.content["ratios"].append(dict(measure=measure, value=value, reach=reach, at_most=at_most))
+        self.content["ratios"].append(dict(measure=measure, value=value, reach=reach, at_most=at_most,
+                                           valid=self._valid))
         self._say(ratio_line(self.content["ratios"][-1]))
         self._write()
 
@@ -109,6 +122,24 @@ class Record:
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(self.content, indent=1))
         os.replace(part, self.path)
+
+
+def spin(device: torch.device) -> None:
+    """Keeps a GPU busy for so long that its clock has risen: a short sample after a pause would be of a slower one."""
+    if device.type == "cpu":
+        return
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    until = time.monotonic() + SPIN
+    while time.monotonic() < until:
+        for _ in range(20):
+            a @ a
+        torch.cuda.synchronize()
+
+
+def clocks(device: torch.device) -> str:
+    """The SM clock and the power, now; "" on a CPU."""
+    return "" if device.type == "cpu" else read_output("nvidia-smi", "--query-gpu=clocks.sm,power.draw",
+                                                       "--format=csv,noheader")
 
 
 def format_value(value: Any) -> str:

@@ -1,11 +1,12 @@
 """Whole trajectories of a DiT-XL/2 at 256 pixels, random weights, bfloat16, T = 20, with guidance.
 
-plain: the plain model in eager PyTorch, with SDPA. ours, eager and captured: `denoise` and its executor, the whole
+plain: the plain model in eager PyTorch, with SDPA; in a graph: the same, recorded, so that what is left of its distance
+from ours is no cost of launches. ours, eager and captured: `denoise` and its executor, the whole
 trajectory in one graph. The reference's way: see reference_way. For a schedule, should / does is the time that it
 should take over the time that it takes, captured: should = fixed part + the computed branches' own measured times. A
 branch's own time is that of its kind's bodies, one after the other in a CUDA graph, each with its own weights as in the
 model, over their number; the fixed part is the rest of the uncached captured trajectory. Reused branches are promised
-to cost nothing.
+to cost nothing. Whole steps: every second one is a forecast of the trunk.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 import harmonica_kernels as hk
 from bench.problems import Plain
 from bench.timing import branch_seconds, capture, relative_error, side_stream
+from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.sample import denoise
 
 from . import models
@@ -26,7 +28,7 @@ REACH = {1: dict(plain=3.0, reference=2.5), 8: dict(plain=1.2, reference=1.2)}  
 
 
 def run(record: Record) -> None:
-    net = models.model(record.tiny, record.device)
+    net = models.model(record.tiny, record.device, models.attention(record.path.parent))
     config = models.config(record.tiny)
     plain = Plain(net, torch.bfloat16, config)
     exact = Plain(net, torch.float32, config)
@@ -38,6 +40,8 @@ def run(record: Record) -> None:
         with torch.inference_mode(), record.attempt(f"{2 * images} rows, profile"):
             for name in ("ours", "LTC"):
                 record.note(f"profile, {2 * images} rows, {name}", profile(candidates[name]))
+        with torch.inference_mode(), record.attempt(f"{2 * images} rows, memory"):
+            record.row(rows=2 * images, **peaks(record, net, plain, images))
 
 
 def measure(record: Record, net, plain: Plain, exact: Plain, images: int,
@@ -50,7 +54,8 @@ def measure(record: Record, net, plain: Plain, exact: Plain, images: int,
     limit = check(record, f"{2 * images} rows", ours, theirs, exactly, noise)
 
     candidates: dict[str, Callable[[], Tensor]] = {
-        "plain": lambda: denoise(theirs, noise), "ours, eager": lambda: denoise(ours, noise),
+        "plain": lambda: denoise(theirs, noise), "plain, in a graph": lambda: executor(theirs, noise),
+        "ours, eager": lambda: denoise(ours, noise),
         "ours": lambda: executor(ours, noise)}
     for name, schedule in schedules.items():
         ways = [models.trajectory(ReferenceWay(m, schedule, ours.timesteps), images, device, steps)
@@ -61,9 +66,14 @@ def measure(record: Record, net, plain: Plain, exact: Plain, images: int,
             name: lambda s=schedule: executor(ours, noise, s),
             f"{name}, reference's way, bfloat16": lambda way=ways[0]: denoise(way, noise),
             f"{name}, reference's way, float32": tf32(lambda way=ways[1]: denoise(way, noise))}
+    whole = trunk_forecast(net, steps, every=2)
+    candidates |= {"whole steps, eager": lambda: denoise(ours, noise, whole),
+                   "whole steps": lambda: executor(ours, noise, whole)}
     with side_stream(device):
         kinds = bodies(net, 2 * images)
-    for name in ("ours", *schedules):
+    for _ in range(3):
+        candidates["plain, in a graph"]()
+    for name in ("ours", *schedules, "whole steps"):
         eager = candidates[f"{name}, eager"]()
         for _ in range(3):  # runs, records, replays
             replayed = candidates[name]()
@@ -71,6 +81,11 @@ def measure(record: Record, net, plain: Plain, exact: Plain, images: int,
 
     seconds = record.time(f"{2 * images} rows", candidates | kinds, rounds)
     report(record, net, schedules, seconds, images)
+    computed = sum(row is not False for row in whole.rows)
+    step = seconds["ours"] / steps
+    skipped = (seconds["whole steps"] - computed * step) / (steps - computed)
+    record.row(rows=2 * images, schedule="whole steps", **{
+        "computed step, µs": step * 1e6, "skipped step, µs": skipped * 1e6, "skipped / computed": skipped / step})
     return candidates
 
 
@@ -113,7 +128,8 @@ def bodies(net, rows: int) -> dict[str, Callable[[], object]]:
 
 def report(record: Record, net, schedules: dict, seconds: dict[str, float], images: int) -> None:
     rows, reach = 2 * images, REACH[images]
-    record.row(rows=rows, **{f"{name}, ms": seconds[name] * 1e3 for name in ("plain", "ours, eager", "ours")})
+    ways = ("plain", "plain, in a graph", "ours, eager", "ours")
+    record.row(rows=rows, **{f"{name}, ms": seconds[name] * 1e3 for name in ways})
     record.ratio(f"{rows} rows, uncached: eager PyTorch / ours", seconds["plain"] / seconds["ours"], reach["plain"])
     each = len(net.branches) // 2
     body = [seconds[f"{kind} bodies"] / each for kind in ("attention", "feed-forward")]
@@ -132,6 +148,26 @@ def report(record: Record, net, schedules: dict, seconds: dict[str, float], imag
             "reference TF32 / ours": published})
         record.ratio(f"{rows} rows, {name}: should take / takes", should / seconds[name], 0.97)
         record.ratio(f"{rows} rows, {name}: the reference's way in bf16 / ours", in_bf16, reach["reference"])
+
+
+def peaks(record: Record, net, plain: Plain, images: int) -> dict[str, float]:
+    """MB that inference holds at most beside the weights, of each way, its graph's memory included; 0 on a CPU."""
+    device, steps = record.device, models.steps(record.tiny)
+    noise, found = models.noise(net, images, device), {}
+    for name, model, executor in (("plain", plain, None), ("captured", net, hk.compile(denoise)),
+                                  ("gated", net, hk.compile(denoise, mode="gated"))):
+        trajectory, before = models.trajectory(model, images, device, steps), 0
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        for _ in range(1 if executor is None else 3):  # runs, records, replays
+            (executor or denoise)(trajectory, noise)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        found[f"{name}, peak MB"] = (peak - before) / 1e6
+        if executor is not None:
+            executor.reset()
+    return found
 
 
 def profile(call: Callable[[], object]) -> str:

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from bench import ROOT
-from bench.gpu import commands, gated, models
+from bench.gpu import commands, gated, models, needs
 from bench.gpu.__main__ import PARTS, run
 from bench.gpu.commands import call, findings
-from bench.gpu.merge import merge
+from bench.gpu.merge import merge, ratio_line
 from bench.gpu.record import Record
 from bench.gpu.reference_way import ReferenceWay
 from bench.problems import Plain
 from harmonica_dit.sample import denoise
 from harmonica_dit.timing import interleave
 
-MEASURED = ("kernels", "trajectory", "compiled", "attention", "sdt")
+MEASURED = ("kernels", "trajectory", "compiled2", "attention", "sdt")
 
 
 @pytest.mark.parametrize("part", MEASURED)
@@ -33,6 +33,7 @@ def test_dry_run(part, tmp_path):
     assert found["rows"] and found["samples"]
     assert all(sample["median"] > 0 and sample["count"] > 0 for sample in found["samples"].values())
     assert found["checks"], "results are compared before they are timed"
+    assert part != "trajectory" or sum("skipped / computed" in row for row in found["rows"]) == 2
 
 
 def test_the_reference_way_gives_the_same_images():
@@ -226,11 +227,43 @@ def test_a_sample_is_of_one_launch(tmp_path, monkeypatch):
                                                             unit="s")}
 
 
-def test_what_is_wrong_is_not_timed(tmp_path):
-    with Record("kernels", tmp_path, tiny=True) as record:
-        for error in (0.2, float("nan")):
-            with pytest.raises(ValueError, match="relative error"):
+def test_what_is_wrong_is_timed_and_marked(tmp_path):
+    for error in (0.2, float("nan")):
+        with Record("kernels", tmp_path, tiny=True) as record:
+            with record.attempt("wrong"):
                 record.check("h", error, 0.1)
+                record.row(case="wrong")
+                record.ratio("wrong", 1.0, 1.0)
+            with record.attempt("right"):
+                record.check("h", 0.05, 0.1)
+                record.row(case="right")
+                record.ratio("right", 1.0, 1.0)
+        assert [row.get("valid", True) for row in record.content["rows"]] == [False, True]
+        assert [ratio["valid"] for ratio in record.content["ratios"]] == [False, True]
+        assert "h" in record.failed and "NOT VALID" in ratio_line(record.content["ratios"][0])
+
+
+def test_what_is_missing_is_said_before_anything_is_built(monkeypatch, capsys):
+    """With the command that fetches it, in the version that the tests run with."""
+    monkeypatch.setattr(needs, "find_spec", lambda name: None if name == "diffusers" else name)
+    monkeypatch.setattr(needs.shutil, "which", lambda name: None if name == "nvcc" else name)
+    for parts, ends in ((["kernels"], False), (["gated"], True), (["sanitizer"], False), ([], True)):
+        monkeypatch.setattr(sys, "argv", ["needs", *parts])
+        with pytest.raises(SystemExit) as ended:
+            needs.main()
+        out = capsys.readouterr().out
+        assert ended.value.code is ends and ("--dest .whl diffusers==" in out) == ends
+        assert ("not on the PATH: nvcc" in out) == (parts != ["kernels"])
+    assert set(needs.NEEDS) == set(PARTS)
+
+
+def test_the_fastest_back_end_is_used(tmp_path):
+    assert models.attention(tmp_path) == "sdpa"
+    assert run("attention", tmp_path, tiny=True)
+    found = json.loads((tmp_path / "attention.json").read_text())
+    assert found["notes"]["fastest"] == "sdpa" == models.attention(tmp_path)
+    (tmp_path / "attention.json").write_text(json.dumps(dict(notes=dict(fastest="cudnn"))))
+    assert models.attention(tmp_path) == "cudnn"
 
 
 def test_merging_keeps_the_parts_that_were_not_run_again(tmp_path, capsys):

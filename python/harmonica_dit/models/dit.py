@@ -5,11 +5,13 @@ Parameters are named as in facebookresearch/DiT, so its checkpoints load as they
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import harmonica_kernels as hk
 
@@ -24,21 +26,25 @@ CONFIGS = {f"DiT-{size}/{patch}": dict(hidden_size=width, depth=depth, num_heads
            for patch in (2, 4, 8)}
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+SDPA = {"sdpa": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def _sdpa(only: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with nullcontext() if only is None else sdpa_kernel(only):
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
 def attention_back_end(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The function that computes attention: q, k, v [B, N, heads, D/heads] -> [B, N, heads, D/heads].
 
-    "sdpa" is PyTorch's, which chooses between flash attention, cuDNN and its own; "xformers" is
-    `memory_efficient_attention` of the package of that name.
+    "sdpa" is PyTorch's, which chooses between flash attention, cuDNN and its own; "flash" and "cudnn" are that one
+    alone, on a GPU; "xformers" is `memory_efficient_attention` of the package of that name.
 
     Raises:
         ValueError: there is no such back end. ImportError: xformers is not installed.
     """
-    if name == "sdpa":
-        return _sdpa
+    if name in SDPA:
+        return partial(_sdpa, SDPA[name])
     if name == "xformers":
         try:
             from xformers.ops import memory_efficient_attention
@@ -46,7 +52,7 @@ def attention_back_end(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             raise ImportError(f'attention: "xformers" needs the package xformers ({error}); install it, or use the '
                               'default, "sdpa"') from error
         return memory_efficient_attention
-    raise ValueError(f'attention: got {name!r}, expected "sdpa" or "xformers"')
+    raise ValueError(f'attention: got {name!r}, expected one of {", ".join(map(repr, (*SDPA, "xformers")))}')
 
 
 class Attention(nn.Module):
@@ -177,7 +183,7 @@ class DiT(nn.Module):
         num_classes: labels are 0..num_classes-1; num_classes itself stands for "no label".
         learn_sigma: whether the output has in_channels more channels, for the variance.
         name: routers trained on this model record it.
-        attention: back end, "sdpa" or "xformers", see `attention_back_end`.
+        attention: back end, see `attention_back_end`.
     """
 
     guidance, guidance_channels, scheduler = 1.5, 3, "ddim"  # the reference's; the defaults of trajectories

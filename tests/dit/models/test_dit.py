@@ -154,13 +154,13 @@ def test_attention_that_is_not_there(monkeypatch):
     monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
     with pytest.raises(ImportError, match='"xformers" needs the package xformers .*"sdpa"'):
         DiT(**SMALL, attention="xformers")
-    with pytest.raises(ValueError, match="attention: got 'flash', expected"):
-        DiT(**SMALL, attention="flash")
+    with pytest.raises(ValueError, match="attention: got 'fast', expected one of 'sdpa', 'flash'"):
+        DiT(**SMALL, attention="fast")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", ["sdpa", "xformers"])
+@pytest.mark.parametrize("name", ["sdpa", "flash", "cudnn", "xformers"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_back_ends_on_a_gpu(name, dtype):
     """DiT-XL's head dim, 72, included."""

@@ -1,0 +1,49 @@
+"""What the parts of bench/gpu.sh import, and whether it is there: `python -m bench.gpu.needs [PART ...]`.
+
+Ends with 1, and names what is missing and how its wheels are fetched, before anything is built. Imports none of them.
+"""
+
+import re
+import shutil
+import sys
+from importlib.util import find_spec
+
+from bench import ROOT
+
+# By the names that Python imports. diffusers' own needs are among them: a wheel is carried without its dependencies.
+MODELS = ("diffusers", "huggingface_hub", "safetensors", "numpy", "rich")
+EVERY = ("torch", "triton", "numpy")
+NEEDS = {"build": ("pybind11",), "kernels": (), "attention": (), "trajectory": MODELS, "gated": MODELS, "sdt": MODELS,
+         "compiled2": MODELS, "compiled16": MODELS, "tests": ("pytest", "hypothesis", *MODELS),
+         "sanitizer": ("pytest", "hypothesis")}
+TOOLS = {"build": ("cmake", "ninja"), "sanitizer": ("compute-sanitizer", "nvcc"), "gated": ("nvcc",)}
+
+
+def missing(parts: list[str]) -> tuple[list[str], list[str]]:
+    """The packages and the programs that these parts need and that are not there."""
+    packages = {name: None for part in parts for name in (*EVERY, *NEEDS[part]) if find_spec(name) is None}
+    tools = {name: None for part in parts for name in TOOLS.get(part, ()) if shutil.which(name) is None}
+    return list(packages), list(tools)
+
+
+def wheels(packages: list[str]) -> str:
+    """The command that fetches their wheels where there is a network, in the versions that the tests run with."""
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    wanted = (name.replace("_", "-") for name in packages)
+    return "python -m pip download --no-deps --dest .whl " + " ".join(
+        f"{name}=={pins[name]}" if name in pins else name for name in wanted)
+
+
+def main() -> None:
+    parts = sys.argv[1:] or list(NEEDS)
+    packages, tools = missing(parts)
+    if tools:
+        print(f"not on the PATH: {', '.join(tools)}")
+    if packages:
+        print(f"missing: {', '.join(packages)}. Fetch the wheels into .whl/ where there is a network:\n"
+              f"    {wheels(packages)}")
+    sys.exit(bool(packages or [tool for tool in tools if tool in TOOLS["build"]]))
+
+
+if __name__ == "__main__":
+    main()
