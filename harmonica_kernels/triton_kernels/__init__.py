@@ -1,9 +1,10 @@
 """The CUDA kernels of the ops, in Triton, one file each: the kernel and the function that launches it.
 
-    residual_norm.py            residual_norm and blend_residual_norm, forward: one pass, rows divided among programs
+    residual_norm.py            residual_norm and blend_residual_norm, forward: one pass, a program a row
     residual_norm_backward.py   one pass a term; a program sums over its tokens, torch.sum adds these sums up
     gated_norm.py               residual_norm of a gated trajectory, where only the device knows the run
     cache_commit.py bias_gelu.py guided_step.py
+    _row.py                     a row in registers, which the norms share
     _launch.py                  what the launchers share
 
 `ops` checks the arguments and makes them dense (`ops._arguments.Dense`); nothing is checked here. Every activation is a

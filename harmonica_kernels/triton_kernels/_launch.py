@@ -12,7 +12,7 @@ FUSED = dict(enable_fp_fusion=True)  # fuses multiply-adds; said here because Tr
 
 
 def tile(width: int) -> dict:
-    """Constants of a launch: rows a program, the power of two that holds a row, and warps.
+    """Constants of a backward's launch: rows a program, the power of two that holds a row, and warps.
 
     A thread has 16 values; a program has at most 16 warps.
     """
