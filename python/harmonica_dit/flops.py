@@ -38,7 +38,7 @@ def count_flops(net) -> Flops:
     Raises:
         TypeError: net is neither. ValueError: the adapter has not been traced.
     """
-    if not is_denoiser(net) or hasattr(net, "flops"):
+    if not is_denoiser(net) or getattr(net, "guided_by_its_loop", False):
         return _traced(net, "flops")
     parameter = next(net.parameters())
     x = torch.zeros(1, *net.sample_shape, dtype=parameter.dtype, device=parameter.device)
@@ -54,7 +54,7 @@ def trunk_costs(net) -> tuple[Flops, int]:
     Raises:
         TypeError: net is neither. ValueError: the adapter has not been traced, or its trunk cannot be reused.
     """
-    if is_denoiser(net) and not hasattr(net, "flops"):
+    if is_denoiser(net) and not getattr(net, "guided_by_its_loop", False):
         return count_flops(net), net.tokens * net.width
     flops = _traced(net, "flops")
     if getattr(net, "trunk_size", None) is None:

@@ -71,7 +71,7 @@ UNTRACED = ("branches", "tokens")  # what one needs whose FLOPs no adapter has c
 def check_denoiser(net) -> None:
     """Refuses what lacks an attribute of a denoiser, see `harmonica_dit.load`; the message names all that is lacking.
     """
-    needed = DENOISER if hasattr(net, "flops") else DENOISER + UNTRACED
+    needed = DENOISER if getattr(net, "guided_by_its_loop", False) else DENOISER + UNTRACED
     missing = [name for name in needed if not hasattr(net, name)]
     if missing:
         raise TypeError(f"net: {type(net).__name__} has no {', '.join(missing)}, which a denoiser needs: see the help "

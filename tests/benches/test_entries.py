@@ -114,7 +114,7 @@ def test_the_folder_collects_every_suite_and_plain_pytest_none(suites, pytester,
 def test_what_takes_long_is_left_out_unasked(suites, pytester):
     result = pytester.runpytest_inprocess(QUICK, "--tiny", "-k", "alpha-1024", "--rootdir", ROOT, "-c",
                                           ROOT / "pyproject.toml", ROOT / "bench/bench_models.py")
-    result.assert_outcomes(skipped=3, deselected=30)
+    result.assert_outcomes(skipped=4, deselected=40)
 
 
 def test_a_round_calls_every_candidate_once_in_turn():

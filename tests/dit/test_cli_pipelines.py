@@ -24,21 +24,21 @@ def flux(tmp_path_factory):
     return folder
 
 
-def run(*words):
+def run(*words, codes=(0,)):
     result = CliRunner().invoke(harmonica_dit.cli.app, list(map(str, words)))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code in codes, result.output
     return result.output
 
 
 @pytest.mark.filterwarnings("ignore:target_speedup", "ignore:forecasts to order 0")
 @pytest.mark.parametrize("kind", ["router", "forecast"])
 def test_train_sample_enable_call(flux, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(harmonica_dit.cli, "train_forecaster", partial(train_forecaster, images=2, held_out=1))
+    monkeypatch.setattr(harmonica_dit.train, "train_forecaster", partial(train_forecaster, images=2, held_out=1))
     model = ("--model", flux / "small-flux", "--prompts", flux / "prompts.txt", "--image-size", 64)
     settings = ("--forecast", "uncached", "--iterations", 1) if kind == "forecast" else ("--trajectories", 2)
     out = tmp_path / "out"
     assert "FLOPs speedup" in run("train", *model, *settings, "--steps", 3, "--batch", 2, "--target-speedup", 1.3,
-                                  "--out", out)
+                                  "--out", out, codes=(0, 1))  # so few trajectories miss their target
     made = out / f"{kind}.safetensors"
     assert (out / "prompts.safetensors").exists()
     run("sample", *model, "--schedule", made, "--out", tmp_path / "latents.safetensors")
