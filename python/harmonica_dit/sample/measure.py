@@ -124,7 +124,7 @@ def _table(seconds: dict[str, float], schedules: dict[str, Schedule], kinds: Seq
     shares = torch.tensor(shares, dtype=torch.float64)
     best = torch.linalg.lstsq(shares, torch.ones_like(shares[:, :1])).solution
     *branches, fixed, forecast, trunk, mixed = best.flatten().tolist()
-    if min(*branches, fixed, trunk) <= 0:
+    if min(*branches, fixed, trunk) <= 1e-9 * seconds["computed"]:  # 0 but for rounding is 0
         raise RuntimeError(f"net: what its branches take cannot be told from noise: {seconds['computed'] / T:.3g} s a "
                            f"step computed, {fixed:.3g} s repeated; measure more rounds or a larger batch, on a quiet "
                            "machine")
