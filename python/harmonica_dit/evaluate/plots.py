@@ -85,7 +85,7 @@ def plot_along(groups: Mapping[str, Mapping[str, Sequence[float]]], families: Ma
     looks = _looks(families.values())
 
     def draw() -> Figure:
-        figure = Figure((4.4 * len(groups), 3.4), layout="constrained")
+        figure = Figure((5.8 * len(groups), 3.6), layout="constrained")
         panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
         for axis, (heading, lines) in zip(panels, groups.items()):
             axis.set_title(heading, loc="left", weight="bold")
@@ -95,7 +95,7 @@ def plot_along(groups: Mapping[str, Mapping[str, Sequence[float]]], families: Ma
             axis.set_xlabel("step (noise → image)")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(axis="y", color=RULE, linewidth=0.6)
-            axis.legend(fontsize=7.5, frameon=False)
+            axis.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the lines
         figure.axes[0].set_ylim(bottom=0)  # of all panels; not earlier, which would keep the others' lines out
         figure.axes[0].set_ylabel("error of $x_t$ against the uncached trajectory\n(RMSE, unclipped)")
         return figure
