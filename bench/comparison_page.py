@@ -4,7 +4,7 @@
 
 Each folder is one that `harmonica compare` has left: its rows.json becomes bench/results/<folder's name>-cpu.json. Then
 every table of the page is written anew from its file there, and the picture of quality against speedup from all files
-of T = 20 with DDIM.
+of T = 20 with DDIM. Pictures of the folder that the page shows (comparison-2.0-schedules.png) are copied beside it.
 """
 
 import argparse
@@ -45,9 +45,8 @@ def main() -> None:
     folders = parser.parse_args().folders
     for folder in folders:
         shutil.copy(folder / "rows.json", RESULTS / f"{folder.name}-cpu.json")
-        for picture in ("along", "schedules"):
-            if folder.name in DRAWN and (folder / f"{picture}.png").exists():
-                shutil.copy(folder / f"{picture}.png", PAGE.parent / f"{folder.name}-{picture}.png")
+        for picture in re.findall(rf"\({re.escape(folder.name)}-(\w+)\.png\)", PAGE.read_text()):
+            shutil.copy(folder / f"{picture}.png", PAGE.parent / f"{folder.name}-{picture}.png")
     PAGE.write_text(write_tables(PAGE.read_text()))
     drawn = {row["name"]: row for name in DRAWN if (RESULTS / f"{name}-cpu.json").exists() for row in rows_of(name)}
     plot_tradeoff(list(drawn.values()), PAGE.parent / "comparison-tradeoff.png", HEADING)
