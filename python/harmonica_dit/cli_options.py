@@ -24,8 +24,8 @@ Prompts = Annotated[Path | None, typer.Option(help="File of prompts for a text p
                                                    "their numbers, from 0.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the model's weights: float32, bfloat16 or float16; training refuses "
                                          "float16.")]
-Attention = Annotated[str, typer.Option(help="Back end of a DiT's attention: sdpa, PyTorch's, or xformers, which needs "
-                                             "a CUDA device.")]
+Attention = Annotated[str, typer.Option(help="Back end of a DiT's attention: sdpa, where PyTorch chooses; flash, cudnn "
+                                             "or xformers.")]
 ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.", show_default="the model's own")]
 Device = Annotated[str | None, typer.Option(help="Device to compute on, such as cpu or cuda:1.",
                                             show_default="cuda if there is one, else cpu")]

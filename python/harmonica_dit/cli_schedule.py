@@ -6,18 +6,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from harmonica_dit.evaluate.catalogue import CATALOGUE, Scheduled
+
 from .cli_options import Attention, Checkpoint, Device, Dtype, ImageSize, Model, Prompts, describe, load
 
-# name -> function of harmonica_dit.methods, its settings, and whether it takes every n-th step and an order
-METHODS = {
-    "fora": ("fora", {}, True),
-    "trunk": ("trunk_forecast", {}, True),
-    "adams": ("trunk_forecast", dict(adams=True), True),
-    "step-search": ("step_search", {}, False),
-    "smoothcache": ("smoothcache", {}, False),
-    "delta-dit": ("delta_dit", {}, False),
-}
-SPACED = ", ".join(name for name, (*_, spaced) in METHODS.items() if spaced)
+METHODS = {name: one for name, one in CATALOGUE.items() if isinstance(one, Scheduled) and one.kept}
+SPACED = ", ".join(name for name, one in METHODS.items() if one.whole_steps)
+ORDERED = ", ".join(name for name, one in METHODS.items() if one.whole_steps and "order" not in one.settings)
 
 
 def schedule(
@@ -27,7 +22,7 @@ def schedule(
                                              "images to calibrate.")] = "fora",
     every: Annotated[int | None, typer.Option(help=f"Compute every n-th step: {SPACED}.")] = None,
     speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach, in place of --every.")] = None,
-    forecast: Annotated[int | None, typer.Option(help=f"Order of what is forecast, 0 to 3, where 0 repeats: {SPACED}.",
+    forecast: Annotated[int | None, typer.Option(help=f"Order of what is forecast, 0 to 3, where 0 repeats: {ORDERED}.",
                                                  show_default="fora: 0, the others: 1")] = None,
     steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
     model: Model = "fashion-dit",
@@ -39,23 +34,20 @@ def schedule(
     device: Device = None,
 ) -> None:
     """Make a schedule without training, such as FORA's: every n-th step is computed."""
-    from harmonica_dit import methods
     from harmonica_dit.files import check_file
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: got {out}, expected a .safetensors file")
     if method not in METHODS:
         raise ValueError(f"--method: got {method!r}, expected one of {', '.join(METHODS)}")
-    function, settings, spaced = METHODS[method]
     if (every is None) == (speedup is None):
         raise ValueError("--every, --speedup: give exactly one of them")
-    for name, value in (("--every", every), ("--forecast", forecast)):
-        if value is not None and not spaced:
-            raise ValueError(f"{name}: {method} has none, these have: {SPACED}")
+    for name, value, those in (("--every", every, SPACED), ("--forecast", forecast, ORDERED)):
+        if value is not None and method not in those.split(", "):
+            raise ValueError(f"{name}: {method} has none, these have: {those}")
     check_file(out)
     net = load(model, checkpoint, prompts, dtype, image_size, device, attention=attention)
     wanted = dict(every=every, order=forecast, speedup=speedup)
-    made = getattr(methods, function)(net, steps, **settings, **{
-        name: value for name, value in wanted.items() if value is not None})
+    made = METHODS[method].make(net, steps, **{name: value for name, value in wanted.items() if value is not None})
     made.save(out)
     Console().print(describe(made, out), soft_wrap=True)

@@ -38,7 +38,7 @@ def count_flops(net) -> Flops:
     Raises:
         TypeError: net is neither. ValueError: the adapter has not been traced.
     """
-    if not is_denoiser(net) or getattr(net, "guided_by_its_loop", False):
+    if not is_denoiser(net) or runs_by_its_loop(net):
         return _traced(net, "flops")
     parameter = next(net.parameters())
     x = torch.zeros(1, *net.sample_shape, dtype=parameter.dtype, device=parameter.device)
@@ -54,7 +54,7 @@ def trunk_costs(net) -> tuple[Flops, int]:
     Raises:
         TypeError: net is neither. ValueError: the adapter has not been traced, or its trunk cannot be reused.
     """
-    if is_denoiser(net) and not getattr(net, "guided_by_its_loop", False):
+    if is_denoiser(net) and not runs_by_its_loop(net):
         return count_flops(net), net.tokens * net.width
     flops = _traced(net, "flops")
     if getattr(net, "trunk_size", None) is None:
@@ -65,6 +65,11 @@ def trunk_costs(net) -> tuple[Flops, int]:
 def is_denoiser(net) -> bool:
     """Whether this is called with latents, timesteps and labels alone. An adapter takes its transformer's arguments."""
     return hasattr(net, "sample_shape")
+
+
+def runs_by_its_loop(net) -> bool:
+    """Whether a denoiser is run step by step by its pipeline's own loop: it has an adapter in place of branches."""
+    return getattr(net, "guided_by_its_loop", False)
 
 
 def _traced(adapter, name: str):

@@ -15,6 +15,8 @@ from harmonica_dit.fashion import FASHION, FASHION_WEIGHTS
 from harmonica_dit.models import CONFIGS, DiT, latent_side
 from harmonica_dit.sample.decoding import load_vae
 
+DAMAGED = "it is damaged, or something else"
+
 
 def load(name, checkpoint: str | os.PathLike | None = None, *, image_size: int | None = None,
          prompts: Sequence[str | Mapping[str, Any]] | None = None, call: Mapping[str, Any] | None = None,
@@ -145,8 +147,11 @@ def read_checkpoint(path: str | os.PathLike):
     except (OSError, MemoryError):  # the file may well be whole
         raise
     except pickle.UnpicklingError as error:  # whose message goes on to advise reading the file all the same
-        (found,) = re.findall(r"GLOBAL (\S+)", str(error))[:1] or ["more than tensors"]
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: it holds {found}, and reading that could run "
-                         "code of whoever made the file") from None
-    except Exception as error:  # torch passes on the errors of its readers: zip and runtime errors, and what pickle has
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: {type(error).__name__}, {error}") from None
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        why = DAMAGED if found is None else (
+            f"it holds {found[1]}, and reading that could run code of whoever made the file")
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: {why}") from None
+    except Exception as error:  # a damaged file makes torch's readers fail in any way: KeyError, EOFError, struct.error
+        if "allocate memory" in str(error):  # torch's RuntimeError
+            raise
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: {DAMAGED} ({type(error).__name__}: {error})") from None

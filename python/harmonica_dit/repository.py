@@ -21,6 +21,7 @@ def check_reachable(argument: str, source: str | os.PathLike, file: str) -> None
         return
     try:
         HfApi().model_info(str(source), timeout=PATIENCE)
-    except Exception as error:  # of whichever HTTP library huggingface_hub is built on
+    except Exception as error:  # of whichever HTTP library huggingface_hub is built on; some have no message
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(f"{argument}: there is no folder {source}, and the repository {source} cannot be reached: "
-                      f"{str(error).splitlines()[0]}") from None
+                      f"{why}") from None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harmonica_dit.costs import Costs
-from harmonica_dit.flops import Flops
+from harmonica_dit.flops import Flops, runs_by_its_loop
 from harmonica_kernels.cache import run_spans
 
 FORMAT = 1  # of router and schedule files
@@ -71,7 +71,7 @@ UNTRACED = ("branches", "tokens")  # what one needs whose FLOPs no adapter has c
 def check_denoiser(net) -> None:
     """Refuses what lacks an attribute of a denoiser, see `harmonica_dit.load`; the message names all that is lacking.
     """
-    needed = DENOISER if getattr(net, "guided_by_its_loop", False) else DENOISER + UNTRACED
+    needed = DENOISER if runs_by_its_loop(net) else DENOISER + UNTRACED
     missing = [name for name in needed if not hasattr(net, name)]
     if missing:
         raise TypeError(f"net: {type(net).__name__} has no {', '.join(missing)}, which a denoiser needs: see the help "

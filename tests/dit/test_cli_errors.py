@@ -119,7 +119,9 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
                                "harmonica: schedule: 1.97× is little\n")
 
 
-def test_a_repository_that_cannot_be_reached_is_said_once_asked(monkeypatch):
+@pytest.mark.parametrize("error, said", [(ConnectionError("no network\nand more"), "no network"),
+                                         (TimeoutError(), "TimeoutError")])
+def test_a_repository_that_cannot_be_reached_is_said_once_asked(monkeypatch, error, said):
     import huggingface_hub
 
     from harmonica_dit import repository
@@ -128,10 +130,10 @@ def test_a_repository_that_cannot_be_reached_is_said_once_asked(monkeypatch):
 
     def ask(self, name, timeout):
         asked.append(name)
-        raise ConnectionError("no network\nand more")
+        raise error
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", ask)
-    with pytest.raises(OSError, match="vae: there is no folder a/b, and .* cannot be reached: no network$"):
+    with pytest.raises(OSError, match=f"vae: there is no folder a/b, and .* cannot be reached: {said}$"):
         repository.check_reachable("vae", "a/b", "config.json")
     monkeypatch.setattr(repository, "try_to_load_from_cache", lambda source, file: f"/cache/{source}/{file}")
     repository.check_reachable("vae", "a/b", "config.json")

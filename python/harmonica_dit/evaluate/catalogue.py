@@ -1,7 +1,7 @@
 """Ways to skip work by name, each at a FLOPs speedup: what `harmonica compare` can compare without a file."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,20 +11,34 @@ if TYPE_CHECKING:  # the command line names the methods in its help, which shoul
     from .named_methods import Method
 
 
-def _make(name: str, net, steps: int, speedup: float, *, function: str, **settings) -> "Method":
-    """The method that a function of `harmonica_dit.methods` makes as a schedule."""
-    from .named_methods import Method
+@dataclass(frozen=True)
+class Scheduled:
+    """A method whose schedule a function of `harmonica_dit.methods` makes.
 
-    return Method(name, name, steps, getattr(methods, function)(net, steps, speedup=speedup, **settings))
+    title: its name in tables. function: the function's. settings: what it is given. calibrated: whether it samples, and
+    so wants a guidance and a scheduler. kept: whether its schedule can be kept in a file.
+    """
 
+    title: str
+    function: str
+    settings: dict = field(default_factory=dict)
+    calibrated: bool = False
+    kept: bool = True
 
-def _scheduled(name: str, function: str, **settings) -> Callable[..., "Method"]:
-    return lambda net, steps, speedup, options: _make(name, net, steps, speedup, function=function, **settings)
+    @property
+    def whole_steps(self) -> bool:
+        """Whether it also takes every n-th step, and an order of its forecasts."""
+        return self.function in ("fora", "trunk_forecast")
 
+    def make(self, net, steps: int, **how):
+        """The schedule."""
+        return getattr(methods, self.function)(net, steps, **self.settings, **how)
 
-def _calibrated(name: str, function: str) -> Callable[..., "Method"]:
-    """The same of a function that samples, with the comparison's guidance and scheduler."""
-    return lambda net, steps, speedup, options: _make(name, net, steps, speedup, function=function, **options)
+    def __call__(self, net, steps: int, speedup: float, options: dict) -> "Method":
+        from .named_methods import Method
+
+        schedule = self.make(net, steps, speedup=speedup, **(options if self.calibrated else {}))
+        return Method(self.title, self.title, steps, schedule)
 
 
 def _fewer_steps(net, steps: int, speedup: float, options: dict) -> "Method":
@@ -41,16 +55,16 @@ def _solver(name: str, net, steps: int, speedup: float, options: dict) -> "Metho
 
 # name -> function(net, steps of the uncached trajectory, speedup, dict of guidance and scheduler) -> Method
 CATALOGUE: dict[str, Callable[..., "Method"]] = {
-    "fora": _scheduled("FORA", "fora"),
-    "taylorseer-1": _scheduled("TaylorSeer-1", "fora", order=1),
-    "taylorseer-2": _scheduled("TaylorSeer-2", "fora", order=2),
-    "taylorseer-3": _scheduled("TaylorSeer-3", "fora", order=3),
-    "trunk": _scheduled("trunk forecast", "trunk_forecast"),
-    "adams": _scheduled("Adams forecast", "trunk_forecast", adams=True),
-    "step-search": _calibrated("steps searched", "step_search"),
-    "smoothcache": _calibrated("SmoothCache", "smoothcache"),
-    "delta-dit": _scheduled("Δ-DiT", "delta_dit"),
-    "first-block": _calibrated("first block", "first_block"),
+    "fora": Scheduled("FORA", "fora"),
+    "taylorseer-1": Scheduled("TaylorSeer-1", "fora", dict(order=1)),
+    "taylorseer-2": Scheduled("TaylorSeer-2", "fora", dict(order=2)),
+    "taylorseer-3": Scheduled("TaylorSeer-3", "fora", dict(order=3)),
+    "trunk": Scheduled("trunk forecast", "trunk_forecast"),
+    "adams": Scheduled("Adams forecast", "trunk_forecast", dict(adams=True)),
+    "step-search": Scheduled("steps searched", "step_search", calibrated=True),
+    "smoothcache": Scheduled("SmoothCache", "smoothcache", calibrated=True),
+    "delta-dit": Scheduled("Δ-DiT", "delta_dit"),
+    "first-block": Scheduled("first block", "first_block", calibrated=True, kept=False),
     "fewer-steps": _fewer_steps,
     "dpm-solver++": partial(_solver, "DPM-Solver++"),
     "unipc": partial(_solver, "UniPC"),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
-from harmonica_dit.flops import count_flops
+from harmonica_dit.flops import count_flops, runs_by_its_loop
 from harmonica_dit.sample import Trajectory, image_noise
 from harmonica_dit.sample.trajectory import FIRST_IMAGE
 from harmonica_dit.schedule import Schedule
@@ -84,7 +84,7 @@ def branch_errors(trajectory: Trajectory, noise: Tensor, longest: int) -> Tensor
 
     Of an uncached trajectory, averaged over its batch, the unconditional half included; 0 where j > s.
     """
-    if not hasattr(trajectory.net, "branches"):
+    if runs_by_its_loop(trajectory.net):
         raise ValueError(f"net: {trajectory.net.name} is run by its pipeline's loop, whose branches' outputs are not "
                          "compared; use step_search, which takes any denoiser")
     K = len(trajectory.net.branch_names)

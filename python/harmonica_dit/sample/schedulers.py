@@ -11,6 +11,8 @@ from diffusers import DDIMScheduler, DDPMParallelScheduler, DDPMScheduler, Sched
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
+from harmonica_dit.flops import runs_by_its_loop
+
 NOISE = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 LEARNED_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)  # these can use a learned variance
 
@@ -86,7 +88,7 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,
                                                                                               scheduler.config)
     else:
         made = _make_by_name(scheduler, _by_default(own) if isinstance(own, str) else own)
-    if getattr(net, "guided_by_its_loop", False):
+    if runs_by_its_loop(net):
         net.set_timesteps(made, steps)
     elif made.config.get("use_dynamic_shifting"):
         made.set_timesteps(steps, mu=_shift(made.config, net.tokens))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit.flops import runs_by_its_loop
 from harmonica_kernels import ops
 from harmonica_kernels.graphs.gated import Loop
 
@@ -106,7 +107,7 @@ class Trajectory:
         self.net, self.labels = net, check_labels(labels, net.num_classes)
         self.executor = run_eagerly  # runs the model in `predict`; may be `harmonica_kernels.compile(run_eagerly)`
         guidance = net.guidance if guidance is None else guidance
-        self._own_loop = getattr(net, "guided_by_its_loop", False)  # guides and scales, and is told the step
+        self._own_loop = runs_by_its_loop(net)  # guides and scales, and is told the step
         unsaid = guidance is None and self._own_loop  # a call that has no guidance_scale
         if not unsaid and (not isinstance(guidance, Real) or not 0 <= guidance < float("inf")):
             raise ValueError(f"guidance: got {guidance!r}, expected a finite number ≥ 0 (1 is no guidance)")

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from harmonica_dit.files import load_tensors, optimizer_tensors, remove_leftovers, restore_optimizer, save_tensors
-from harmonica_dit.flops import trunk_costs
+from harmonica_dit.flops import runs_by_its_loop, trunk_costs
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.memory import check_fits_memory
 from harmonica_dit.methods import trunk_forecast
@@ -118,7 +118,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         len(compute), history - initial.history, 1)], 1))
     schedule = replace(schedule, forecaster=initial)  # raises now, not after the training, if it can have none
     check_fits("schedule: ", schedule, net)
-    learned = LearnedForecaster(compute, initial, net.width, correct, entering=hasattr(net, "branches"))
+    learned = LearnedForecaster(compute, initial, net.width, correct, entering=not runs_by_its_loop(net))
     if not any(p.requires_grad and p.numel() for p in learned.parameters()):
         raise ValueError("schedule: computes every step, and correct=False leaves nothing to learn")
     if target == "uncached" and all(compute):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from harmonica_dit.flops import replace_bodies
+from harmonica_dit.flops import replace_bodies, runs_by_its_loop
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def freeze(net):
 
 def checkpoint_bodies(net):
     """Until the block ends, the backward pass recomputes the bodies, so that only their inputs and outputs are kept."""
-    if not hasattr(net, "branches"):
+    if runs_by_its_loop(net):
         return net.adapter.recomputing()
     return replace_bodies(net, lambda k, body: partial(_recompute, body))
 

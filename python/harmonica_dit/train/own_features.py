@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from harmonica_dit.flops import replace_bodies
+from harmonica_dit.flops import replace_bodies, runs_by_its_loop
 from harmonica_dit.sample.trajectory import Trajectory
 
 
@@ -28,7 +28,7 @@ def _entering(trajectory: Trajectory, images: Tensor) -> list[Tensor]:
     last = max(s for s, t in enumerate(trajectory.timesteps) if t > 0 or s == 0)
     scaled, t, _ = trajectory.inputs(images, last)
     found: list[Tensor] = []
-    if not hasattr(trajectory.net, "branches"):
+    if runs_by_its_loop(trajectory.net):
         with trajectory.net.adapter.watching(found.append):
             trajectory.model.outputs(scaled, t, trajectory.labels)
         return found

@@ -109,9 +109,7 @@ class GenericTrunkCache(Memory):
         """A cache of such a trajectory that holds these states, the newest first, each as `newest` gave it."""
         made = GenericTrunkCache(self.history)
         made._of, made._setting, made._stand_ins = self._of, self._setting, dict(self._stand_ins)
-        for state in states:
-            parts = iter(state)
-            made._states.append(map_tensors(lambda _: next(parts), self._states[0]))  # noqa: B023 (called at once)
+        made._states = [with_tensors(self._states[0], state) for state in states]
         return made
 
     def _store(self, state: Output) -> None:
@@ -130,6 +128,12 @@ def map_tensors(f: Callable, *outputs: Output) -> Output:
         parts = [map_tensors(f, *parts) for parts in zip(*outputs, strict=True)]
         return parts if isinstance(first, list) else tuple(parts)
     return None if first is None else f(*outputs)
+
+
+def with_tensors(form: Output, tensors: Sequence[Tensor]) -> Output:
+    """An output of the same structure as `form` that holds these, in the order of `tensors_of`."""
+    left = iter(tensors)
+    return map_tensors(lambda _: next(left), form)
 
 
 def tensors_of(o: Output) -> list[Tensor]:

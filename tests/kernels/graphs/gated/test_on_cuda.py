@@ -1,5 +1,6 @@
 """What is built for CUDA, on a stand-in that executes it: graphs are lists, kernels and memory are the CPU's."""
 
+import os
 import random
 import re
 import shutil
@@ -16,6 +17,8 @@ from harmonica_kernels.graphs.gated import executor, on_cuda
 from harmonica_kernels.ops._library import kernels
 from support.graph_stand_in import Built, Recorder
 from support.loops import Table, Trajectory
+
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")  # as the build finds it
 
 
 @pytest.mark.parametrize("rule", ["scores", "change"])
@@ -81,9 +84,9 @@ def test_a_cuda_error_is_an_exception():
         kernels.GatedGraph(0)
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_the_smallest_graph_builds(tmp_path):
     """It needs a GPU to run, where a name that has changed would cost the first call."""
-    command = ["nvcc", "-std=c++17", "-O0", "-arch=sm_90", "-c", "tests/cuda/smallest.cu", "-o", tmp_path / "built.o"]
+    command = [NVCC, "-std=c++17", "-O0", "-arch=sm_90", "-c", "tests/cuda/smallest.cu", "-o", tmp_path / "built.o"]
     built = subprocess.run(command, cwd=Path(__file__).parents[4], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
