@@ -154,4 +154,5 @@ def read_checkpoint(path: str | os.PathLike):
     except Exception as error:  # a damaged file makes torch's readers fail in any way: KeyError, EOFError, struct.error
         if "allocate memory" in str(error):  # torch's RuntimeError
             raise
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: {DAMAGED} ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path} is not a checkpoint of plain tensors: {DAMAGED} ({type(error).__name__}: {error})"
+                         ) from None

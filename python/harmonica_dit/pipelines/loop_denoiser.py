@@ -114,20 +114,8 @@ class LoopDenoiser(nn.Module):
         self.guidance_channels = self.sample_shape[0]
         noise = torch.randn(x.numel(), dtype=x.dtype, generator=torch.Generator().manual_seed(0))
         packed = torch.equal(x.cpu().flatten().sort()[0], noise.sort()[0])  # noise in some order, and nothing else
-        self._loop.puts_latents = packed and hasattr(self._loop.pipe, "prepare_latents") and not self._takes_latents(
-            scheduler, arguments)
+        self._loop.puts_latents = packed and hasattr(self._loop.pipe, "prepare_latents")
         self.guided(self.set_timesteps(scheduler, 2), self.guidance)  # raises now what it would raise then
-
-    def _takes_latents(self, scheduler: SchedulerMixin, arguments: dict[str, Any]) -> bool:
-        """Whether the loop begins with the latents that the call is given, as they are."""
-        x = numbered(self._zeros())
-        try:
-            begun = self._loop.watch(scheduler, x, arguments).samples[0]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # of the pipeline's own code, which may want another shape: of whatever kind
-            return False
-        return begun.shape == x.shape and torch.equal(begun, x.to(begun.dtype))
 
     @property
     def num_classes(self) -> int:
@@ -228,11 +216,6 @@ class LoopDenoiser(nn.Module):
         return torch.zeros(1, *self.sample_shape, device=next(self.parameters()).device)
 
 
-def numbered(x: Tensor) -> Tensor:
-    """Latents of its shape whose values all differ, so that no other order of them is taken for these."""
-    return torch.arange(x.numel(), device=x.device, dtype=x.dtype).view_as(x)
-
-
 class GuidedLoop:
     """The guided output of each step, by a pipeline's own loop; used by a `Trajectory` in place of `Guided`.
 
@@ -271,7 +254,7 @@ class GuidedLoop:
 
     def check(self, x: Tensor) -> None:
         """Refuses a loop whose steps cannot be run one by one. x: any latents [1, …]."""
-        x = numbered(x)
+        x = torch.arange(x.numel(), device=x.device, dtype=x.dtype).view_as(x)  # another order would be seen
         T, pipe = len(self.scheduler.timesteps), type(self.net._loop.pipe).__name__
         times = self.scheduler.timesteps.tolist()
         if getattr(self.scheduler, "order", 1) > 1 or len(set(times)) < T:

@@ -44,8 +44,8 @@ class OwnLoop:
         pipe: a copy of the user's pipeline; the modules may be shared. transformer: the one that its loop calls.
 
     Attributes:
-        puts_latents: whether latents are put in place of what the pipeline's `prepare_latents` makes, for a call that
-            takes its `latents` in another form than its loop; else they are given to the call.
+        puts_latents: whether latents are put in place of what the pipeline's `prepare_latents` makes, for some calls
+            take `latents` in another form than their loop (FLUX.2); else they are given to the call.
     """
 
     def __init__(self, pipe, transformer: nn.Module):

@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 
 import harmonica_dit
+from harmonica_dit import methods
 from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file, samples
 from harmonica_dit.evaluate.catalogue import CATALOGUE, make_methods
 from harmonica_dit.evaluate.fashion import fashion_judge
+from harmonica_dit.evaluate.named_methods import name_after
 from harmonica_dit.evaluate.report import print_table
 from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import count_flops
@@ -22,6 +24,7 @@ from harmonica_dit.methods import uncached
 from harmonica_dit.models import DiT
 from harmonica_dit.router import Router
 from harmonica_dit.sample import sample
+from harmonica_dit.schedule import Schedule
 from support.pipeline_folders import small_vae
 
 
@@ -211,6 +214,19 @@ def test_routers_and_schedules_are_read_from_files(net, tmp_path, extrapolation,
     router.save(tmp_path / "run" / "router.safetensors")
     assert from_file(tmp_path / "run" / "router.safetensors", net).name == "run"
     assert frozen.family.startswith("frozen") and mine.speedup(4) == frozen.speedup(4) > 1
+
+
+def test_what_calibrates_samples_as_the_comparison_does(net, monkeypatch):
+    given = []
+    monkeypatch.setattr(methods, "step_search", lambda net, steps, **how: given.append(how) or uncached(net, steps))
+    make_methods(net, ["step-search", "fora"], [1.5], 4, guidance=3.0, scheduler="iddpm")
+    assert given == [dict(speedup=1.5, guidance=3.0, scheduler="iddpm")]
+
+
+@pytest.mark.parametrize("file, family", [("fashion-dit-forecast-2.8x", "learned forecast"),
+                                          ("fashion-dit-forecast-2.8x-uncached", "learned forecast, to uncached")])
+def test_forecasts_of_another_target_are_another_family(file, family):
+    assert name_after(file, Schedule.load(file)).family == family
 
 
 @pytest.mark.parametrize("speedup, steps", [(1.67, 11), (1.66, 12), (2.5, 8), (20 / 7, 7), (1.05, 19), (100.0, 1)])
