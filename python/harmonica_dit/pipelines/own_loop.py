@@ -17,7 +17,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .adapters.generic import arguments_of
+from .adapters.generic_cache import Arguments
 from .adapters.replace_forwards import replace_forwards
 from .cached_pipeline import like
 
@@ -101,7 +101,7 @@ class OwnLoop:
         """
         def transformer(module: nn.Module, forward: Callable, args: tuple, kwargs: dict):
             calls = seen.calls[-1]
-            calls.append(arguments_of(args, kwargs))
+            calls.append(Arguments.of(args, kwargs))
             if len(seen.samples) == at:
                 return predict(len(calls) - 1, forward, args, kwargs)
             return self._blank(calls[-1], forward, args, kwargs)

@@ -19,7 +19,8 @@ def feature_error(trajectory: Trajectory, images: Tensor, targets: Tensor) -> Te
     with torch.no_grad():
         wanted = _entering(trajectory, targets)
     found = _entering(trajectory, images)
-    errors = [(h.float() - t.float()).square().mean() / t.float().square().mean() for h, t in zip(found, wanted)]
+    pairs = zip(found, wanted, strict=True)
+    errors = [(h.float() - t.float()).square().mean() / t.float().square().mean() for h, t in pairs]
     return torch.stack(errors).mean()
 
 

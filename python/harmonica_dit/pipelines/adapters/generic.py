@@ -1,7 +1,5 @@
 """Any other diffusers transformer: finds blocks and branches by name and computes or reuses them in place, unfused."""
 
-import copy
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +16,7 @@ from .find_branches import check_is_module, feeders, find_blocks, find_branches,
 from .generic_cache import Arguments, GenericCache, GenericTrunkCache, leaves, tensors_of
 from .generic_runs import BranchRun, Trace, TrunkRun
 from .replace_forwards import replace_forwards
+from .tracing import copies, tracing
 
 NOT_FINITE = "what the model returned was not finite, so that nothing could be seen in it"
 
@@ -53,6 +52,7 @@ class GenericAdapter:
         source = getattr(transformer, "config", {}).get("_name_or_path")  # of the weights, if that is known
         self.name = source or type(transformer).__name__  # a caller who knows the pipeline's may put it here
         self.recompute = False  # whether a backward computes the branches again, see `recomputing`
+        self._note: Callable[[Tensor], Any] | None = None  # see `watching`
         if branches is None:
             branches = _first_names(transformer, find_branches(transformer))
         if not branches:
@@ -126,9 +126,9 @@ class GenericAdapter:
 
     def trace_call(self, forward: Callable, args: tuple, kwargs: dict) -> Flops:
         """`trace`, but `forward` is called in place of the transformer."""
-        with _tracing(), flop_counter() as counter:
+        with tracing(), flop_counter() as counter:
             run = Trace(self, counter)
-            output = self._forward(forward, *_copies(args, kwargs), run)
+            output = self._forward(forward, *copies(args, kwargs), run)
         unfit = run.find_unfit()
         names = sorted((name for name in self.branch_names if name not in unfit), key=run.order.__getitem__)
         if not names:
@@ -167,8 +167,8 @@ class GenericAdapter:
         cache._store(run.returned)
         cache._stand_ins = run.stand_ins
         try:
-            with _tracing():
-                found = leaves(self._forward(forward, *_copies(args, kwargs), TrunkRun(self, False, None, cache)))
+            with tracing():
+                found = leaves(self._forward(forward, *copies(args, kwargs), TrunkRun(self, False, None, cache)))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of the model's own code, which was given NaN: of whatever kind
@@ -200,10 +200,11 @@ class GenericAdapter:
         compute = self._check_trunk(row, forecast_weights, cache) if trunk else self._check(
             row, forecast_weights, cache, threshold)
         if cache is None:
-            return forward(*args, **kwargs)
-        given = arguments_of(args, kwargs)
-        device = torch.device(given[0][3]).type if given else "cpu"  # not the weights', which may be offloaded
-        alike = Arguments(given), self.transformer, autocast_dtype(device)
+            with self._noting():
+                return forward(*args, **kwargs)
+        given = Arguments.of(args, kwargs)
+        device = torch.device(given.tensors[0][3]).type if given.tensors else "cpu"  # weights may be offloaded
+        alike = given, self.transformer, autocast_dtype(device)
         cache._check(*alike)
         if not trunk and cache._cut and torch.is_grad_enabled() and not isinstance(row, Tensor) and not all(compute):
             raise RuntimeError("cache: holds outputs that a gradient would have to pass through, and reused ones are "
@@ -234,12 +235,24 @@ class GenericAdapter:
 
     @contextmanager
     def watching(self, note: Callable[[Tensor], Any]) -> Iterator[None]:
-        """Until the block ends, `note` is given what enters each branch: the first tensor of its arguments."""
+        """Until the block ends, `note` is given what enters each branch in the adapter's calls without a cache: the
+        first tensor of its arguments.
+        """
+        self._note = note
+        try:
+            yield
+        finally:
+            self._note = None
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        note = self._note
+
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             entering = next(leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor))
             note(entering if torch.is_grad_enabled() else entering.clone())  # a model may write into it later
 
-        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in self._modules]
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in self._modules if note]
         try:
             yield
         finally:
@@ -301,50 +314,9 @@ class GenericAdapter:
                              "row says; call transformer.disable_gradient_checkpointing()")
 
 
-_trace_lock = threading.Lock()
-
-
-@contextmanager
-def _tracing() -> Iterator[None]:
-    """Compiled parts run as they are written, so that what they do is seen; a setting of all threads."""
-    with _trace_lock, torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def _copies(*arguments: Any) -> list[Any]:
-    """For a forward that must leave no trace: a model may write into its arguments, such as a cache of keys and values.
-    """
-    return [_copy(part) for part in arguments]
-
-
-def _copy(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.clone()
-    if type(argument) in (list, tuple):
-        return type(argument)(map(_copy, argument))
-    if type(argument) is dict:
-        return {name: _copy(part) for name, part in argument.items()}
-    if isinstance(argument, nn.Module):
-        return argument
-    try:
-        return copy.deepcopy(argument)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, RuntimeError, copy.Error) as error:  # such as a generator, which a forward would use up
-        raise ValueError(f"transformer: a forward is traced before the first one, and its argument of type "
-                         f"{type(argument).__name__} cannot be copied for that ({error}); pass tensors") from None
-
-
 def _first_names(transformer: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
     """One name for each module; it may have several."""
     found: dict[nn.Module, str] = {}
     for name in names:
         found.setdefault(transformer.get_submodule(name), name)
     return tuple(found.values())
-
-
-def arguments_of(args: tuple, kwargs: dict) -> tuple:
-    """Name, shape, dtype and device of a forward's tensor arguments."""
-    named = [*enumerate(args), *sorted(kwargs.items())]
-    return tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named
-                 for t in leaves(value) if isinstance(t, Tensor))

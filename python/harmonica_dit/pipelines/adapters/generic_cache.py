@@ -18,6 +18,12 @@ class Arguments(NamedTuple):
 
     tensors: tuple
 
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict) -> "Arguments":
+        named = [*enumerate(args), *sorted(kwargs.items())]
+        return cls(tuple((name, tuple(t.shape), t.dtype, str(t.device)) for name, value in named
+                         for t in leaves(value) if isinstance(t, Tensor)))
+
     def __str__(self) -> str:
         return ", ".join(f"{name} {list(shape)} {dtype} on {device}" for name, shape, dtype, device in self.tensors)
 
