@@ -224,7 +224,7 @@ class _Run:
             made = Target(4 * self.schedule.steps, None)
         return make_targets(self.net, made, self.labels, seed=settings["seed"], first=FIRST_IMAGE,
                             guidance=settings["guidance"], guidance_channels=settings["guidance_channels"],
-                            scheduler=settings["scheduler"], about=about, folder=self.out,
+                            scheduler=settings["scheduler"], batch=settings["batch"], about=about, folder=self.out,
                             progress=lambda n: bar.update(task, completed=n))
 
     def _trajectory(self, numbers: Tensor) -> Trajectory:
@@ -253,7 +253,7 @@ class _Run:
     def _look(self, targets: Tensor) -> None:
         """Keeps the weights if their loss on the held-out images is the smallest so far. The error is an RMSE."""
         first, held, squares, losses = self.settings["images"], self.settings["held_out"], 0.0, 0.0
-        for part in torch.arange(first, first + held).split(max(40, self.settings["batch"])):
+        for part in torch.arange(first, first + held).split(self.settings["batch"]):
             error, loss = self._losses(part, targets)
             squares, losses = squares + error * len(part), losses + loss.item() * len(part)
         if losses / held < self.loss:

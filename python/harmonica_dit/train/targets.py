@@ -27,12 +27,12 @@ class Target(NamedTuple):
 
 
 def make_targets(net, target: Target, labels: Tensor, *, seed: int, first: int, guidance: float,
-                 guidance_channels: int | None, scheduler, about: dict, folder: Path | None,
+                 guidance_channels: int | None, scheduler, batch: int, about: dict, folder: Path | None,
                  progress: Callable[[int], None]) -> Tensor:
     """The target images [n, C, H, W] of the images number first, first + 1, … of a seed, with labels [n], on the CPU.
 
     folder: where they are kept, part by part, and found the next time; None keeps nothing. about: what else decides
-    them; a part that is there must have been made with the same. progress: called with the number of images done.
+    them; a part that is there must have been made with the same. batch: images at a time. progress: called with the number of images done.
 
     Raises:
         ValueError: a part that is there is of other targets, or damaged; the message names it.
@@ -47,7 +47,7 @@ def make_targets(net, target: Target, labels: Tensor, *, seed: int, first: int, 
             parts.append(_read(path, made_of, torch.empty(len(mine), *shape)))
         else:
             parts.append(sample(net, mine, steps=target.steps, guidance=guidance, guidance_channels=guidance_channels,
-                                scheduler=target.scheduler or scheduler, seed=seed, first=first + start, batch=PART,
+                                scheduler=target.scheduler or scheduler, seed=seed, first=first + start, batch=batch,
                                 latents=True).cpu())
             if path is not None:
                 save_tensors(path, {"images": parts[-1]}, made_of)
