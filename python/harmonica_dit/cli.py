@@ -20,6 +20,7 @@ from .cli_options import (
     FILE,
     Attention,
     Batch,
+    Call,
     Checkpoint,
     Device,
     Dtype,
@@ -88,6 +89,7 @@ def train(
     dtype: Dtype = "float32",
     attention: Attention = "sdpa",
     image_size: ImageSize = None,
+    call: Call = None,
     device: Device = None,
     steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
     recipe: Annotated[str, typer.Option(help='Settings of a router: "recommended", or "paper", HarmoniCa as '
@@ -155,7 +157,7 @@ def train(
             raise ValueError(f"--{given[0].replace('_', '-')}: is a router's; a forecaster (--forecast) has none")
         if costs not in (None, "flops", "time") and table is None:
             raise ValueError(f'--costs: got {costs!r}, for a forecaster expected "flops", "time" or a .json file')
-        net = load(model, checkpoint, prompts, dtype, image_size, device, out, attention=attention)
+        net = load(model, checkpoint, prompts, dtype, image_size, device, out, attention=attention, call=call)
         batch = 10 if batch is None else batch
         if costs == "time":
             table = harmonica_dit.measure_costs(net, batch=batch, guidance=guidance, scheduler=scheduler)
@@ -174,7 +176,7 @@ def train(
     options = settings | dict(recipe=recipe, steps=steps, target_speedup=target_speedup, target_cur=target_cur,
                               guidance=guidance, scheduler=scheduler, seed=seed)
     console.print(f"recipe: {check_arguments(**options, dtype=dtype)}", soft_wrap=True)
-    net = load(model, checkpoint, prompts, dtype, image_size, device, out, attention=attention)
+    net = load(model, checkpoint, prompts, dtype, image_size, device, out, attention=attention, call=call)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TargetMissed)  # it is said below
         router = train_router(net, **options, checkpointing=checkpointing, out=out)
@@ -205,6 +207,7 @@ def sample(
     dtype: Dtype = "float32",
     attention: Attention = "sdpa",
     image_size: ImageSize = None,
+    call: Call = None,
     device: Device = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps.", show_default="the schedule's, or 20")] = None,
     guidance: OwnGuidance = None,
@@ -230,7 +233,7 @@ def sample(
                ".safetensors file")
     if out.suffix == ".png" and model in CONFIGS and vae is None:  # said before the weights are read
         raise ValueError(latents)
-    net = load(model, checkpoint, prompts, dtype, image_size, device, vae=vae, attention=attention)
+    net = load(model, checkpoint, prompts, dtype, image_size, device, vae=vae, attention=attention, call=call)
     if out.suffix == ".png" and not makes_images(net):
         raise ValueError(latents)
     found = None if schedule is None else read(schedule, net)

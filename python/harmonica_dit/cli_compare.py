@@ -13,6 +13,7 @@ from .cli_options import (
     FILE,
     Attention,
     Batch,
+    Call,
     Checkpoint,
     Device,
     Dtype,
@@ -61,6 +62,7 @@ def compare(
     dtype: Dtype = "float32",
     attention: Attention = "sdpa",
     image_size: ImageSize = None,
+    call: Call = None,
     device: Device = None,
     steps: Annotated[int, typer.Option(help="Number of steps of the uncached trajectory and of --method; a schedule "
                                             "from a file has its own.")] = 20,
@@ -82,7 +84,7 @@ def compare(
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     check_folder(out)
-    make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae, attention)
+    make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae, attention, call)
     net = make()
     found = [read(path, net) for path in schedule or ()]
     guidance = option_value("guidance", guidance, found, net.guidance)

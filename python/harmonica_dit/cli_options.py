@@ -1,10 +1,11 @@
 """Options that several commands have, and what they name."""
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,9 @@ Vae = Annotated[str | None, typer.Option(help="Folder or repository of the VAE t
                                               "a pipeline has its own.")]
 Prompts = Annotated[Path | None, typer.Option(help="File of prompts for a text pipeline, one a line; the labels are "
                                                    "their numbers, from 0.")]
+Call = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Further argument of the call of a pipeline "
+                                                "that is run by its own loop, such as max_sequence_length=64; may be "
+                                                "repeated.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of the model's weights: float32, bfloat16 or float16; training refuses "
                                          "float16.")]
 Attention = Annotated[str, typer.Option(help="Back end of a DiT's attention: sdpa, where PyTorch chooses; flash, cudnn "
@@ -41,26 +45,42 @@ Threshold = Annotated[float | None, typer.Option(help="Compute a branch where th
 
 
 def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, image_size: int | None,
-         device: str | None, folder: Path | None = None, vae: str | None = None, attention: str = "sdpa"):
+         device: str | None, folder: Path | None = None, vae: str | None = None, attention: str = "sdpa",
+         call: list[str] | None = None):
     """Loads the denoiser that the options name; `folder` keeps the encoded prompts."""
     import torch
 
     import harmonica_dit
 
+    arguments = parse_call(call) if call else None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if ":" in model and not Path(model).exists():
-        given = dict(checkpoint=checkpoint, prompts=prompts, image_size=image_size, vae=vae)
-        return call(model, [name for name, value in given.items() if value is not None], dtype, device)
+        given = dict(checkpoint=checkpoint, prompts=prompts, image_size=image_size, vae=vae, call=call or None)
+        return denoiser_of(model, [name for name, value in given.items() if value is not None], dtype, device)
     texts = kept = None
     if prompts is not None:
         from harmonica_dit.pipelines.prompts import read_texts  # with all of diffusers' models, which take seconds
 
         texts, kept = read_texts(prompts), folder and folder / "prompts.safetensors"
     return harmonica_dit.load(model, checkpoint, image_size=image_size, vae=vae, dtype=dtype, prompts=texts,
-                              embeddings=kept, device=device, attention=attention)
+                              embeddings=kept, device=device, attention=attention, call=arguments)
 
 
-def call(model: str, given: list[str], dtype: str, device: str):
+def parse_call(call: list[str]) -> dict[str, Any]:
+    """A pipeline's further arguments; values are JSON, and texts where they are none."""
+    arguments = {}
+    for text in call:
+        name, equals, value = text.partition("=")
+        if not (equals and name.isidentifier()) or name in arguments:
+            raise ValueError(f"--call: got {text!r}, expected NAME=VALUE, each name once")
+        try:
+            arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            arguments[name] = value
+    return arguments
+
+
+def denoiser_of(model: str, given: list[str], dtype: str, device: str):
     """The denoiser that a function makes, named as module:function; modules of the current folder are found too.
 
     given: other options of the model, which are refused.

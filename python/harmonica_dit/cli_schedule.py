@@ -8,7 +8,7 @@ from rich.console import Console
 
 from harmonica_dit.evaluate.catalogue import CATALOGUE, Scheduled
 
-from .cli_options import Attention, Checkpoint, Device, Dtype, ImageSize, Model, Prompts, describe, load
+from .cli_options import Attention, Call, Checkpoint, Device, Dtype, ImageSize, Model, Prompts, describe, load
 
 METHODS = {name: one for name, one in CATALOGUE.items() if isinstance(one, Scheduled) and one.kept}
 SPACED = ", ".join(name for name, one in METHODS.items() if one.whole_steps)
@@ -31,6 +31,7 @@ def schedule(
     dtype: Dtype = "float32",
     attention: Attention = "sdpa",
     image_size: ImageSize = None,
+    call: Call = None,
     device: Device = None,
 ) -> None:
     """Make a schedule without training, such as FORA's: every n-th step is computed."""
@@ -46,7 +47,7 @@ def schedule(
         if value is not None and method not in those.split(", "):
             raise ValueError(f"{name}: {method} has none, these have: {those}")
     check_file(out)
-    net = load(model, checkpoint, prompts, dtype, image_size, device, attention=attention)
+    net = load(model, checkpoint, prompts, dtype, image_size, device, attention=attention, call=call)
     wanted = dict(every=every, order=forecast, speedup=speedup)
     made = METHODS[method].make(net, steps, **{name: value for name, value in wanted.items() if value is not None})
     made.save(out)

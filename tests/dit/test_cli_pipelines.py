@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import harmonica_dit
 import harmonica_dit.cli
+from harmonica_dit.cli_options import parse_call
 from harmonica_dit.files import load_tensors
 from harmonica_dit.sample.trajectory import image_noise
 from harmonica_dit.train import train_forecaster
@@ -51,3 +52,21 @@ def test_train_sample_enable_call(flux, kind, tmp_path, monkeypatch):
     found = pipe(["a cat", "two dogs in a park"], height=64, width=64, num_inference_steps=3,
                  latents=image_noise(0, 0, 2, latents.shape[1:]), output_type="latent").images
     assert torch.equal(found, latents) and harmonica_dit.summary(pipe).cur > 0
+
+
+def test_further_arguments_of_the_call(flux, tmp_path):
+    model = ("--model", flux / "small-flux", "--prompts", flux / "prompts.txt")
+    further = ("--call", "height=64", "--call", "width=64", "--call", "guidance_scale=2.5")
+    run("sample", *model, *further, "--steps", 2, "--out", tmp_path / "latents.safetensors")
+    net = harmonica_dit.load(str(flux / "small-flux"), prompts=["a cat", "two dogs in a park"],
+                             call=dict(height=64, width=64, guidance_scale=2.5))
+    expected = harmonica_dit.sample(net, [0, 1], steps=2, latents=True)
+    assert torch.equal(load_tensors(tmp_path / "latents.safetensors")[0]["samples"], expected)
+    words = ["a=[1, 2]", "b=blurry, dark", 'c="7"', "d=null"]
+    assert parse_call(words) == dict(a=[1, 2], b="blurry, dark", c="7", d=None)
+
+
+@pytest.mark.parametrize("call", [["height"], ["height=64", "height=32"], ["=3"], ["a b=3"]])
+def test_calls_that_are_none(call):
+    with pytest.raises(ValueError, match=f"--call: got '{call[-1]}', expected NAME=VALUE, each name once"):
+        parse_call(call)

@@ -32,7 +32,8 @@ def make_targets(net, target: Target, labels: Tensor, *, seed: int, first: int, 
     """The target images [n, C, H, W] of the images number first, first + 1, … of a seed, with labels [n], on the CPU.
 
     folder: where they are kept, part by part, and found the next time; None keeps nothing. about: what else decides
-    them; a part that is there must have been made with the same. batch: images at a time. progress: called with the number of images done.
+    them; a part that is there must have been made with the same. batch: images at a time. progress: called with the
+    number of images done.
 
     Raises:
         ValueError: a part that is there is of other targets, or damaged; the message names it.
