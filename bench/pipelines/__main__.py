@@ -1,8 +1,9 @@
-"""What `enable_cache` does on diffusers' pipelines, in three tables.
+"""What `enable_cache` does on diffusers' pipelines, in four tables.
 
     python -m bench.pipelines table       what equals the plain pipeline, what is refused: every pipeline, 2 minutes
     python -m bench.pipelines overhead    other caches beside ours on several models: time, lines, leftovers
     python -m bench.pipelines quality     other caches beside ours on trained weights: errors of the images
+    python -m bench.pipelines control     what becomes of a ControlNet's changes, on random weights
 
 Each writes bench/results/pipelines-….json and prints Markdown. Only `overhead` measures time, and wants a machine to
 itself.
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.forecasts import RESULTS
-from bench.pipelines import overhead, quality, table
+from bench.pipelines import control, overhead, quality, table
 from bench.record import machine, moment
 from harmonica_dit.files import replacement
 from support.many_pipes import PIPES
@@ -48,6 +49,12 @@ def make_quality(args) -> None:
     print(quality.markdown(rows))
 
 
+def make_control(args) -> None:
+    rows = control.measure()
+    write(args.out or RESULTS / "pipelines-control-cpu.json", dict(steps=control.STEPS, rows=rows))
+    print(control.markdown(rows))
+
+
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -63,6 +70,7 @@ def parse(arguments=None) -> argparse.Namespace:
     made.add_argument("--samples", type=int, default=100)
     made.add_argument("--seed", type=int, default=0)
     made.set_defaults(run=make_quality)
+    commands.add_parser("control").set_defaults(run=make_control)
     for command in commands.choices.values():
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--out", type=Path, help="another file than that in bench/results")

@@ -11,7 +11,7 @@ import torch
 import harmonica_dit
 from bench.bench_caches import silence
 from bench.pipelines import __main__ as command
-from bench.pipelines import checks, table
+from bench.pipelines import checks, control, table
 from bench.pipelines.checks import CHECKS, Check, call, judge
 from harmonica_dit.pipelines.adapters.generic_cache import map_tensors
 from harmonica_dit.pipelines.adapters.generic_runs import TrunkRun
@@ -129,3 +129,15 @@ def test_every_model_that_diffusers_makes_images_of_images_with():
         entry = table.IMG2IMG[name]
         pipe = entry.pipe()
         assert "Img2Img" in type(pipe).__name__ and entry.call(pipe, steps=4).std() > 0.01
+
+
+def test_what_becomes_of_a_controls_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(control, "CONTROL_PIPES", {"sd3": control.CONTROL_PIPES["sd3"]})
+    monkeypatch.setattr(control, "SPEEDUPS", (1.7,))
+    monkeypatch.setattr(control, "STEPS", 6)
+    monkeypatch.setattr(sys, "argv", ["pipelines", "control", "--out", str(tmp_path / "rows.json")])
+    command.main()
+    none, always, half = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert none["effect"] == none["cached_effect"] == 0 < none["error"] < always["effect"]
+    assert 0 < half["effect"] != always["effect"] != always["cached_effect"] and always["speedup"] == none["speedup"]
+    assert f"| sd3 | {half['speedup']:.2f}× | at the first half |" in capsys.readouterr().out
