@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test wheel types mutants api
+.PHONY: demo test wheel types mutants interruptions api
 
 demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
@@ -22,6 +22,10 @@ types: $(VENV)/.installed-dev
 # Whether the tests notice single changed lines, see docs/testing.md.
 mutants: $(VENV)/.installed-mutants
 	$(VENV)/bin/python tests/mutants
+
+# Trainings and comparisons that are killed again and again, see docs/reliability.md.
+interruptions: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/interruptions.py
 
 # The reference of the API, from the docstrings, into build/api.
 api: $(VENV)/.installed-dev

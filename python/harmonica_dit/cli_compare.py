@@ -77,13 +77,14 @@ def compare(
     from harmonica_dit.evaluate.judging import judge_of
     from harmonica_dit.evaluate.named_methods import name_after
     from harmonica_dit.evaluate.report import compare_with_bar, print_table, write
-    from harmonica_dit.files import check_folder
+    from harmonica_dit.files import check_folder, remove_leftovers
     from harmonica_dit.router import read
 
     for name, value in (("--samples", samples), ("--seeds", seeds), ("--processes", processes)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     check_folder(out)
+    remove_leftovers(out)
     make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae, attention, call)
     net = make()
     found = [read(path, net) for path in schedule or ()]

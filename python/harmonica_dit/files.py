@@ -47,10 +47,14 @@ def replacement(path: str | os.PathLike):
         raise
 
 
-def remove_leftovers(path: Path) -> None:
-    """Removes what a killed process left of `replacement`; only where no other process writes the same file."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 2 * TOKEN}{path.suffix}"):
-        temporary.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left in a folder of `replacement`s, of all files or of the named one; only where no
+    other process writes them.
+    """
+    for temporary in folder.glob(f".{'*' if name is None else glob.escape(name)}.{'[0-9a-f]' * 2 * TOKEN}.*"):
+        replaced = temporary.name[1 : -len(temporary.suffix) - 2 * TOKEN - 1]
+        if Path(replaced).suffix == temporary.suffix:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

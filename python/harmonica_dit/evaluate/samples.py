@@ -106,7 +106,7 @@ class Samples:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(path.with_suffix(".lock"), blocking=False):
-                remove_leftovers(path)
+                remove_leftovers(path.parent, path.name)
                 if self.read(method, seed, first) is None:
                     adaptive, schedule = isinstance(method.schedule, AdaptiveSchedule), method.schedule
                     if adaptive:

@@ -163,7 +163,7 @@ class _Run:
             try:
                 # Before the targets, which take minutes: the folder may be of another training, or read-only.
                 if path is not None:
-                    remove_leftovers(path)
+                    remove_leftovers(path.parent)
                     self._restore(path) if path.exists() else self._save(path)
                 targets = self._targets(bar)
                 task = bar.add_task("training the forecaster", total=n, completed=self.done)

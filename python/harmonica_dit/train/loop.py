@@ -28,7 +28,7 @@ def run_training(training: Training, total: int, advance: Callable[[], dict[str,
     """
     if out is not None:
         checkpoint = out / "checkpoint.safetensors"
-        remove_leftovers(checkpoint)
+        remove_leftovers(out)
         if checkpoint.exists():
             training.restore(checkpoint, {name: value for name, value in record.items() if name != of})
             if training.trajectory > total:

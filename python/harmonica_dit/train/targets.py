@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.files import load_tensors, remove_leftovers, save_tensors
 from harmonica_dit.sample import sample
 
 from .checkpoint import check_like
@@ -39,11 +39,14 @@ def make_targets(net, target: Target, labels: Tensor, *, seed: int, first: int, 
         ValueError: a part that is there is of other targets, or damaged; the message names it.
     """
     parts, shape = [], net.sample_shape
+    place = None if folder is None else folder / f"targets-{target.name}-seed{seed}"
+    if place is not None:
+        remove_leftovers(place)
     for start in range(0, len(labels), PART):
         mine = labels[start : start + PART]
         made_of = about | dict(target=target.name, seed=seed, first=first + start, guidance=guidance,
                                guidance_channels=guidance_channels, labels=mine.tolist())
-        path = None if folder is None else folder / f"targets-{target.name}-seed{seed}" / f"{start}.safetensors"
+        path = None if place is None else place / f"{start}.safetensors"
         if path is not None and path.exists():
             parts.append(_read(path, made_of, torch.empty(len(mine), *shape)))
         else:

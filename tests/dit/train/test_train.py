@@ -104,10 +104,13 @@ def test_a_training_can_be_extended(net, tmp_path):
     options = dict(target_speedup=1.5, **SMALL)
     shorter = options | dict(trajectories=3)
     train_router(net, out=tmp_path / "run", **shorter)
-    leftover = tmp_path / "run" / ".checkpoint.safetensors.0123abcd.safetensors"
-    leftover.touch()  # as a killed process leaves it
+    leftovers = [tmp_path / "run" / f".{name}" for name in (
+        "checkpoint.safetensors.0123abcd.safetensors", "log.csv.0123abcd.csv", "router.png.0123abcd.png")]
+    kept = [tmp_path / "run" / f".{name}" for name in ("notes.0123abcd.txt", "log.csv.csv", "a.csv.0123abcg.csv")]
+    for path in leftovers + kept:
+        path.touch()  # as a killed process leaves it
     extended = train_router(net, out=tmp_path / "run", **options)
-    assert not leftover.exists()
+    assert not any(path.exists() for path in leftovers) and all(path.exists() for path in kept)
     assert equals(extended, train_router(net, out=tmp_path / "whole", **options))
     with open(tmp_path / "run" / "log.csv") as file:
         assert [int(line["trajectory"]) for line in csv.DictReader(file)] == list(range(6))
