@@ -1,6 +1,8 @@
 """How the command says what it cannot do: in one line, with options as they are typed."""
 
 import re
+import threading
+from contextlib import contextmanager
 
 import typer
 from typer.core import TyperGroup
@@ -16,7 +18,8 @@ class Commands(TyperGroup):
 
     def invoke(self, context):
         try:
-            return super().invoke(context)
+            with without_writing_errors_of_threads():
+                return super().invoke(context)
         except typer.TyperException as error:  # a misspelt option, a value that does not parse
             message, code = error.format_message(), 2
         except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
@@ -37,6 +40,17 @@ class Commands(TyperGroup):
         command = self.commands.get(context.invoked_subcommand or "")
         return {} if command is None else {option.name: max(option.opts, key=len) for option in command.params
                                            if option.opts[0].startswith("-")}
+
+
+@contextmanager
+def without_writing_errors_of_threads():
+    """What TensorBoard's thread cannot write is raised in the main one again, which says it."""
+    hook = threading.excepthook
+    threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
 
 
 def reason(error: Exception) -> str:

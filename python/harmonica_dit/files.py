@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 TOKEN = 4  # random bytes in a temporary file's name
 
@@ -40,7 +40,7 @@ def replacement(path: str | os.PathLike):
             yield temporary
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
-            os.chmod(temporary, mode)  # safetensors has replaced the file by one of its own
+            os.chmod(temporary, mode)  # some writers replace the file by one of their own
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -62,16 +62,16 @@ def naming(path: str | os.PathLike):
     """Gives errors of writing a message that names the file: the system's "No space left on device" does not."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write {path}: {reason}") from None
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, f"cannot write {path}: {error.strerror or error}") from None
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping) -> None:
     """Writes `tensors` as safetensors; each metadata value is stored as JSON."""
     with replacement(path) as temporary:
-        save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, temporary,
-                  {name: json.dumps(value) for name, value in metadata.items()})
+        # Not save_file, which writes into a temporary file of its own: a process killed meanwhile would leave that.
+        temporary.write_bytes(save({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
+                                   {name: json.dumps(value) for name, value in metadata.items()}))
 
 
 def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict]:

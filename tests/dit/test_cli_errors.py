@@ -4,18 +4,18 @@ import csv
 import errno
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import harmonica_dit
 from harmonica_dit import files
 from harmonica_dit.cli import app
-from harmonica_dit.cli_errors import as_typed
+from harmonica_dit.cli_errors import as_typed, without_writing_errors_of_threads
 from harmonica_dit.memory import check_fits_memory, memory_of
 from harmonica_kernels import _command
 
@@ -60,12 +60,11 @@ def test_a_fault_of_ours_is_a_traceback(tmp_path, monkeypatch):
     assert isinstance(harmonica("sample", "--out", tmp_path / "x.png").exception, RuntimeError)
 
 
-@pytest.mark.parametrize("error", [FULL, SafetensorError("I/O error: No space left on device (os error 28)")])
-def test_a_full_disk_is_a_line_with_the_file(tmp_path, monkeypatch, error):
+def test_a_full_disk_is_a_line_with_the_file(tmp_path, monkeypatch):
     def fill(*_, **__):
-        raise error
+        raise FULL
 
-    monkeypatch.setattr(files, "save_file", fill)
+    monkeypatch.setattr(files, "save", fill)
     out = tmp_path / "x.safetensors"
     result = harmonica("sample", "--labels", 0, "--steps", 1, "--out", out)
     assert result.exit_code == 2 and "No space left on device" in result.stderr
@@ -80,6 +79,30 @@ def test_a_log_on_a_full_disk_names_its_file(tmp_path):
         log._file = open("/dev/full", "w")
         log._csv = csv.DictWriter(log._file, COLUMNS)
         log.line(**dict.fromkeys(COLUMNS, 0.0))
+
+
+@pytest.mark.parametrize("moment", ["write", "close"])
+def test_events_on_a_full_disk_name_their_folder(tmp_path, monkeypatch, capsys, moment):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def fill(*_):
+        raise FULL
+
+    monkeypatch.setattr(RecordWriter, moment, fill)  # in TensorBoard's thread
+    result = harmonica("train", "--out", tmp_path, "--trajectories", 1, "--batch", 1, "--steps", 2, "--beta", 1e-6)
+    assert result.exit_code == 2 and f"harmonica: cannot write {tmp_path}: No space" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_other_errors_of_threads_are_shown(monkeypatch):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    with without_writing_errors_of_threads():
+        for target in (lambda: int("three"), lambda: open("/no/such")):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+    assert [error.exc_type for error in seen] == [ValueError] and threading.excepthook == seen.append
 
 
 def test_a_batch_that_fits_is_taken_and_one_that_cannot_is_not():

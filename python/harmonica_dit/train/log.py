@@ -39,7 +39,8 @@ class Log:
             else:
                 for old in out.glob(f"events.out.tfevents.*{EVENTS}"):  # one file a training, however often it goes on
                     old.unlink()
-                self._board = SummaryWriter(str(out), filename_suffix=EVENTS)
+                with naming(out):
+                    self._board = SummaryWriter(str(out), filename_suffix=EVENTS)
                 for line in csv.DictReader(row.decode() for row in kept):
                     self._plot({name: float(value) for name, value in line.items()})
 
@@ -53,7 +54,8 @@ class Log:
             with naming(self._file.name):
                 self._file.close()  # which writes what could not be written
         if self._board is not None:
-            self._board.close()
+            with naming(self._board.log_dir):
+                self._board.close()
 
     def line(self, **values: float) -> None:
         """Logs one trajectory; `values` has a value for each of COLUMNS; importance is the mean of λ as measured."""
@@ -68,5 +70,6 @@ class Log:
         self._bar.update(self._task, advance=1, description=text)
 
     def _plot(self, values: dict[str, float]) -> None:
-        for name in COLUMNS[1:]:
-            self._board.add_scalar(name, values[name], int(values["trajectory"]))
+        with naming(self._board.log_dir):  # its thread's errors are raised here
+            for name in COLUMNS[1:]:
+                self._board.add_scalar(name, values[name], int(values["trajectory"]))
