@@ -58,6 +58,11 @@ void py_residual_norm(const ShapeTuple& s, const ActivationTuple& x, const Activ
                   {activation(fresh), r}, norm(n), threads);
 }
 
+void py_bias_gelu(const ShapeTuple& s, const ActivationTuple& x, const RowsTuple& bias, int threads) {
+    py::gil_scoped_release release;
+    bias_gelu(shape(s), activation(x), rows(bias), threads);
+}
+
 std::pair<double, std::vector<double>> py_residual_norm_backward(
     const ShapeTuple& s, const ActivationTuple& dx_out, const ActivationTuple& dh, const ActivationTuple& x_out,
     const std::vector<TermTuple>& terms, const ActivationTuple& fresh, double r, const NormTuple& n,
@@ -134,6 +139,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled kernels; csrc/kernels.h has their contracts.";
     m.def("residual_norm", &py_residual_norm);
     m.def("residual_norm_backward", &py_residual_norm_backward);
+    m.def("bias_gelu", &py_bias_gelu);
     m.def("decide", [](const std::map<std::string, uintptr_t>& memory, int first, int last, const std::string& rule) {
         decide(decision_memory(memory), first, last, decision_rule(rule));
     });

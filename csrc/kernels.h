@@ -57,6 +57,9 @@ struct Blend {
 void residual_norm(Shape shape, Activation x, Activation x_out, Activation h, Activation first,
                    const std::vector<Term>& run, const Blend& blend, const Norm& norm, int threads);
 
+// x = GELU(x + bias) in its tanh form, in place: inference. bias is one row of a type that x's may be mixed with.
+void bias_gelu(Shape shape, Activation x, Rows bias, int threads);
+
 // The gradients to write; data == nullptr: not wanted. latest and gate have one entry for each term.
 struct Gradients {
     Activation x, fresh;

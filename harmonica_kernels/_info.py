@@ -21,7 +21,8 @@ def info() -> dict[str, Any]:
         installed = "not installed (running from a source folder)"
     reason = _why_no_cuda()
     cuda = "" if reason else f"; CUDA: Triton {version('triton')}"
-    compiled, plain = f"CPU: C++ ({kernels.isa()}){cuda}", f"CPU: plain torch{cuda}"
+    compiled = dict.fromkeys(("residual_norm", "blend_residual_norm", "bias_gelu"), f"CPU: C++ ({kernels.isa()}){cuda}")
+    plain = dict.fromkeys(("cache_commit", "guided_step"), f"CPU: plain torch{cuda}")
     return {
         "version": installed,
         "extension": kernels.__file__,
@@ -33,8 +34,7 @@ def info() -> dict[str, Any]:
         "gated": not why_not_gated(),
         "gated_reason": why_not_gated(),
         "gated_build": kernels.cuda_build(),
-        "ops": {"residual_norm": compiled, "blend_residual_norm": compiled, "cache_commit": plain, "bias_gelu": plain,
-                "guided_step": plain},
+        "ops": compiled | plain,
     }
 
 

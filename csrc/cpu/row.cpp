@@ -44,6 +44,19 @@ void write(const A* row, Moments<A> moments, const A* scale, const A* shift, voi
     });
 }
 
+// With u = √(2/π)·(v + 0.044715·v³) the tanh form v/2·(1 + tanh u) is v/(1 + exp(-2u)), which cancels nowhere.
+template <class A, class T>
+void bias_gelu(void* x, const A* bias, int64_t n) {
+    constexpr A factor = A(-2 * 0.79788456080286535588 * 1.44269504088896340736);  // -2·√(2/π)/ln 2
+    T* to = static_cast<T*>(x);
+    sweep<A>(n, [=](int64_t i, auto lane) __attribute__((always_inline)) {
+        using V = typename decltype(lane)::type;
+        V v = load<V>(to + i) + load<V>(bias + i);
+        V z = factor * v + factor * A(0.044715) * v * v * v;
+        store(to + i, v / (A(1) + power_of_two(z)));
+    });
+}
+
 template <class A>
 Moments<A> moments(const A* row, A eps, int64_t n) {
     Sum<A> sum, rest, squares;
@@ -113,7 +126,7 @@ void norm_backward(const A* x, Moments<A> moments, bool norm, const A* dh, const
 
 template <class A, class T>
 constexpr StorageOps<A> storage() {
-    return {sizeof(T), read<A, T>, write<A, T>};
+    return {sizeof(T), read<A, T>, write<A, T>, bias_gelu<A, T>};
 }
 
 template <class A>

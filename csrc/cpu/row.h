@@ -13,7 +13,7 @@ struct Moments {
     A mean = 0, rstd = 1;
 };
 
-// The two passes of one storage type.
+// The passes of one storage type.
 template <class A>
 struct StorageOps {
     int size;  // bytes of an element
@@ -24,6 +24,9 @@ struct StorageOps {
 
     // dst = (row - mean)·rstd·(1 + scale) + shift; scale or shift == nullptr: 0
     void (*write)(const A* row, Moments<A> moments, const A* scale, const A* shift, void* dst, int64_t n);
+
+    // x = GELU(x + bias) in its tanh form
+    void (*bias_gelu)(void* x, const A* bias, int64_t n);
 };
 
 template <class A>

@@ -32,6 +32,9 @@ class RowIO {
         ops_.write(from, moments, scale, shift, at(row), shape_.width);
     }
 
+    // row = GELU(row + bias)
+    void bias_gelu(int64_t row, const A* bias) const { ops_.bias_gelu(at(row), bias, shape_.width); }
+
   private:
     void* at(int64_t row) const {
         const int64_t b = row / shape_.tokens, n = row % shape_.tokens;

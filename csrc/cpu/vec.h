@@ -150,6 +150,31 @@ inline void store(T* p, V v) {
     memcpy(p, &bits, sizeof bits);
 }
 
+// 2^z, to 2 ulp from 2^-126 on, which is the least; from 2^128 on infinite. A NaN stays a NaN.
+template <class U, class V>
+inline V power_of_two_f32(V z) {
+    const V least = V{} - 126.0f, most = V{} + 128.0f;
+    z = z < least ? least : z;
+    z = z > most ? most : z;
+    const V shifted = z + 12582912.0f;       // 1.5·2^23, so that the mantissa ends with the nearest whole number n
+    const V f = z - (shifted - 12582912.0f);  // -0.5 to 0.5
+    // The polynomial through the Chebyshev nodes; its relative error is 3e-9.
+    V p = 1.54614449e-4f * f + 1.34004280e-3f;
+    p = p * f + 9.61805694e-3f;
+    p = p * f + 5.55032715e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+    return bits_as<V>(bits_as<U>(p) + (bits_as<U>(shifted) << 23));  // n is added to the exponent
+}
+inline float power_of_two(float z) { return power_of_two_f32<uint32_t>(z); }
+inline Vec<float> power_of_two(Vec<float> z) { return power_of_two_f32<VecU32>(z); }
+inline double power_of_two(double z) { return __builtin_exp2(z); }
+inline Vec<double> power_of_two(Vec<double> z) {
+    for (int i = 0; i < kLanes<double>; ++i) z[i] = __builtin_exp2(z[i]);
+    return z;
+}
+
 template <class V>
 struct Lane {
     using type = V;

@@ -7,6 +7,6 @@ from .guided_step import guided_step
 from .residual_norm import residual_norm
 from .run import Term
 
-FUSED = ("cuda",)  # on these devices bias_gelu and guided_step are one kernel each, on others plain torch
+FUSED = ("cuda",)  # on these devices guided_step is one kernel, on others plain torch
 
 __all__ = ["FUSED", "Term", "bias_gelu", "blend_residual_norm", "cache_commit", "guided_step", "residual_norm"]

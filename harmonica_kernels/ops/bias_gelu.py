@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import Arguments, Dense, refusal
-from ._library import library
+from ._arguments import Arguments, Dense, Pointers, refusal
+from ._library import kernels, library
 
 
 def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
     """`x ← GELU(x + bias)` (Hendrycks & Gimpel, 2016), in place; returns x. Computed in float32 (float64 where x is).
 
     x: [..., D] contiguous. bias: [D]. approximate: "none" (exact) or "tanh", as in torch.nn.functional.gelu.
-    On the CPU this is plain torch.
+    On the CPU the exact form is plain torch.
 
     Raises ValueError (shapes, layout, overlap, devices, approximate), TypeError (dtypes), NotImplementedError (neither
     CPU nor CUDA), and RuntimeError if a gradient is asked for: torch.nn.functional.gelu is differentiable.
@@ -40,8 +40,13 @@ def _pack(kind: type[Arguments], x, bias) -> tuple:
 
 
 def _cpu(x, bias, exact) -> None:
-    _pack(Arguments, x, bias)
-    x.copy_(reference.bias_gelu(x, bias, exact))
+    _pack(Dense, x, bias)[0].refuse_overlap()
+    if exact:
+        x.copy_(reference.bias_gelu(x, bias, exact))
+        return
+    pack, x_, bias_ = _pack(Pointers, x, bias)
+    kernels.bias_gelu(tuple(x.shape), x_, bias_, torch.get_num_threads())
+    torch.autograd.graph.increment_version(x)
 
 
 def _cuda(x, bias, exact) -> None:

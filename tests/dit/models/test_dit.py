@@ -242,16 +242,15 @@ def test_hostile_checkpoints(tmp_path):
 
 @pytest.fixture
 def gelu_calls(monkeypatch):
-    """bias_gelu as where there is a kernel for it; the number of calls of each."""
+    """The calls of bias_gelu."""
     calls, op = [], ops.bias_gelu
-    monkeypatch.setattr(ops, "FUSED", ("cpu",))
     monkeypatch.setattr(ops, "bias_gelu", lambda *args: calls.append(1) or op(*args))
     return calls
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(gelu_calls, autocast):
-    """In bodies that return and in those that write into the cache; not where a gradient is wanted."""
+def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(gelu_calls, autocast, monkeypatch):
+    """In bodies that return and in those that write into the cache; where a gradient is wanted, on the CPU."""
     plain, net = pair()
     x, t, y = inputs()
     tolerance = 2e-1 if autocast else 1e-4
@@ -264,7 +263,40 @@ def test_bias_and_gelu_are_one_pass_where_there_is_a_kernel(gelu_calls, autocast
                                            atol=tolerance)
                 assert len(gelu_calls) == calls
         net(x, t, y)
-        assert len(gelu_calls) == 8
+        assert len(gelu_calls) == 11
+        monkeypatch.setattr(feed_forward, "SLOW", ())
+        net(x, t, y)
+        assert len(gelu_calls) == 11
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_forward_has_the_same_bits_where_a_gradient_is_wanted(dtype):
+    linear, h = torch.nn.Linear(24, 33).to(dtype), torch.randn(2, 5, 24, dtype=dtype)
+    with torch.no_grad():
+        expected = feed_forward.linear_gelu(linear, h)
+    found = feed_forward.linear_gelu(linear, h.requires_grad_())
+    assert torch.equal(found.detach(), expected) and not torch.equal(expected, F.gelu(linear(h)))
+    weights = torch.randn_like(found)
+    gradients = torch.autograd.grad((found * weights).sum(), (h, *linear.parameters()))
+    plain = torch.autograd.grad((F.gelu(linear(h), approximate="tanh") * weights).sum(), (h, *linear.parameters()))
+    for a, b in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if dtype == torch.float64:
+        given = [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((2, 3, 5), (5,))]
+        assert torch.autograd.gradcheck(feed_forward.BiasGelu.apply, given)
+
+
+def test_gradients_under_autocast():
+    """The product is in bfloat16, the bias in float32."""
+    linear, h = torch.nn.Linear(24, 33), torch.randn(2, 5, 24, requires_grad=True)
+    found = []
+    for kernel in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            made = feed_forward.linear_gelu(linear, h) if kernel else F.gelu(linear(h), approximate="tanh")
+        assert made.dtype == torch.bfloat16
+        found.append(torch.autograd.grad(made.float().square().sum(), (h, *linear.parameters())))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.03 * b.norm()
 
 
 def test_bias_and_gelu_are_part_of_the_product_where_it_takes_them(monkeypatch):
@@ -277,6 +309,7 @@ def test_bias_and_gelu_are_part_of_the_product_where_it_takes_them(monkeypatch):
         return F.gelu(torch.addmm(bias, h, weight), approximate="tanh")
 
     monkeypatch.setattr(feed_forward, "EPILOGUE", ("cpu",))
+    monkeypatch.setattr(feed_forward, "SLOW", ())
     monkeypatch.setattr(torch, "_addmm_activation", product)
     plain, net = pair()
     x, t, y = inputs()

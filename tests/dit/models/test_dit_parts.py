@@ -289,6 +289,7 @@ def test_compiled_in_one_graph():
                          ids=["lora", "swap"])
 def test_a_gated_trajectory(put_on):
     """Its table of modulation rows, and bodies that write."""
+    torch.manual_seed(0)  # some random models make much of a rounding
     net = DiT(**SMALL, learn_sigma=False).eval().requires_grad_(False)
     net.guidance_channels = 2
     net.load_state_dict({name: 0.2 * torch.randn(p.shape) for name, p in net.state_dict().items()})

@@ -105,20 +105,16 @@ class FeedForwardBody(BlockPart):
     """The feed-forward of a block."""
 
     def __call__(self, h: Tensor, context: Context) -> Tensor:
-        return self.module(h)
+        ff = self.module
+        return ff.net[-1](_before_last(ff, h)) if _is_plain(ff) else ff(h)
 
     def write(self, h: Tensor, context: Context, out: Tensor) -> None:
         """Writes o into `out`. In a plain feed-forward the last linear layer writes there itself; else o is copied."""
         ff = self.module
-        plain = type(ff) is FeedForward and has_own_forward(ff) and is_own(FeedForward)
-        if not (plain and is_plain_linear(ff.net[-1])):
-            out.copy_(ff(h))
-            return
-        first, *hidden, last = ff.net
-        h = linear_gelu(first.proj, h) if _is_linear_gelu(first) else first(h)
-        for module in hidden:
-            h = module(h)
-        write_linear(last, h, out)
+        if _is_plain(ff) and is_plain_linear(ff.net[-1]):
+            write_linear(ff.net[-1], _before_last(ff, h), out)
+        else:
+            out.copy_(self(h, context))
 
 
 class FusedAdapter:
@@ -273,6 +269,20 @@ def _describe_changes(module: nn.Module, cls: type[nn.Module]) -> str | None:
     if not has_own_forward(module):
         return "a replaced forward (offloading or another hook)" if "forward" in module.__dict__ else "hooks"
     return "weights" if cls is nn.LayerNorm and module.elementwise_affine else None
+
+
+def _is_plain(ff: nn.Module) -> bool:
+    """Whether a feed-forward does no more than to call its modules one after the other."""
+    return type(ff) is FeedForward and has_own_forward(ff) and is_own(FeedForward)
+
+
+def _before_last(ff: FeedForward, h: Tensor) -> Tensor:
+    """What enters the last module of a feed-forward."""
+    first, *hidden, _ = ff.net
+    h = linear_gelu(first.proj, h) if _is_linear_gelu(first) else first(h)
+    for module in hidden:
+        h = module(h)
+    return h
 
 
 def _is_linear_gelu(module: nn.Module) -> bool:
