@@ -37,12 +37,14 @@ from .cli_options import (
     option_value,
 )
 from .cli_schedule import schedule
+from .launcher import started
 
 console = Console()
 
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Learned feature caching for diffusion transformers (HarmoniCa, ICML 2025).")
 
+RANKED = ("train", "sample", "compare")  # which torchrun may start in many processes
 ROUTERS_OWN = ("recipe", "target_cur", "checkpointing", *(RECIPES["paper"].keys() - {"batch", "lr", "costs"}))
 
 
@@ -60,9 +62,15 @@ def say_version(wanted: bool) -> None:
 
 
 @app.callback()
-def main(version: Annotated[bool, typer.Option("--version", callback=say_version, is_eager=True,
+def main(context: typer.Context,
+         version: Annotated[bool, typer.Option("--version", callback=say_version, is_eager=True,
                                                help="Say the version and exit.")] = False) -> None:
-    pass
+    if started() > 1:
+        from harmonica_dit import ranks
+
+        if context.invoked_subcommand not in RANKED:
+            raise ValueError(f"{context.invoked_subcommand} runs in one process; {', '.join(RANKED)} run in many")
+        console.quiet = not ranks.is_main()
 
 
 @app.command()
@@ -143,13 +151,14 @@ def train(
     schedule is further than 2 % from its target.
     """
     import harmonica_dit
+    from harmonica_dit import ranks
     from harmonica_dit.costs import Seconds
     from harmonica_dit.files import check_folder
     from harmonica_dit.methods import trunk_forecast
     from harmonica_dit.train import check_arguments, train_forecaster, train_router
     from harmonica_dit.train.budget import TargetMissed, how_missed
 
-    check_folder(out)
+    ranks.on_main(check_folder, out)
     table = Seconds.load(costs) if costs and costs.endswith(".json") else None
     if forecast is not None:
         given = [name for name in ROUTERS_OWN if context.get_parameter_source(name).name == "COMMANDLINE"]
@@ -160,7 +169,8 @@ def train(
         net = load(model, checkpoint, prompts, dtype, image_size, device, out, attention=attention, call=call)
         batch = 10 if batch is None else batch
         if costs == "time":
-            table = harmonica_dit.measure_costs(net, batch=batch, guidance=guidance, scheduler=scheduler)
+            table = ranks.on_main(lambda: harmonica_dit.measure_costs(net, batch=batch, guidance=guidance,
+                                                                      scheduler=scheduler))
         whole = trunk_forecast(net, steps, speedup=2.7 if target_speedup is None else target_speedup, costs=table)
         schedule = train_forecaster(net, whole, target=forecast, steps=steps, iterations=iterations, batch=batch,
                                     lr=4e-3 if lr is None else lr, guidance=guidance, scheduler=scheduler, seed=seed,
@@ -186,7 +196,8 @@ def train(
     console.print(describe(schedule, out / "router.safetensors", table, router), soft_wrap=True)
     missed = how_missed(schedule, table or router.flops, target_speedup, target_cur)
     if missed:
-        typer.echo(f"harmonica: --{missed.replace('_', '-', 1)}", err=True)
+        if ranks.is_main():
+            typer.echo(f"harmonica: --{missed.replace('_', '-', 1)}", err=True)
         raise typer.Exit(1)
 
 
@@ -217,6 +228,7 @@ def sample(
 ) -> None:
     """Sample images, one for each label."""
     import harmonica_dit
+    from harmonica_dit import ranks
     from harmonica_dit.files import check_file, save_tensors
     from harmonica_dit.models import CONFIGS
     from harmonica_dit.progress import progress_bar
@@ -228,7 +240,7 @@ def sample(
         raise ValueError(f"--out: got {out}, expected a .png or a .safetensors file")
     if threshold is not None and schedule is None:
         raise ValueError("--threshold: only a router has one; give a router with --router")
-    check_file(out)
+    ranks.on_main(check_file, out)
     latents = (f"--out: {model} makes latents, not images; give the VAE that decodes them (--vae), or write a "
                ".safetensors file")
     if out.suffix == ".png" and model in CONFIGS and vae is None:  # said before the weights are read
@@ -243,11 +255,16 @@ def sample(
         steps = 20 if used is None else steps_of(used.steps, scheduler, net)
     guidance = option_value("guidance", guidance, [found], net.guidance)
     wanted = parse_labels(labels, net)
+    mine = ranks.split(len(wanted)) or range(len(wanted) - 1, len(wanted))
     with progress_bar() as bar:
-        task = bar.add_task("sampling", total=len(wanted))
-        images = harmonica_dit.sample(net, wanted, steps=steps, schedule=used, guidance=guidance, scheduler=scheduler,
-                                      seed=seed, batch=batch, latents=out.suffix != ".png",
+        task = bar.add_task("sampling", total=len(mine))
+        images = harmonica_dit.sample(net, [wanted[i] for i in mine], steps=steps, schedule=used, guidance=guidance,
+                                      scheduler=scheduler, seed=seed, first=mine.start, batch=batch,
+                                      latents=out.suffix != ".png",
                                       progress=lambda done: bar.update(task, completed=done))
+    images = ranks.gather(images.cpu(), len(wanted))
+    if images is None:
+        return
     if out.suffix == ".png":
         from harmonica_dit.evaluate.pictures import image_sheet
 

@@ -73,6 +73,7 @@ def compare(
     """Compare ways to skip work on the same noise: error, label accuracy, Fréchet distance, speedup, pictures."""
     import torch
 
+    from harmonica_dit import ranks
     from harmonica_dit.demo import ACCURATE
     from harmonica_dit.evaluate.judging import judge_of
     from harmonica_dit.evaluate.named_methods import name_after
@@ -83,8 +84,8 @@ def compare(
     for name, value in (("--samples", samples), ("--seeds", seeds), ("--processes", processes)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
-    check_folder(out)
-    remove_leftovers(out)
+    ranks.on_main(check_folder, out)
+    ranks.on_main(remove_leftovers, out)
     make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae, attention, call)
     net = make()
     found = [read(path, net) for path in schedule or ()]
@@ -96,12 +97,16 @@ def compare(
         if one.steps != steps:
             typer.echo(f"harmonica: {one.name} is for {one.steps} steps; it is compared with {steps} uncached steps "
                        "(--steps)", err=True)
-    methods += make_methods(net, method or RIVALS, speedup or (1.9, 2.7), **options)
+    # once, not by every rank: what some of them sample to calibrate may differ in rounding
+    methods += ranks.on_main(partial(make_methods, net, method or RIVALS, speedup or (1.9, 2.7), **options))
     labels = torch.arange(samples) % net.num_classes
-    judge = judge_of(net, inception=inception, real=real, clip=clip, kept=out / "real-images.safetensors")
+    judge = judge_of(net, inception=inception, real=real, clip=clip,
+                     kept=out / "real-images.safetensors") if ranks.is_main() else None
     rows = compare_with_bar(net, methods, labels, **options, seeds=range(seed, seed + seeds), batch=batch,
                             processes=processes, accurate=ACCURATE if accurate else None, folder=out / "samples",
                             load=make, judge=judge)
+    if not ranks.is_main():
+        return
     title = f"{net.name}, {steps} steps, {samples:,} images a method and seed"
     write(out, net, methods, labels, rows, title, batch=batch, **options)
     print_table(Console(), rows, title)

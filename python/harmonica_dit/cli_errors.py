@@ -1,11 +1,14 @@
 """How the command says what it cannot do: in one line, with options as they are typed."""
 
+import os
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import typer
 from typer.core import TyperGroup
+
+from .launcher import started
 
 # arguments whose options are called otherwise
 ALIASES = {"name": "--model", "net": "--model", "embeddings": "--prompts", "weights": "--inception",
@@ -18,7 +21,7 @@ class Commands(TyperGroup):
 
     def invoke(self, context):
         try:
-            with without_writing_errors_of_threads():
+            with _ranks() if started() > 1 else nullcontext(), without_writing_errors_of_threads():
                 return super().invoke(context)
         except typer.TyperException as error:  # a misspelt option, a value that does not parse
             message, code = error.format_message(), 2
@@ -32,7 +35,8 @@ class Commands(TyperGroup):
             message = as_typed(str(interruption), self.options(context)) \
                 or "interrupted; the same command starts again"
             code = 130
-        typer.echo(f"harmonica: {' '.join(message.split())}", err=True)
+        who = f"rank {os.environ['RANK']}: " if started() > 1 else ""
+        typer.echo(f"harmonica: {who}{' '.join(message.split())}", err=True)
         raise typer.Exit(code)
 
     def options(self, context) -> dict[str, str]:
@@ -51,6 +55,12 @@ def without_writing_errors_of_threads():
         yield
     finally:
         threading.excepthook = hook
+
+
+def _ranks():
+    from .ranks import launched  # with PyTorch, for which help does not wait
+
+    return launched()
 
 
 def reason(error: Exception) -> str:

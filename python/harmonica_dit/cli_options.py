@@ -51,9 +51,12 @@ def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, 
     import torch
 
     import harmonica_dit
+    from harmonica_dit import ranks
 
     arguments = parse_call(call) if call else None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ranks.world() > 1 and device != torch.device(device).type:
+        raise ValueError(f"device: got {device}, but each of {ranks.world()} ranks has its own; leave the number out")
     if ":" in model and not Path(model).exists():
         given = dict(checkpoint=checkpoint, prompts=prompts, image_size=image_size, vae=vae, call=call or None)
         return denoiser_of(model, [name for name, value in given.items() if value is not None], dtype, device)
@@ -62,8 +65,9 @@ def load(model: str, checkpoint: Path | None, prompts: Path | None, dtype: str, 
         from harmonica_dit.pipelines.prompts import read_texts  # with all of diffusers' models, which take seconds
 
         texts, kept = read_texts(prompts), folder and folder / "prompts.safetensors"
-    return harmonica_dit.load(model, checkpoint, image_size=image_size, vae=vae, dtype=dtype, prompts=texts,
-                              embeddings=kept, device=device, attention=attention, call=arguments)
+    return ranks.main_first(lambda: harmonica_dit.load(
+        model, checkpoint, image_size=image_size, vae=vae, dtype=dtype, prompts=texts, embeddings=kept, device=device,
+        attention=attention, call=arguments))
 
 
 def parse_call(call: list[str]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .ranks import is_main
+
 # where there is no terminal, in seconds: between two lines, and what takes a line at its end
 EVERY, LONG = 30, 2
 
@@ -31,7 +33,8 @@ def _time(seconds: float) -> timedelta:
 
 
 def progress_bar(console: Console | None = None, shown: bool = True) -> Progress:
-    """A bar on a console, by default on stderr; not shown, it takes the same calls."""
+    """A bar on a console, by default on stderr; not shown, as on every rank but the first, it takes the same calls."""
+    shown = shown and is_main()
     console = console or Console(stderr=True)
     # the time left is estimated from the last hour: of a step that takes minutes, rich's 30 seconds hold no two ends
     options = dict(console=console, speed_estimate_period=3600)

@@ -74,6 +74,13 @@ def test_compare(at_work, capsys):
     assert Path("samples").is_dir()
 
 
+@pytest.mark.filterwarnings("ignore:schedule. made")
+def test_scale(at_work, capsys):
+    names = run("scale.md", {})
+    assert capsys.readouterr().out.split()[-1] == f"{names['router'].schedule().speedup}"
+    assert Path("my-router/router.safetensors").exists()
+
+
 def test_the_pipelines_that_the_tests_run_are_named():
     part = (DOCS / "pipelines.md").read_text().split("## What is not known")[1]
     assert set(re.findall(r"`(\w+Pipeline)`", part)) == {type(entry.pipe()).__name__ for entry in PIPES.values()}

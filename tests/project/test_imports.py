@@ -23,7 +23,7 @@ ORDER = {
                       ("__init__",), ("published_routers",), ("load",), ("train",), ("evaluate",), ("pipelines",),
                       ("methods",), ("sample",), ("router",), ("adaptive", "schedule"), ("resample",),
                       ("fashion",), ("forecaster",), ("validate",), ("models",), ("flops",), ("costs",),
-                      ("files", "memory", "progress", "repository", "timing")),
+                      ("files", "launcher", "memory", "progress", "ranks", "repository", "timing")),
 }
 COMPILED = {"harmonica_kernels._C"}  # has no Python file
 LINES = 350

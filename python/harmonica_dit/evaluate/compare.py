@@ -14,6 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from harmonica_dit import ranks
 from harmonica_dit.sample import Trajectory, check_labels, decode, sample
 from harmonica_dit.sample.decoding import makes_images
 from harmonica_dit.sample.sampling import own_timesteps
@@ -43,8 +44,8 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
         accurate: makes a more accurate solution from the same noise; its row is the second.
         judge: makes a judge for each method and seed, see `judge_of`. None takes errors alone.
         folder: keeps the samples. The same call goes on where it stopped, and others take from it what is the same;
-            None keeps nothing.
-        processes: sample at once, each with its own model; then nothing is timed.
+            None keeps nothing. The ranks of a torch.distributed group share the work in it, and rank 0 judges.
+        processes: sample at once, each with its own model; then nothing is timed, as with several ranks.
         load: makes the net in another process, a function that can be pickled such as
             `functools.partial(harmonica_dit.load, "fashion-dit")`; needed where processes > 1.
         progress: called with the number of samples done so far, over all methods and seeds: with 0 once the arguments
@@ -60,13 +61,16 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     Raises:
         ValueError: as in `harmonica_dit.sample`; or two methods have the same name, or the scheduler calls the model
             more than once a step. Nothing has been sampled then.
-        KeyboardInterrupt: Ctrl-C; the message says how much is kept.
+        KeyboardInterrupt: Ctrl-C. ConnectionError: another rank has ended. The message says how much is kept.
     """
     check_denoiser(net)
     for name, value in (("batch", batch), ("processes", processes)):
         check_whole(name, value, 1)
     for seed in seeds:
         check_whole("seeds", seed, 0)
+    if ranks.world() > 1 and (processes > 1 or folder is None):
+        raise ValueError(f"processes, folder: got {processes} and {folder}; {ranks.world()} ranks are processes "
+                         "already, and need a folder that all see")
     if processes > 1 and load is None:
         raise ValueError(f"processes: got {processes}; more than one need load")
     labels = check_labels(labels, net.num_classes)
@@ -82,17 +86,18 @@ def compare(net, methods: Sequence[Method], labels, *, steps: int, guidance: flo
     report = progress or (lambda done: None)
     report(0)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        run = secrets.token_hex(8) if processes == 1 else ""  # others would disturb its times
+        run = secrets.token_hex(8) if processes == ranks.world() == 1 else ""  # others would disturb its times
         samples = Samples(net, labels, Path(place), run=run, **options)
         try:
             with _others(processes, load, labels, place, options, methods, seeds):
                 if run:
                     sample(net, labels[:batch], steps=1, **options)  # warms up
                 samples.make(methods, seeds, report)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ConnectionError) as error:
             kept = "nothing is kept" if folder is None else f"what is done is in {folder}, the same call goes on there"
-            raise KeyboardInterrupt(f"stopped; {kept}") from None
-        return [row for seed in seeds for row in _rows(samples, methods, seed, steps, accurate, judge)]
+            raise type(error)(f"{str(error) or 'stopped'}; {kept}") from None
+        return ranks.on_main(lambda: [row for seed in seeds
+                                      for row in _rows(samples, methods, seed, steps, accurate, judge)])
 
 
 def check_methods(net, methods: Sequence[Method], scheduler, guidance: float) -> None:

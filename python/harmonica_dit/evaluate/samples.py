@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from harmonica_dit import ranks
 from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.files import load_tensors, remove_leftovers, save_tensors
 from harmonica_dit.models.quantized import stored
@@ -53,23 +54,35 @@ class Samples:
     def make(self, methods: Sequence[Method], seeds: Sequence[int], progress: Callable[[int], None]) -> None:
         """Makes what is missing: one batch by every method, then the next batch, so that timings are interleaved.
 
-        A batch that another process makes is waited for; if that process dies, it is made here.
+        A batch that another process makes is waited for; if that process dies, it is made here. Of several ranks each
+        makes every so many-th batch, and waits for the others in the end.
 
         Args:
-            progress: called with the number of images that are there, of all methods and seeds.
+            progress: called with the number of images that are there, of all methods and seeds; the other ranks are
+                taken to be as far as this one.
+
+        Raises:
+            OSError: what another rank has made is not seen here.
         """
-        done, missing = 0, [(method, seed, first) for seed in seeds for first in self.firsts for method in methods]
+        keys = [(method, seed, first) for seed in seeds for first in self.firsts for method in methods]
+        counts = [len(self.labels_of(first)) for _, _, first in keys]
+        done, missing = 0, list(range(ranks.rank(), len(keys), ranks.world()))
         while missing:
             rest = []
-            for key in missing:
-                if self.read(*key) is None and not self._make(*key):
-                    rest.append(key)
+            for i in missing:
+                if self.read(*keys[i]) is None and not self._make(*keys[i]):
+                    rest.append(i)
                     continue
-                done += len(self.labels_of(key[2]))
+                done += sum(counts[i - ranks.rank() :][: ranks.world()])
                 progress(done)
             missing = rest
             if missing:
                 time.sleep(PAUSE)
+        ranks.barrier()
+        for path in (self._path(*key) for key in keys):
+            if not path.exists():
+                raise OSError(f"folder: another rank has made {path}, which is not seen here; give a folder that all "
+                              "machines share")
 
     def batches(self, method: Method, seed: int) -> Iterator[Tensor]:
         """The samples [n, C, H, W] batch by batch; what is missing is made."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harmonica_dit import ranks
 from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
 from harmonica_dit.router import Router
 from harmonica_dit.validate import check_threshold, check_whole, describe, is_number
@@ -39,13 +40,13 @@ class Training:
                                          seen=self.steering.seen if self.steering else 0))
 
     def restore(self, path: Path, record: dict) -> None:
-        """Takes over the state in a checkpoint.
+        """Takes over the state in a checkpoint, which rank 0 reads.
 
         Raises:
             ValueError: the file is not a whole checkpoint, or is of a training with other settings; the message names
                 them.
         """
-        tensors, metadata = load_tensors(path)
+        tensors, metadata = ranks.on_main(load_tensors, path)
         theirs = metadata.get("settings")
         kind = metadata.get("kind"), metadata.get("format")
         if kind != ("router training", FORMAT) or not isinstance(theirs, dict):

@@ -12,7 +12,8 @@ from diffusers import SchedulerMixin
 from rich.progress import Progress
 from torch import Tensor
 
-from harmonica_dit.files import load_tensors, optimizer_tensors, remove_leftovers, restore_optimizer, save_tensors
+from harmonica_dit import ranks
+from harmonica_dit.files import load_tensors, optimizer_tensors, restore_optimizer, save_tensors
 from harmonica_dit.flops import runs_by_its_loop, trunk_costs
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.memory import check_fits_memory
@@ -26,6 +27,7 @@ from harmonica_kernels.cache import check_history
 
 from .checkpoint import check_like, check_same_settings
 from .frozen_model import freeze
+from .loop import is_there
 from .own_features import feature_error
 from .settings import check_weights, record_of
 from .start import resolution_of
@@ -60,7 +62,8 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         correct: whether computed steps are corrected, beside the forecasts of the others.
         history: states kept, 1 to 4; fewer where fewer steps are computed.
         iterations: of Adam (betas 0.9 and 0.99), whose rate falls from lr to 0 along a cosine.
-        images: targets trained on. held_out: targets that decide which iterate is kept. batch: images an iteration.
+        images: targets trained on. held_out: targets that decide which iterate is kept. batch: images an iteration, of
+            all ranks together, see `train_router`.
         lr: of the weights w and of what is added to the conditions; the others learn at a third of it.
         perceptual: weight of the error in the model's own features; 0 leaves it out. None is 0.5 towards "accurate",
             where images are to look alike, and 0 towards "uncached", where they are to be the same.
@@ -81,7 +84,7 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         ValueError: an argument is out of range, or what `out` holds is of other settings; the message names it.
         OSError: `out` cannot be written to.
         FloatingPointError: the loss is not finite.
-        KeyboardInterrupt: Ctrl-C; the message says how to go on.
+        ConnectionError: another rank has ended. KeyboardInterrupt: Ctrl-C. The message says how to go on.
     """
     check_denoiser(net)
     for name, value, least in (("steps", steps, 2), ("iterations", iterations, 1), ("images", images, 1),
@@ -102,7 +105,8 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         labels = sorted(set(check_labels(labels, net.num_classes).tolist()))
     check_weights(next(net.parameters()).dtype)
     guidance = net.guidance if guidance is None else guidance
-    check_fits_memory(net, batch, guidance)
+    ranks.check_split("batch", batch)
+    check_fits_memory(net, len(ranks.split(batch)), guidance)
     if not isinstance(schedule, Schedule):
         schedule = trunk_forecast(net, steps, speedup=schedule)
     compute = [bool(row.all()) for row in schedule.compute]
@@ -163,8 +167,10 @@ class _Run:
             try:
                 # Before the targets, which take minutes: the folder may be of another training, or read-only.
                 if path is not None:
-                    remove_leftovers(path.parent)
-                    self._restore(path) if path.exists() else self._save(path)
+                    if ranks.on_main(is_there, path):
+                        self._restore(path)
+                    else:
+                        ranks.on_main(self._save, path)
                 targets = self._targets(bar)
                 task = bar.add_task("training the forecaster", total=n, completed=self.done)
                 if self.done == 0:
@@ -173,23 +179,27 @@ class _Run:
                     for group in self.optimizer.param_groups:
                         group["lr"] = lr * group["scale"] * 0.5 * (1 + math.cos(math.pi * self.done / n))
                     chosen = torch.arange(self.done * batch, (self.done + 1) * batch) % images
-                    error, loss = self._losses(chosen, targets)
+                    error, loss, count = self._losses(chosen, targets)
+                    self.optimizer.zero_grad()
+                    loss.backward()
+                    learned = [p for p in self.learned.parameters() if p.grad is not None]
+                    error, loss, *gradients = ranks.mean([error, loss.detach(), *(p.grad for p in learned)], count)
                     if not loss.isfinite():
                         raise FloatingPointError(f"the loss is not finite in iteration {self.done}; try a smaller lr "
                                                  f"than {lr:g}")
-                    self.optimizer.zero_grad()
-                    loss.backward()
+                    for parameter, gradient in zip(learned, gradients):
+                        parameter.grad = gradient
                     self.optimizer.step()
                     self.done += 1
                     if self.done % EVERY == 0 or self.done == n:
                         self._look(targets)
                         if path is not None:
-                            self._save(path)
-                    bar.update(task, advance=1, description=f"error {error ** 0.5:.4f}, held out "
+                            ranks.on_main(self._save, path)
+                    bar.update(task, advance=1, description=f"error {error.item() ** 0.5:.4f}, held out "
                                                             f"{self.error:.4f}")
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, ConnectionError) as stop:
                 where = "nothing is kept without out=" if path is None else f"the same call goes on from {self.out}"
-                raise KeyboardInterrupt(f"stopped after {self.done} of {n} iterations; {where}") from None
+                raise type(stop)(f"{str(stop) or 'stopped'} after {self.done} of {n} iterations; {where}") from None
         self.learned.load_state_dict(self.best)
         return self._finish()
 
@@ -205,7 +215,7 @@ class _Run:
                            architecture=getattr(self.net, "architecture", None),
                            resolution=resolution_of(self.net), origin=f"{self._computed()}, {origin}")
         if self.out is not None:
-            schedule.save(self.out / "forecast.safetensors")
+            ranks.on_main(schedule.save, self.out / "forecast.safetensors")
         return schedule
 
     def _computed(self) -> str:
@@ -224,8 +234,8 @@ class _Run:
             made = Target(4 * self.schedule.steps, None)
         return make_targets(self.net, made, self.labels, seed=settings["seed"], first=FIRST_IMAGE,
                             guidance=settings["guidance"], guidance_channels=settings["guidance_channels"],
-                            scheduler=settings["scheduler"], batch=settings["batch"], about=about, folder=self.out,
-                            progress=lambda n: bar.update(task, completed=n))
+                            scheduler=settings["scheduler"], batch=len(ranks.split(settings["batch"])), about=about,
+                            folder=self.out, progress=lambda n: bar.update(task, completed=n))
 
     def _trajectory(self, numbers: Tensor) -> Trajectory:
         settings = self.settings
@@ -240,23 +250,29 @@ class _Run:
         noise = torch.cat([image_noise(seed, FIRST_IMAGE + i, 1, shape) for i in numbers.tolist()])
         return unroll(self._trajectory(numbers), noise.to(self.device), self.learned, self.checkpointing)
 
-    def _losses(self, numbers: Tensor, targets: Tensor) -> tuple[float, Tensor]:
-        """The mean squared error of the images of these numbers, and the loss."""
+    def _losses(self, numbers: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Of this rank's share of the images of these numbers: the mean squared error, the loss, and how many count.
+
+        A rank without a share takes an image that does not count.
+        """
+        mine = ranks.split(len(numbers))
+        numbers = numbers[mine.start : mine.stop] if mine else numbers[-1:]
         images, wanted = self._images(numbers), targets[numbers].to(self.device)
         error, weight = (images - wanted).square().mean(), self.settings["perceptual"]
         loss = error / targets.square().mean().to(self.device)
         if weight:
-            loss = loss + weight * feature_error(self._trajectory(numbers), images, wanted)
-        return error.item(), loss
+            loss = loss + weight * feature_error(self._trajectory(numbers), images, wanted, len(mine))
+        return error.detach(), loss, len(mine)
 
     @torch.no_grad()
     def _look(self, targets: Tensor) -> None:
         """Keeps the weights if their loss on the held-out images is the smallest so far. The error is an RMSE."""
         first, held, squares, losses = self.settings["images"], self.settings["held_out"], 0.0, 0.0
         for part in torch.arange(first, first + held).split(self.settings["batch"]):
-            error, loss = self._losses(part, targets)
-            squares, losses = squares + error * len(part), losses + loss.item() * len(part)
-        if losses / held < self.loss:
+            *found, count = self._losses(part, targets)
+            error, loss = ranks.mean(found, count)
+            squares, losses = squares + error.item() * len(part), losses + loss.item() * len(part)
+        if ranks.on_main(lambda: losses / held < self.loss):
             self.loss, self.error = losses / held, (squares / held) ** 0.5
             self.best = {name: t.detach().clone() for name, t in self.learned.state_dict().items()}
 
@@ -267,7 +283,7 @@ class _Run:
                                          loss=self.loss, error=self.error))
 
     def _restore(self, path: Path) -> None:
-        tensors, metadata = load_tensors(path)
+        tensors, metadata = ranks.on_main(load_tensors, path)
         theirs = metadata.get("settings")
         if metadata.get("kind") != "forecaster training" or not isinstance(theirs, dict):
             raise ValueError(f"{path} is not a checkpoint of a forecaster's training")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from harmonica_dit import ranks
 from harmonica_dit.router import Router
 from harmonica_dit.sample.trajectory import Trajectory
 
@@ -67,7 +68,8 @@ def measure_importance(router: Router, trajectory: Trajectory, noise: Tensor, *,
 
 
 def _mean_square(difference: Tensor) -> Tensor:
-    return difference.float().square().mean()
+    """Over the images of all ranks."""
+    return ranks.mean([difference.float().square().mean()], len(difference))[0]
 
 
 def normalise(importance: Tensor) -> Tensor:

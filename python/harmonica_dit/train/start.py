@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from harmonica_dit import ranks
 from harmonica_dit.costs import Costs, Seconds
 from harmonica_dit.files import check_file
 from harmonica_dit.flops import count_flops
@@ -89,16 +90,19 @@ def resolution_of(net) -> tuple[int, int]:
 
 
 def make_trajectory(net, settings: Settings, n: int, executor: Callable = run_eagerly) -> Trajectory:
-    """Trajectory number n at its start; its labels depend on the seed and n alone."""
-    labels = np.random.default_rng((settings.seed, n, 2)).integers(net.num_classes, size=settings.batch)
+    """This rank's share of trajectory number n at its start; its labels depend on the seed and n alone."""
+    mine = ranks.split(settings.batch)
+    labels = np.random.default_rng((settings.seed, n, 2)).integers(net.num_classes, size=settings.batch)[mine]
     trajectory = Trajectory(net, torch.from_numpy(labels).to(next(net.parameters()).device), steps=settings.steps,
                             scheduler=settings.scheduler, guidance=settings.guidance, seed=settings.seed,
-                            guidance_channels=settings.guidance_channels, first=FIRST_IMAGE + n * settings.batch,
-                            autocast=settings.autocast, halves=settings.halves)
+                            guidance_channels=settings.guidance_channels,
+                            first=FIRST_IMAGE + n * settings.batch + mine.start, autocast=settings.autocast,
+                            halves=settings.halves)
     trajectory.executor = executor
     return trajectory
 
 
 def make_noise(net, settings: Settings, n: int) -> torch.Tensor:
-    """The noise [batch, C, H, W] of trajectory number n; it depends on the seed and n alone."""
-    return image_noise(settings.seed, FIRST_IMAGE + n * settings.batch, settings.batch, net.sample_shape)
+    """This rank's share of the noise [batch, C, H, W] of trajectory number n; it depends on the seed and n alone."""
+    mine = ranks.split(settings.batch)
+    return image_noise(settings.seed, FIRST_IMAGE + n * settings.batch + mine.start, len(mine), net.sample_shape)

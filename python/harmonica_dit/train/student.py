@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit import ranks
 from harmonica_dit.forecaster import forecast_ratios
 from harmonica_dit.router import Router, decide
 from harmonica_dit.sample.trajectory import Guided, Trajectory, run_eagerly
@@ -49,7 +50,8 @@ class Student:
     def learn(self, r: Tensor, target: Tensor, weight: Tensor, channels: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """The guided output at this step with the scores r, its error against the target, and ∂(weight·error)/∂r [K].
 
-        The gradients by r and by the forecast weights go on to the router's Parameters. channels: as in `student_step`.
+        Error and gradients are of the images of all ranks. The gradients by r and by the forecast weights go on to the
+        router's Parameters. channels: as in `student_step`.
         """
         with torch.enable_grad():
             e = self._forecast()
@@ -58,6 +60,7 @@ class Student:
         output, error, *gradients = self.trajectory.executor(
             student_step, self.trajectory.model, *self.trajectory.inputs(self.x, self.s), target, r.detach(),
             None if e is None else e.detach(), weight, self.cache, self.router.threshold, channels, learned)
+        error, *gradients = ranks.mean([error, *gradients], len(self.x))
         torch.autograd.backward([r, e][: len(gradients)], gradients)
         return output, error, gradients[0]
 

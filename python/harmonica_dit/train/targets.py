@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harmonica_dit import ranks
 from harmonica_dit.files import load_tensors, remove_leftovers, save_tensors
 from harmonica_dit.sample import sample
 
@@ -31,6 +32,8 @@ def make_targets(net, target: Target, labels: Tensor, *, seed: int, first: int, 
                  progress: Callable[[int], None]) -> Tensor:
     """The target images [n, C, H, W] of the images number first, first + 1, … of a seed, with labels [n], on the CPU.
 
+    Each rank makes, or reads, every so many-th part, and hands it to the others.
+
     folder: where they are kept, part by part, and found the next time; None keeps nothing. about: what else decides
     them; a part that is there must have been made with the same. batch: images at a time. progress: called with the
     number of images done.
@@ -38,25 +41,34 @@ def make_targets(net, target: Target, labels: Tensor, *, seed: int, first: int, 
     Raises:
         ValueError: a part that is there is of other targets, or damaged; the message names it.
     """
-    parts, shape = [], net.sample_shape
     place = None if folder is None else folder / f"targets-{target.name}-seed{seed}"
     if place is not None:
-        remove_leftovers(place)
-    for start in range(0, len(labels), PART):
+        ranks.on_main(remove_leftovers, place)
+
+    def part(start: int) -> Tensor:
         mine = labels[start : start + PART]
         made_of = about | dict(target=target.name, seed=seed, first=first + start, guidance=guidance,
                                guidance_channels=guidance_channels, labels=mine.tolist())
         path = None if place is None else place / f"{start}.safetensors"
         if path is not None and path.exists():
-            parts.append(_read(path, made_of, torch.empty(len(mine), *shape)))
-        else:
-            parts.append(sample(net, mine, steps=target.steps, guidance=guidance, guidance_channels=guidance_channels,
-                                scheduler=target.scheduler or scheduler, seed=seed, first=first + start, batch=batch,
-                                latents=True).cpu())
-            if path is not None:
-                save_tensors(path, {"images": parts[-1]}, made_of)
-        progress(start + len(mine))
-    return torch.cat(parts)
+            return _read(path, made_of, torch.empty(len(mine), *net.sample_shape))
+        made = sample(net, mine, steps=target.steps, guidance=guidance, guidance_channels=guidance_channels,
+                      scheduler=target.scheduler or scheduler, seed=seed, first=first + start, batch=batch,
+                      latents=True).cpu()
+        if path is not None:
+            save_tensors(path, {"images": made}, made_of)
+        return made
+
+    images, starts = torch.empty(len(labels), *net.sample_shape), range(0, len(labels), PART)
+    for i in range(0, len(starts), ranks.world()):
+        together = starts[i : i + ranks.world()]
+        if ranks.rank() < len(together):
+            own = together[ranks.rank()]
+            images[own : own + PART] = part(own)
+        for source, start in enumerate(together):
+            ranks.broadcast(images[start : start + PART], source)
+            progress(min(start + PART, len(labels)))
+    return images
 
 
 def _read(path: Path, made_of: dict, like: Tensor) -> Tensor:

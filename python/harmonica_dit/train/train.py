@@ -11,6 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from harmonica_dit import ranks
 from harmonica_dit.costs import Costs
 from harmonica_dit.memory import check_fits_memory
 from harmonica_dit.router import Router
@@ -52,7 +53,7 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
             the weight of the cost: where λ has mean 1, in units of the guided output's mean squared error.
         trajectories: how many are run; each updates every row once. With a target at least 2, because the first only
             measures, to find β.
-        batch: images per trajectory; with guidance the model's batch is twice as large.
+        batch: images per trajectory, of all ranks together; with guidance the model's batch is twice as large.
         lr, eps: AdamW's learning rate, and what it adds to the root of the second moment. The gradients are as small as
             β·c, so an eps of 1e-8 (PyTorch's) slows the rows down, 1e-16 does not.
         threshold: τ during training, 0.1 in the paper; with a target, another τ is chosen at the end. A branch with
@@ -86,6 +87,9 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
             an interruption and ends with the same bits; with more trajectories it extends a training.
         progress: whether a progress bar is shown.
 
+    The ranks of a torch.distributed group share the images of each trajectory; rank 0 writes. The router is the same to
+    rounding for every number of ranks, and a training may go on with another.
+
     Returns:
         The router; if there is a target, its τ is chosen to meet it. It is also in `out/router.safetensors`.
 
@@ -93,7 +97,7 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
         ValueError: an argument is out of range, or the checkpoint in `out` is of other settings; the message names it.
         OSError: `out` cannot be written to.
         FloatingPointError: the loss is not finite; the last good checkpoint stays.
-        KeyboardInterrupt: Ctrl-C; the message says how to go on.
+        ConnectionError: another rank has ended. KeyboardInterrupt: Ctrl-C. The message says how to go on.
 
     Source: HarmoniCa (Huang et al., ICML 2025, arXiv 2410.01723), section 3; targets and forecasts are ours.
     """
@@ -109,9 +113,10 @@ def train_router(net, *, recipe: str = "recommended", steps: int = 20, target_sp
     check_weights(next(net.parameters()).dtype)
     if executor not in ("captured", "eager"):
         raise ValueError(f'executor: got {executor!r}, expected "captured" or "eager"')
-    check_fits_memory(net, settings.batch, settings.guidance, kept=len(net.branch_names))
+    ranks.check_split("batch", settings.batch)
+    check_fits_memory(net, len(ranks.split(settings.batch)), settings.guidance, kept=len(net.branch_names))
     out = None if out is None else Path(out)
-    costs = find_costs(net, settings, out)
+    costs = ranks.on_main(find_costs, net, settings, out)
     training, budget = start_training(net, settings, costs)
     training.router.recipe = said
     run = new_executor(net, training.router.steps) if executor == "captured" else run_eagerly
