@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test wheel types mutants interruptions api
+.PHONY: demo test wheel types mutants interruptions bench api
 
 demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
@@ -26,6 +26,11 @@ mutants: $(VENV)/.installed-mutants
 # Trainings and comparisons that are killed again and again, see docs/reliability.md.
 interruptions: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/interruptions.py
+
+# What is fast beside its peers, one table and build/bench.json, see docs/performance.md; OPTIONS=--full for more.
+bench: $(VENV)/.installed-dev
+	@mkdir -p build
+	$(VENV)/bin/python -m pytest bench/bench_all.py -q --benchmark-quiet --benchmark-json=build/bench.json $(OPTIONS)
 
 # The reference of the API, from the docstrings, into build/api.
 api: $(VENV)/.installed-dev

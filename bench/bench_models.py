@@ -1,11 +1,11 @@
 """Cached against plain trajectories of diffusers' transformers, and what becomes of the FLOPs that are saved.
 
-    OMP_NUM_THREADS=2 python -m pytest bench/bench_models.py [-k flux] [--long] [--steps 5] [--cur 0.56] [--rounds 5]
+    OMP_NUM_THREADS=2 python -m pytest bench/bench_models.py [-k flux] [--full] [--steps 5] [--cur 0.56] [--rounds 5]
                                        [--heads 1] [--layers 2] [--benchmark-json=FILE]
 
 Trajectories of `steps` forwards, their inputs fixed, on random weights: plain, with everything computed and stored and
 clocks around the branches, with a share `cur` of the branches reused at random, and by `enable_cache` with the trunk
-forecast at every second step. --heads, --layers: instead of a model's own. --long: pixart-alpha-1024 too.
+forecast at every second step. --heads, --layers: instead of a model's own. --full: pixart-alpha-1024 too.
 """
 
 import copy
@@ -57,8 +57,8 @@ cache: of a state of each branch, and of two states of the trunk, which is forec
 
 @pytest.fixture(scope="module", params=MODELS)
 def measured(request, settings):
-    if request.param in LONG and not request.config.getoption("long"):
-        pytest.skip("takes long; --long runs it")
+    if request.param in LONG and not request.config.getoption("full"):
+        pytest.skip("takes long; --full runs it")
     return measure(request.param, **settings(TINY, steps=5, cur=0.56, rounds=5, warmup=1, heads=None, layers=None))
 
 

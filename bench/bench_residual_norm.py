@@ -8,10 +8,12 @@ move: each argument read once, x and h written once (the floor of docs/design.md
 """
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from bench.record import cell
@@ -40,6 +42,8 @@ CASES = [
     Shape(32, 49, 128, 1, F32), Shape(32, 49, 128, 4, F32), Shape(2, 256, 1152, 1, F32), Shape(1, 1, 1152, 1, F32),
 ]
 ROTATE = 256 << 20
+AT_ONCE = 16 << 20  # bytes of short calls that are timed together
+T = TypeVar("T")
 TINY = dict(rows=1, rotate=1, rounds=1, warmup=0)
 COLUMNS = {
     "shape": cell("shape"),
@@ -50,6 +54,14 @@ COLUMNS = {
     "ours / copy": cell("ours_over_copy", "{:.3f}"),
 }
 CAPTION = "eager: PyTorch's chain. ours / copy: in bytes per second."
+
+
+def chain(x: Tensor, outputs: Sequence[Tensor], gates: Sequence[Tensor], shift: Tensor,
+          scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x' and h, op by op."""
+    for o, gate in zip(outputs, gates):
+        x = x + gate.unsqueeze(1) * o
+    return x, layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class Case:
@@ -68,15 +80,30 @@ class Case:
         self.runs = [[Term(o, None, gate) for o, gate in zip(outputs, self.gates)] for outputs in self.o]
         self.bytes = self.values * self.size * (run + (3 if run else 2))
 
-    def ours(self, i):
-        residual_norm(self.x[i], self.runs[i], self.shift, self.scale, x_out=self.x[i] if self.o[i] else None,
-                      h_out=self.h[i])  # as cached_forward calls it: the bodies share one input buffer
+    def ours(self, i) -> tuple[Tensor, Tensor]:
+        """x' and h, x' in x's place."""
+        h = residual_norm(self.x[i], self.runs[i], self.shift, self.scale, x_out=self.x[i] if self.o[i] else None,
+                          h_out=self.h[i])  # as cached_forward calls it: the bodies share one input buffer
+        return self.x[i], h
 
-    def eager(self, i):
-        x = self.x[i]
-        for o, gate in zip(self.o[i], self.gates):
-            x = x + gate.unsqueeze(1) * o
-        layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + self.scale.unsqueeze(1)) + self.shift.unsqueeze(1)
+    def eager(self, i, chain=chain) -> tuple[Tensor, Tensor]:
+        return chain(self.x[i], self.o[i], self.gates, self.shift, self.scale)
+
+    def repeats(self, most: int) -> int:
+        """How many calls are timed together so that they move about so many bytes, where one moves few."""
+        return max(1, most // self.bytes)
+
+
+
+def in_turn(call: Callable[[int], T], sets: int, times: int = 1) -> Callable[[], T]:
+    """A function that calls `times` times, with the numbers of the sets in turn, and returns the last result."""
+    numbers = itertools.cycle(range(sets))
+
+    def run() -> T:
+        for i in itertools.islice(numbers, times):
+            result = call(i)
+        return result
+    return run
 
 
 class Copy:
@@ -110,19 +137,10 @@ def measure(shape: Shape, copy: Copy, rows: int | None, rotate: int, rounds: int
     """rows: at most so many, B."""
     timed = shape if rows is None else shape._replace(B=min(rows, shape.B))
     case = Case(timed, rotate)
-    repeats = max(1, min(rotate, 1 << 24) // case.bytes)  # short calls several at once
-
-    def rotate_sets(call, sets: int, times: int = 1):
-        numbers = itertools.cycle(range(sets))
-
-        def run() -> None:
-            for i in itertools.islice(numbers, times):
-                call(i)
-        return run
-
-    seconds = interleave({"ours": rotate_sets(case.ours, len(case.x), repeats),
-                          "eager": rotate_sets(case.eager, len(case.x), repeats),
-                          "copy": rotate_sets(copy.run, len(copy.x))}, rounds, warmup=warmup)
+    repeats = case.repeats(min(rotate, AT_ONCE))
+    seconds = interleave({"ours": in_turn(case.ours, len(case.x), repeats),
+                          "eager": in_turn(case.eager, len(case.x), repeats),
+                          "copy": in_turn(copy.run, len(copy.x))}, rounds, warmup=warmup)
     for name in ("ours", "eager"):
         seconds[name] = [value / repeats for value in seconds[name]]
     middle = medians(seconds)

@@ -44,7 +44,7 @@ def pytest_addoption(parser) -> None:
                        ("layers", "blocks of each kind, in place of the real depth")):
         group.addoption(f"--{name}", type=count, metavar="N", help=what)
     group.addoption("--cur", type=float, metavar="SHARE", help="cache utilization ratio of schedules drawn at random")
-    group.addoption("--long", action="store_true", help="what takes long as well")
+    group.addoption("--full", action="store_true", help="what takes long as well, and more rounds of bench_all.py")
     group.addoption("--tiny", action="store_true", help="small sizes and one round: a dry run, which measures nothing")
 
 
