@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test wheel types mutants interruptions bench api
+.PHONY: demo test wheel types mutants interruptions bench instructions api
 
 demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
@@ -31,6 +31,10 @@ interruptions: $(VENV)/.installed-test
 bench: $(VENV)/.installed-dev
 	@mkdir -p build
 	$(VENV)/bin/python -m pytest bench/bench_all.py -q --benchmark-quiet --benchmark-json=build/bench.json $(OPTIONS)
+
+# What the CPU's kernels execute, counted by callgrind and compared with what is kept, see docs/testing.md.
+instructions: $(VENV)/.installed-test
+	$(VENV)/bin/python -m bench.instructions $(OPTIONS)
 
 # The reference of the API, from the docstrings, into build/api.
 api: $(VENV)/.installed-dev

@@ -2,9 +2,8 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,8 +15,7 @@ from harmonica_dit.timing import interleave
 PLAIN, COMPILED, OURS = "plain", "torch.compile", "ours"
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One way of doing what the case does.
 
     call: does it, and returns a tensor or a sequence of them. times: how often `call` does it.
@@ -33,8 +31,7 @@ class Candidate:
     rival: bool = False
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """Candidates that are timed in the same rounds; the first one is plain PyTorch, the yardstick.
 
     names: of the candidates; "X: Y" is the way Y of doing a variant X. make(tiny): the candidates, by name.

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -135,7 +134,7 @@ def whole(model: str, images: int, steps: int, tiny: bool) -> Mapping[str, Candi
 
 
 def without_grad(made: Mapping[str, Candidate]) -> dict[str, Candidate]:
-    return {name: replace(one, call=torch.no_grad()(one.call)) for name, one in made.items()}
+    return {name: one._replace(call=torch.no_grad()(one.call)) for name, one in made.items()}
 
 
 CASES = [Case(f"{model}, one block: a step", STEP, partial(step, model), 9) for model in ("DiT-XL/2", PIXART)] + [

@@ -31,7 +31,7 @@ def dit_s_2(tiny: bool) -> DiTTransformer2DModel:
     """DiT-S/2 at 256 pixels in diffusers' class, random weights."""
     return random_weights(DiTTransformer2DModel(
         num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=2 if tiny else 12,
-        sample_size=32))
+        sample_size=8 if tiny else 32))
 
 
 def pipeline(transformer: Callable[[bool], DiTTransformer2DModel | None], images: int, steps: int, near: float,
