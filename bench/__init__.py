@@ -1,5 +1,6 @@
 """The benchmarks, which run from the repository's root: `python -m pytest bench/` collects the suites (bench_*.py),
-`python -m bench.forecasts` measures quality against speedup, `bench/gpu.sh` runs what needs a GPU.
+`make bench` runs the one that sets everything beside its peers, `python -m bench.forecasts` measures quality against
+speedup, `bench/gpu.sh` runs what needs a GPU.
 """
 
 import sys

@@ -28,15 +28,15 @@ SIZES = ((1, 8, 128), (2, 49, 128), (2, 64, 1152))  # B, N, D; fashion-dit's and
 TOLERANCE = 0.03
 ISA = "avx2" if platform.machine() in ("x86_64", "AMD64") else "portable"
 SOURCES = ("residual_norm", "residual_norm_backward", "overlap", "parallel")
-NEEDED = ("g++", "valgrind")
+TOOLS, HEADER = ("g++", "valgrind"), "valgrind/callgrind.h"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.instructions", description=__doc__.partition("\n")[0])
     parser.add_argument("--keep", action="store_true", help=f"write the counts to {KEPT.relative_to(ROOT)}")
     keep = parser.parse_args(arguments).keep
-    if missing := [name for name in NEEDED if shutil.which(name) is None]:
-        parser.error(f"{' and '.join(missing)} not found")
+    if lacks := missing():
+        parser.error(f"{' and '.join(lacks)} not found")
     with tempfile.TemporaryDirectory() as folder:
         driver = build(Path(folder))
         counts = {name: n for size in SIZES for name, n in count(driver, size).items()}
@@ -52,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kept of another build, {kept['compiler']}, {kept['target']}: no comparison", file=sys.stderr)
         return 0
     return 1 if differ else 0
+
+
+def missing() -> list[str]:
+    """What is needed and not there."""
+    lacks = [name for name in TOOLS if shutil.which(name) is None]
+    if "g++" not in lacks and subprocess.run(["g++", "-x", "c++", "-E", "-"], input=f"#include <{HEADER}>", text=True,
+                                             capture_output=True).returncode:
+        lacks.append(HEADER)
+    return lacks
 
 
 def build(folder: Path, source: Path = ROOT / "csrc") -> Path:

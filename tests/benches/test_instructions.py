@@ -1,7 +1,6 @@
 """Instructions of the CPU's kernels, counted by callgrind: no pass more than is kept in bench/results/."""
 
 import json
-import shutil
 
 import pytest
 
@@ -10,7 +9,7 @@ from bench import instructions
 KEPT = json.loads(instructions.KEPT.read_text())
 
 
-@pytest.mark.skipif(not all(map(shutil.which, instructions.NEEDED)), reason="needs g++ and valgrind")
+@pytest.mark.skipif(bool(instructions.missing()), reason="needs g++ and valgrind")
 def test_the_kernels_take_the_instructions_that_are_kept(tmp_path):
     """Of the smallest size; `make instructions` counts all, and says how to keep others."""
     if not KEPT.items() >= instructions.built_with().items():
@@ -54,7 +53,7 @@ def test_other_counts_end_with_1_and_another_build_is_not_compared(monkeypatch, 
     path = tmp_path / "kept.json"
     monkeypatch.setattr(instructions, "KEPT", path)
     monkeypatch.setattr(instructions, "ROOT", tmp_path)
-    monkeypatch.setattr(instructions, "NEEDED", ())
+    monkeypatch.setattr(instructions, "missing", lambda: [])
     monkeypatch.setattr(instructions, "build", lambda folder: folder)
     monkeypatch.setattr(instructions, "built_with", lambda: dict(compiler="one", target="this"))
     counts = dict(kernel=100)
@@ -64,3 +63,11 @@ def test_other_counts_end_with_1_and_another_build_is_not_compared(monkeypatch, 
     assert instructions.main([]) == 1 and "+10.0%  CHANGED" in capsys.readouterr().out
     monkeypatch.setattr(instructions, "built_with", lambda: dict(compiler="two", target="this"))
     assert instructions.main([]) == 0 and "kept of another build, one, this" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(instructions, "TOOLS", ("g++", "no-such-tool"))
+    monkeypatch.setattr(instructions, "HEADER", "no/such.h")
+    with pytest.raises(SystemExit, match="2"):
+        instructions.main([])
+    assert capsys.readouterr().err.endswith("error: no-such-tool and no/such.h not found\n")
