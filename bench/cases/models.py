@@ -20,6 +20,7 @@ from . import COMPILED, OURS, PLAIN, Candidate, Case, compile_each, shared_copy
 STEP = (PLAIN, COMPILED, OURS, f"trunk forecast: {PLAIN}", f"trunk forecast: {OURS}")
 WHOLE = (PLAIN, COMPILED, OURS, "FORA n=2: reference's way", f"FORA n=2: {OURS}",
          f"trunk n=2: {PLAIN}", f"trunk n=2: {OURS}")
+ROUGH = {True: 2.0, False: 0.5}  # how far from the uncached what is cached may be, at tiny sizes and at the real ones
 FORECAST = 3  # the step of a trajectory of five, of which the steps 0, 2 and 4 are computed
 
 
@@ -105,7 +106,7 @@ def step(model: str, tiny: bool) -> Mapping[str, Candidate]:
         for s in range(FORECAST):
             theirs.step(x, s), forecast(s)
     made = [Candidate(partial(way.step, x, FORECAST), rival=way is fast) for way in (plain, fast, ours)]
-    made += [Candidate(partial(theirs.step, x, FORECAST), near=2.0),
+    made += [Candidate(partial(theirs.step, x, FORECAST), near=ROUGH[tiny]),
              Candidate(partial(forecast, FORECAST), like=f"trunk forecast: {PLAIN}")]
     return without_grad(dict(zip(STEP, made)))
 
@@ -126,9 +127,9 @@ def whole(model: str, images: int, steps: int, tiny: bool) -> Mapping[str, Candi
     every, trunk = fora(net, steps, 2), trunk_forecast(net, steps, every=2)
     made = [Candidate(way(plain_of())), Candidate(way(compiled(plain_of())), 1e-3, rival=True),
             Candidate(way(net), 1e-3),
-            Candidate(way(ReferenceWay(plain_of(), every, timesteps)), near=2.0),
+            Candidate(way(ReferenceWay(plain_of(), every, timesteps)), near=ROUGH[tiny]),
             Candidate(way(net, every), 1e-3, like="FORA n=2: reference's way"),
-            Candidate(way(WholeSteps(plain_of, trunk, timesteps)), near=2.0),
+            Candidate(way(WholeSteps(plain_of, trunk, timesteps)), near=ROUGH[tiny]),
             Candidate(way(net, trunk), 1e-3, like=f"trunk n=2: {PLAIN}")]
     return without_grad(dict(zip(WHOLE, made)))
 
