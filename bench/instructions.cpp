@@ -70,6 +70,15 @@ void backward(Shape shape, const char* name) {  // of one blended term, with all
     CALLGRIND_DUMP_STATS_AT(name);
 }
 
+void gelu(Shape shape, DType dtype, const char* name) {
+    Tensors t{shape, dtype, {}};
+    const Activation x = t.activation();
+    const Rows bias{t.make(shape.width), dtype, 0};
+    CALLGRIND_ZERO_STATS;
+    bias_gelu(shape, x, bias, 1);
+    CALLGRIND_DUMP_STATS_AT(name);
+}
+
 }  // namespace
 
 int main(int count, char** sizes) {
@@ -79,4 +88,6 @@ int main(int count, char** sizes) {
     forward(shape, DType::f32, 4, "residual_norm, float32, R=4");
     forward(shape, DType::bf16, 1, "residual_norm, bfloat16, R=1");
     backward(shape, "residual_norm_backward, float32, R=1");
+    gelu(shape, DType::f32, "bias_gelu, float32");
+    gelu(shape, DType::bf16, "bias_gelu, bfloat16");
 }

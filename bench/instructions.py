@@ -3,10 +3,10 @@
     python -m bench.instructions           # counts, and compares with bench/results/instructions.json
     python -m bench.instructions --keep    # keeps the counts there, after a change that was meant
 
-Counts do not depend on the machine's load. They are those of residual_norm and its backward on one thread, built from
-csrc/ with CMake's flags, and of no function beside the kernels' own: neither of the C library nor of Python. Valgrind
-knows no AVX-512, so what is counted is the AVX2 build of the row primitives, on other processors than x86-64 the
-portable one; AVX-512's comes from the same source with vectors of twice the width.
+Counts do not depend on the machine's load. They are those of residual_norm, its backward and bias_gelu on one thread,
+built from csrc/ with CMake's flags, and of no function beside the kernels' own: neither of the C library nor of Python.
+Valgrind knows no AVX-512, so what is counted is the AVX2 build of the row primitives, on other processors than x86-64
+the portable one; AVX-512's comes from the same source with vectors of twice the width.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KEPT = ROOT / "bench" / "results" / "instructions.json"
 SIZES = ((1, 8, 128), (2, 49, 128), (2, 64, 1152))  # B, N, D; fashion-dit's and DiT-XL/2's widths
 TOLERANCE = 0.03
 ISA = "avx2" if platform.machine() in ("x86_64", "AMD64") else "portable"
-SOURCES = ("residual_norm", "residual_norm_backward", "overlap", "parallel")
+SOURCES = ("bias_gelu", "residual_norm", "residual_norm_backward", "overlap", "parallel")
 TOOLS, HEADER = ("g++", "valgrind"), "valgrind/callgrind.h"
 
 

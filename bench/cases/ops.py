@@ -5,16 +5,18 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from bench.bench_residual_norm import AT_ONCE, BF16, F32, ROTATE, Shape, chain, in_turn
 from bench.bench_residual_norm import Case as Buffers
-from harmonica_kernels.ops import Term, blend_residual_norm
+from harmonica_kernels.ops import Term, bias_gelu, blend_residual_norm
 
 from . import COMPILED, OURS, PLAIN, Candidate, Case
 
 NEAR = {F32: 1e-5, BF16: 1e-2}
 WAYS = (PLAIN, COMPILED, OURS)
 BIG, SMALL = (32, 256, 1152), (32, 49, 128)
+HIDDEN = (2, 256, 4608)  # of DiT-XL/2's feed-forward, two rows
 
 
 def compiled(function: Callable) -> Callable:
@@ -64,6 +66,20 @@ def forward_backward(shape: Shape, tiny: bool) -> Mapping[str, Candidate]:
             for name, call in calls.items()}
 
 
+def gelu_chain(x, bias):
+    return gelu(x + bias, approximate="tanh")
+
+
+def feed_forward(shape: Shape, tiny: bool) -> Mapping[str, Candidate]:
+    """The bias and GELU between two linears; D is the hidden width. Ours comes last, for it changes x in its place."""
+    b, n, d, _, dtype = shape._replace(B=1) if tiny else shape
+    sets = 1 if tiny else max(2, ROTATE // (2 * b * n * d * dtype.itemsize))
+    x, bias = [torch.randn(b, n, d, dtype=dtype) for _ in range(sets)], torch.randn(d, dtype=dtype)
+    calls = {PLAIN: gelu_chain, COMPILED: compiled(gelu_chain), OURS: partial(bias_gelu, approximate="tanh")}
+    return {name: Candidate(no_grad(in_turn(lambda i, call=call: call(x[i], bias), sets)), NEAR[dtype],
+                            rival=name == COMPILED) for name, call in calls.items()}
+
+
 def case(make: Callable, what: str, dims: tuple[int, int, int], run: int, dtype: torch.dtype, rounds: int,
          full: bool = False) -> Case:
     shape = Shape(*dims, run, dtype)
@@ -76,4 +92,6 @@ CASES = [
     case(forward_backward, "residual_norm, soft, with gradients,", BIG, 1, F32, 7),
     case(forward_backward, "residual_norm, soft, with gradients,", SMALL, 1, F32, 25),
     case(forward_backward, "residual_norm, soft, with gradients,", BIG, 1, BF16, 7, full=True),
+    *(Case(f"bias_gelu {list(HIDDEN)} {str(dtype)[6:]}", WAYS, partial(feed_forward, Shape(*HIDDEN, 0, dtype)), 25)
+      for dtype in (F32, BF16)),
 ]
