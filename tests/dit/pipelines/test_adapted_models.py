@@ -16,6 +16,7 @@ from support.cached_calls import STEPS, check_by_hooks, every_second, every_seco
 from support.generic_models import state
 from support.many_pipes import PIPES
 from support.pipes import names_of, random_schedule
+from support.tolerance import assert_close
 
 LAYERS = r".*\.(to_q|to_k|to_v|to_out\.0|proj_out|proj_mlp|ff\.net\.0\.proj|linear)"
 BOTH = pytest.mark.parametrize("name", ["flux", "pixart-sigma"])  # the generic path and the fused one
@@ -44,7 +45,9 @@ def test_a_peft_model_as_the_transformer(name):
     with pipe.transformer.disable_adapter():
         without = entry.call(pipe, steps=STEPS)
     harmonica_dit.disable_cache(pipe)
-    assert torch.equal(without, with_cache(entry, entry.pipe())) and "forward" not in vars(inside)
+    # of a layer that a LoRA is on, disabled too, the fused path takes bias and GELU one by one
+    assert_close(without, with_cache(entry, entry.pipe()))
+    assert "forward" not in vars(inside)
 
 
 def test_diffusers_own_calls_for_a_lora(flux):
