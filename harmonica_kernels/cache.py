@@ -15,7 +15,7 @@ HISTORY = 4  # outputs or states kept at most
 
 def check_history(history) -> None:
     """Raises ValueError unless a cache can keep so many outputs or states."""
-    if isinstance(history, bool) or history not in range(1, HISTORY + 1):
+    if type(history) is not int or not 1 <= history <= HISTORY:
         raise ValueError(f"history: got {history!r}, expected a whole number from 1 to {HISTORY}")
 
 
@@ -86,7 +86,11 @@ class Setting(NamedTuple):
 
 
 class Memory:
-    """What the caches share: they serve one trajectory, whose forwards are alike, are of one model, and all end."""
+    """What the caches share: they serve one trajectory, whose forwards are alike, are of one model, and all end.
+
+    One thread at a time: forwards of two threads with one cache are an error where the cache sees them, and are not
+    kept apart.
+    """
 
     def __init__(self, history: int = 1):
         check_history(history)
@@ -106,8 +110,9 @@ class Memory:
     def _check(self, of: tuple, model: Any = None, autocast: torch.dtype | None = None) -> None:
         """Raises if this cache cannot serve such a forward. model: whose it is, if known. autocast: its dtype."""
         if self._open:
-            raise RuntimeError("cache: the last forward with this cache did not finish, so it holds two steps mixed; "
-                               "call cache.reset() and start the trajectory again")
+            raise RuntimeError("cache: the last forward with this cache did not finish, or runs in another thread, so "
+                               "it holds two steps mixed; call cache.reset() and start the trajectory again, and give "
+                               "each thread a cache of its own")
         if self._of is not None and self._of != of:
             raise ValueError(f"cache: holds a forward of {self._of}, got {of}; another trajectory, such as that of the "
                              "calls without prompt, needs a cache of its own, or cache.reset() before it")

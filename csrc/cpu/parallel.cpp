@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 
 #include <string>
 #include <system_error>
@@ -15,9 +16,17 @@ namespace {
 // Compilers emit this entry point for `#pragma omp parallel` (libgomp; Intel's and LLVM's runtimes have it too). It is
 // looked up in the process instead of linked: torch brings its own copy of the runtime, and a second copy or another
 // thread pool would fight with torch's spinning workers for the same cores.
+// After fork() it has none of its threads and waits for them for ever, so a child process starts threads of its own.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int told_of_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 GompParallel gomp_parallel() {
+#ifdef HARMONICA_WITHOUT_OPENMP
+    return nullptr;
+#endif
+    if (forked) return nullptr;
     static const auto found = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     return found;
 }
@@ -52,7 +61,7 @@ std::string threading() {
     Dl_info library;
     if (gomp_parallel() && dladdr(reinterpret_cast<void*>(gomp_parallel()), &library))
         return std::string("OpenMP (") + library.dli_fname + ")";
-    return "std::thread (no OpenMP runtime in this process)";
+    return forked ? "std::thread (this process was forked)" : "std::thread (no OpenMP runtime in this process)";
 }
 
 }  // namespace harmonica

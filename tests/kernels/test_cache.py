@@ -143,7 +143,7 @@ def test_bad_runs(runs):
 def test_runs_of_another_number_of_branches_or_soft_rows_are_refused():
     toy = Toy()
     with torch.no_grad():
-        with pytest.raises(ValueError, match="runs: hold 5 branches, there are 4"):
+        with pytest.raises(ValueError, match="cache: its runs hold 5 branches, there are 4"):
             toy(toy.x, cache=hk.FeatureCache(runs=(2, 3)))
         cache = hk.FeatureCache(runs=(2, 2))
         toy(toy.x, cache=cache)
