@@ -104,8 +104,8 @@ def cached_forward(branches: Sequence[Branch], x: Tensor, mod: Modulation, *,
 
     Source: HarmoniCa (Huang et al., ICML 2025), section 3; forecasts after TaylorSeer (Liu et al., 2025), first order.
     """
+    compute = check_forward(branches, x, mod, row, forecast_weights, cache, threshold, eps, model)
     K = len(branches)
-    compute = check_forward(branches, x, mod, row, forecast_weights, cache, threshold, model)
     soft, device, autocast = isinstance(row, Tensor), x.device.type, autocast_dtype(x.device.type)
     if cache is not None:
         cache._begin(Forward(x.shape, x.dtype, x.device, K), model, autocast)

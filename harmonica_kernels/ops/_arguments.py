@@ -156,8 +156,7 @@ class Dense(Arguments):
             return t
         dense = t.contiguous()
         if out:
-            if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride())):
-                raise ValueError(f"{self.op}: {name} is written to and has rows that overlap each other")
+            refuse_one_place(self.op, t, name)
             self.copies.append((t, dense))
         return dense
 
@@ -186,6 +185,12 @@ class Dense(Arguments):
     def finish(self) -> None:
         for t, dense in self.copies:
             t.copy_(dense)
+
+
+def refuse_one_place(op: str, t: Tensor, name: str) -> None:
+    """Raises if several values of an output lie at one place, as an expanded tensor's do."""
+    if any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride())):
+        raise ValueError(f"{op}: {name} is written to and has rows that overlap each other")
 
 
 def _full_name(name: str, term: int | None) -> str:

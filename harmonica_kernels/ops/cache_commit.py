@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import Arguments, Dense, refusal
+from ._arguments import Arguments, Dense, refusal, refuse_one_place
 from ._library import library
 
 
@@ -38,6 +38,9 @@ def _pack(kind: type[Arguments], latest, previous, o, r, threshold) -> tuple:
 
 def _cpu(latest, previous, *rest) -> None:
     _pack(Arguments, latest, previous, *rest)
+    for name, t in (("latest", latest), ("previous", previous)):
+        if t is not None:
+            refuse_one_place("cache_commit", t, name)
     renewed, moved = reference.cache_commit(latest, previous, *rest)
     if moved is not None:
         previous.copy_(moved)

@@ -1,7 +1,6 @@
 """What steps cost: in FLOPs (`flops.Flops`), or in seconds that were measured on a device."""
 
 import json
-import math
 import os
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .files import replacement
+
+LONGEST = 1e9  # seconds that a step may take
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class Seconds(Costs):
             values = json.loads(Path(path).read_text())
             found = cls(**values | dict(branches=tuple(values["branches"])))
             others = found.fixed, found.forecast, found.trunk, found.mixed, found.uncached
-            if not all(0 <= n < math.inf for n in (*found.branches, *others)):
-                raise ValueError(f"expected finite numbers from 0 on, got {values}")
-        except (ValueError, TypeError, KeyError) as error:
+            if not all(0 <= n < LONGEST for n in (*found.branches, *others)) or not found.total:
+                raise ValueError(f"expected finite numbers from 0 on, not all 0, got {values}")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path} is no table of seconds: {error!s:.200}") from None
         return found

@@ -88,10 +88,13 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
         with safe_open(path, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
             metadata = {name: json.loads(value) for name, value in (opened.metadata() or {}).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        json.dumps(metadata, ensure_ascii=False).encode()  # JSON can hold halves of characters, which nothing can print
     except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError, too
         raise ValueError(f"{path}: its metadata is not JSON: {error}") from None
+    except (SafetensorError, TypeError, RuntimeError) as error:  # the latter two of shapes beyond 64 bits
+        if "allocate memory" in str(error):  # the file may well be whole
+            raise
+        raise ValueError(f"{path} is not a whole safetensors file: {error!s:.300}") from None
     return tensors, metadata
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harmonica_dit.validate import describe
+from harmonica_dit.validate import check_whole, describe, is_number, shorten
 from harmonica_kernels import TrunkWeights
 from harmonica_kernels.cache import HISTORY
 
@@ -124,6 +124,10 @@ class TrunkForecaster:
             if not table.isfinite().all():
                 raise ValueError(f"forecaster.{name}: has entries that are not finite")
             object.__setattr__(self, name, table.detach().cpu())
+        check_whole("forecaster.size", self.size, 0)
+        if not is_number(self.size) or not isinstance(self.origin, str):
+            raise TypeError(f"forecaster.size, forecaster.origin: got {shorten((self.size, self.origin))}, expected a "
+                            "number and text")
         if self.rule is not None:
             if not isinstance(self.rule, Rule) or not isinstance(self.rule.adams, bool):
                 raise TypeError(f"forecaster.rule: got {self.rule!r:.80}, expected a Rule")
@@ -189,7 +193,7 @@ def forecast(w: Tensor, v: Tensor | None) -> TrunkWeights:
 
 
 def check_order(order) -> None:
-    if isinstance(order, bool) or order not in range(HISTORY):
+    if type(order) is not int or not 0 <= order < HISTORY:
         raise ValueError(f"order: got {order!r}, expected a whole number from 0 to {HISTORY - 1}")
 
 
@@ -295,6 +299,8 @@ def make_forecaster(tables: dict[str, Tensor | None], about: dict) -> BranchFore
     Raises:
         KeyError, TypeError, ValueError: the file holds none.
     """
+    if not isinstance(about, dict):
+        raise TypeError(f"forecaster: got {shorten(about)}, expected its settings")
     if "order" in about:
         return BranchForecaster(about["order"])
     rule = about.get("taylor")

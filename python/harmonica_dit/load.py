@@ -1,9 +1,12 @@
 """`load`: a denoiser by its name."""
 
 import argparse
+import io
 import os
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +145,7 @@ def read_checkpoint(path: str | os.PathLike):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # facebookresearch/DiT's checkpoints hold one
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):  # the file may well be whole
@@ -156,3 +160,34 @@ def read_checkpoint(path: str | os.PathLike):
             raise
         raise ValueError(f"{path} is not a checkpoint of plain tensors: {DAMAGED} ({type(error).__name__}: {error})"
                          ) from None
+
+
+def check_archive(path: Path) -> None:
+    """Refuses what torch's safe reader would take and allocate memory for that the file says nothing of.
+
+    That are compressed records, a bytearray of any size, and the storages of the format before torch 1.6.
+
+    Raises:
+        pickle.UnpicklingError, as torch raises it: it is a pickle of code. Others: it is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        with WithinFile(io.FileIO(path)) as opened:
+            for operation, argument, _ in pickletools.genops(opened):
+                if operation.name == "GLOBAL":
+                    raise pickle.UnpicklingError(f"GLOBAL {argument.replace(' ', '.')}")
+        raise ValueError("no archive, as torch.save writes it since version 1.6")
+    with WithinFile(io.FileIO(path)) as opened, zipfile.ZipFile(opened) as archive:
+        records, size = archive.infolist(), path.stat().st_size
+        if sum(record.file_size for record in records) > size or not all(0 <= r.header_offset < size for r in records):
+            raise ValueError("its records are larger than the file")
+        if any(b"bytearray" in archive.read(r) for r in records if r.filename.endswith(".pkl")):
+            raise ValueError("it holds a bytearray")
+
+
+class WithinFile(io.BufferedReader):
+    """Allocates for what is left of the file, however much is asked for."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            return super().read()
+        return super().read(min(size, os.fstat(self.fileno()).st_size - self.tell()))

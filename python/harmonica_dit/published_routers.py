@@ -13,7 +13,7 @@ from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
 from harmonica_dit.router import ALWAYS, Router
 from harmonica_dit.sample.schedulers import make_scheduler
-from harmonica_dit.validate import describe
+from harmonica_dit.validate import describe, shorten
 
 KINDS = ("learning-to-cache", "harmonica")
 
@@ -75,7 +75,7 @@ def _arguments(path: str | os.PathLike, kind: str, net) -> dict:
     timesteps = tuple(t.item() for t in make_scheduler("ddim", T).timesteps)
     size = made_with.get("image_size")
     return dict(logits=logits, branches=branches, flops=flops or _flops(net), timesteps=timesteps, model=model,
-                guidance=None, resolution=(size // 8, size // 8) if size in (256, 512) else None,
+                guidance=None, resolution=(size // 8, size // 8) if type(size) is int and size in (256, 512) else None,
                 architecture=getattr(net, "architecture", None))
 
 
@@ -95,9 +95,9 @@ def _rows(path: str | os.PathLike, content) -> list:
 def _model(path: str | os.PathLike, K: int, made_with: dict) -> tuple[str, tuple[str, ...], Flops]:
     """Name, branches and FLOPs of the model in the file's settings; by default of DiT-XL/2 at 256 pixels."""
     name, image_size = made_with.get("model", "DiT-XL/2"), made_with.get("image_size", 256)
-    if not isinstance(name, str) or name not in CONFIGS or image_size not in (256, 512):
-        raise ValueError(f"{path}: was made for the model {name!r} at {image_size!r} pixels, which is not known here; "
-                         "pass it as net=")
+    if not isinstance(name, str) or type(image_size) is not int or name not in CONFIGS or image_size not in (256, 512):
+        found = " at ".join(shorten(one) if type(one) in (str, int) else describe(one) for one in (name, image_size))
+        raise ValueError(f"{path}: was made for the model {found} pixels, which is not known here; pass it as net=")
     config = CONFIGS[name] | dict(input_size=image_size // 8)
     if K != 2 * config["depth"]:
         raise ValueError(f"{path}: its rows have {K} entries, {name} has {2 * config['depth']} branches; pass the "

@@ -12,6 +12,7 @@ from harmonica_dit.flops import Flops, runs_by_its_loop
 from harmonica_kernels.cache import run_spans
 
 FORMAT = 1  # of router and schedule files
+MOST_STEPS = 1000  # as `make_scheduler` takes; what is made of a table takes time in proportion to the square of T
 WITH_FORECASTER = 2  # of schedule files with a forecaster or runs, which older versions cannot follow
 
 
@@ -79,11 +80,13 @@ def check_denoiser(net) -> None:
 
 
 def check_table(name: str, table: Tensor, T: int, K: int) -> None:
-    """Refuses everything but a finite float32 tensor [T, K]."""
+    """Refuses everything but a finite float32 tensor [T, K], T ≤ 1000."""
     if not isinstance(table, Tensor) or table.dtype != torch.float32 or tuple(table.shape) != (T, K):
         raise TypeError(f"{name}: got {describe(table)}, expected a float32 tensor [{T}, {K}]")
     if not table.isfinite().all():
         raise ValueError(f"{name}: has entries that are not finite")
+    if T > MOST_STEPS:
+        raise ValueError(f"{name}: got {T} steps, expected at most {MOST_STEPS}")
 
 
 def check_alike_in_runs(runs: tuple[int, ...], **tables: Tensor) -> None:

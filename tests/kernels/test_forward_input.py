@@ -59,6 +59,32 @@ def bad(x=None, mod=None, branches=None, fill=True, history=1, **options):
           + [hk.Branch(lambda h, c: h, gate=False), hk.Branch(lambda h, c: h)]), ValueError, "returned its input"),
     (dict(branches=[hk.Branch(lambda h, c: h.view_as(h))] * 2
           + [hk.Branch(lambda h, c: h, gate=False), hk.Branch(lambda h, c: h)]), ValueError, "returned its input"),
+    (dict(x=torch.randn(2, 3, 8).double().to_sparse()), TypeError, "x: got .*dense"),
+    (dict(branches=5), TypeError, "branches: got 5"), (dict(branches=[5]), TypeError, r"branches: got \[5\]"),
+    (dict(mod=lambda toy: 5), TypeError, "mod.shift: got None"),
+    (dict(mod=lambda toy: hk.Modulation("abcde", toy.mod.scale, toy.mod.gate)), TypeError, "mod.shift: got 'abcde'"),
+    (dict(mod=lambda toy: hk.Modulation(["a"] * (K + 1), toy.mod.scale, toy.mod.gate)), TypeError,
+     r"mod.shift\[0\]: got 'a', expected a dense tensor"),
+    (dict(threshold="a"), ValueError, "threshold: got 'a'"), (dict(threshold=None), ValueError, "threshold: got None"),
+    (dict(eps="a"), ValueError, "eps: got 'a'"), (dict(eps=-1.0), ValueError, "eps: got -1.0"),
+    (dict(cache=5), TypeError, "cache: got 5"), (dict(model=5), TypeError, "model: got 5"),
+    (dict(cache=hk.FeatureCache(runs=(1, 1))), ValueError, "cache: its runs hold 2 branches, there are 4"),
+    (dict(row=5), TypeError, "row: got 5"), (dict(row="abcd"), TypeError, "row: got 'abcd'"),
+    (dict(row=torch.rand(K, device="meta")), ValueError, "row: got .* on meta"),
+    (dict(row=torch.rand(K).to_sparse()), ValueError, "row: got .*sparse"),
+    (dict(forecast_weights=5), TypeError, "forecast_weights: got 5"),
+    (dict(forecast_weights=torch.tensor(0.5)), ValueError, "forecast_weights: got torch.float32 of shape"),
+    (dict(forecast_weights=torch.ones(K, dtype=torch.long)), ValueError, "forecast_weights: got torch.int64"),
+    (dict(forecast_weights=torch.ones(K, device="meta")), ValueError, "forecast_weights: got .* on meta"),
+    (dict(forecast_weights=(0.0, "a", None, 1j)), ValueError, r"forecast_weights\[1\]: weighs|forecast_weights\[2\]"),
+    (dict(row=(True, True, False, True), forecast_weights=(0.0, 0.0, (None,), 0.0)), ValueError,
+     r"forecast_weights\[2\]: got None"),
+    (dict(branches=[hk.Branch(lambda h, c: h.long())] * 2
+          + [hk.Branch(lambda h, c: h, gate=False), hk.Branch(lambda h, c: h)]), TypeError,
+     r"branches\[0\].body: returned torch.int64"),
+    (dict(branches=[hk.Branch(lambda h, c: h.to_sparse())] * 2
+          + [hk.Branch(lambda h, c: h, gate=False), hk.Branch(lambda h, c: h)]), ValueError,
+     r"branches\[0\].body: returned .*sparse"),
     (dict(branches=[hk.Branch(lambda h, c: h[:1].clone())] * 2
           + [hk.Branch(lambda h, c: h, gate=False), hk.Branch(lambda h, c: h)]), ValueError, r"branches\[0\].body"),
 ])

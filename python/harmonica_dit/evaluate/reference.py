@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from harmonica_dit.files import load_tensors, save_tensors
+from harmonica_dit.validate import describe, is_number, shorten
 
 from .extractors import extractor_checksum
 
@@ -133,9 +134,16 @@ class Reference:
             count, extractor, data = metadata["count"], metadata["extractor"], metadata["data"]
             pooled = Gaussian(tensors["mean"], tensors["covariance"], count)
             spatial = Gaussian(tensors["spatial_mean"], tensors["spatial_covariance"].double(), count)
-            return cls(pooled, spatial, tensors["kept"], extractor, data)
+            found = cls(pooled, spatial, tensors["kept"], extractor, data)
         except KeyError as error:
             raise ValueError(f"{path} is no reference: it lacks {error}") from None
+        for one in (pooled, spatial):
+            if one.mean.dim() != 1 or one.covariance.shape != 2 * one.mean.shape:
+                raise ValueError(f"{path} is no reference: a mean is {describe(one.mean)}, its covariance "
+                                 f"{describe(one.covariance)}")
+        if not is_number(count) or count < 2 or found.kept.shape[1:] != pooled.mean.shape:
+            raise ValueError(f"{path} is no reference: of {shorten(count)} images, it keeps {describe(found.kept)}")
+        return found
 
     def check(self, extractor: nn.Module) -> None:
         """Refuses an extractor of other weights than those that looked at the real images."""

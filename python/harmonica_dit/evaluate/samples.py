@@ -19,6 +19,7 @@ from harmonica_dit.models.quantized import stored
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.schedulers import make_scheduler
 from harmonica_dit.schedule import Schedule
+from harmonica_dit.validate import is_number
 
 from .named_methods import Method
 
@@ -111,7 +112,12 @@ class Samples:
         if not path.exists():
             return None
         tensors, about = load_tensors(path)
-        return (tensors["images"][: len(labels)], about) if about["labels"][: len(labels)] == labels else None
+        images, theirs = tensors.get("images"), about.get("labels")
+        whole = images is not None and isinstance(theirs, list) and tuple(images.shape) == (
+            len(theirs), *self.net.sample_shape) and is_number(about.get("seconds")) and "run" in about
+        if not whole or ("ran" in about) != isinstance(method.schedule, AdaptiveSchedule):
+            raise ValueError(f"{path} is no whole batch of samples; remove it, and it is made again")
+        return (images[: len(labels)], about) if theirs[: len(labels)] == labels else None
 
     def _make(self, method: Method, seed: int, first: int) -> bool:
         """Makes a batch; False if another process is at it."""

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten, treespec_dumps, treespec_loads
+from torch.utils._pytree import tree_map
 
 from harmonica_dit.files import load_tensors, save_tensors
 
 from .adapters.generic_cache import leaves
 
-FORMAT = 1
+FORMAT = 2  # 1 named Python types, which reading it imported
 
 
 class Conditions:
@@ -66,6 +66,31 @@ class Conditions:
         return joined
 
 
+def _form(value: Any, tensors: dict[str, Tensor]) -> dict:
+    """Tuples, lists and dicts as JSON has them; their tensors are put into `tensors`."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": {key: _form(one, tensors) for key, one in value.items()}}
+    if isinstance(value, (tuple, list)):
+        return {"tuple" if isinstance(value, tuple) else "list": [_form(one, tensors) for one in value]}
+    return {"value": value}
+
+
+def _of_form(form: dict, tensors: Mapping[str, Tensor]) -> Any:
+    """What `_form` was given; KeyError and other errors where it was not."""
+    ((kind, content),) = form.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _of_form(one, tensors) for key, one in content.items()}
+    if kind in ("tuple", "list"):
+        return (tuple if kind == "tuple" else list)(_of_form(one, tensors) for one in content)
+    return content
+
+
 class Encoder:
     """Stands in place of a pipeline's `encode_prompt`: each text is encoded once and by itself, and kept on the CPU.
 
@@ -81,11 +106,8 @@ class Encoder:
 
     def save(self, path: str | os.PathLike, about: Mapping[str, Any]) -> None:
         """Writes what has been encoded as safetensors. about: what it was encoded by, as JSON gives it back."""
-        tensors, entries = {}, {}
-        for i, (key, value) in enumerate(self._known.items()):
-            found, form = tree_flatten(value)
-            tensors |= {f"{i}.{j}": leaf for j, leaf in enumerate(found) if isinstance(leaf, Tensor)}
-            entries[key] = treespec_dumps(form), [None if isinstance(leaf, Tensor) else [leaf] for leaf in found]
+        tensors: dict[str, Tensor] = {}
+        entries = {key: _form(value, tensors) for key, value in self._known.items()}
         save_tensors(path, tensors, dict(kind="encoded prompts", format=FORMAT, about=about, entries=entries))
 
     def load(self, path: str | os.PathLike, about: Mapping[str, Any]) -> None:
@@ -97,13 +119,17 @@ class Encoder:
         tensors, metadata = load_tensors(path)
         if (metadata.get("kind"), metadata.get("format")) != ("encoded prompts", FORMAT):
             raise ValueError(f"{path} is not a file of encoded prompts of format version {FORMAT}")
-        for name, value in about.items():
-            if metadata["about"].get(name) != value:
-                raise ValueError(f"{path}: holds prompts encoded with {name}={metadata['about'].get(name)!r}, expected "
-                                 f"{value!r}; give another path or folder, or remove it")
-        for i, (key, (form, others)) in enumerate(metadata["entries"].items()):
-            found = [tensors[f"{i}.{j}"] if other is None else other[0] for j, other in enumerate(others)]
-            self._known[key] = tree_unflatten(found, treespec_loads(form))
+        theirs = metadata.get("about")
+        for name, value in about.items() if isinstance(theirs, dict) else ():
+            if theirs.get(name) != value:
+                raise ValueError(f"{path}: holds prompts encoded with {name}={theirs.get(name)!r}, expected {value!r}; "
+                                 "give another path or folder, or remove it")
+        try:
+            if not isinstance(theirs, dict):
+                raise TypeError("it does not say what they were encoded by")
+            self._known |= {key: _of_form(form, tensors) for key, form in metadata["entries"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a whole file of encoded prompts: {error}") from None
         self.release()
 
     def release(self) -> None:

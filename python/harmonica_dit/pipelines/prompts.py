@@ -60,6 +60,8 @@ class Prompts:
             embeddings, mask = tensors["embeddings"], tensors["mask"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a whole file of prompts: {error}") from None
+        if not all(isinstance(text, str) for text in (model, *texts)):
+            raise ValueError(f"{path} is not a whole file of prompts: a text or the model's name is no text")
         if embeddings.dim() != 3 or mask.shape != embeddings.shape[:2] or len(mask) != len(texts) + 1:
             raise ValueError(f"{path}: expected {len(texts) + 1} embeddings [L, D] with masks [L], got "
                              f"{tuple(embeddings.shape)} and {tuple(mask.shape)}")

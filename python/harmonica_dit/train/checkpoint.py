@@ -61,11 +61,7 @@ class Training:
         self.router.load_state_dict({name: check_like(f"router.{name}", tensors[f"router.{name}"], value)
                                      for name, value in self.router.state_dict().items()})
         restore_optimizer(self.optimizer, tensors)
-        for parameter, state in self.optimizer.state.items():
-            if state["step"].numel() != 1 or not state["step"] >= 1:
-                raise ValueError(f"optimizer: step is {state['step']}")
-            for name in ("exp_avg", "exp_avg_sq"):
-                check_like(f"optimizer: {name}", state[name], parameter)
+        check_adam(self.optimizer)
         self.importance = check_like("importance", tensors["importance"], self.importance)
         if self.steering is not None:
             self.steering.values = check_like("steering", tensors["steering"], self.steering.values)
@@ -82,6 +78,16 @@ def check_same_settings(path: Path, theirs: dict, ours: dict) -> None:
         if theirs.get(name) != value:
             raise ValueError(f"{path} is of a training with {name}={theirs.get(name)!r}, this one has "
                              f"{name}={value!r}; give another folder, or remove it to start again")
+
+
+def check_adam(optimizer: torch.optim.Optimizer) -> None:
+    """Raises KeyError or ValueError unless an AdamW's state, if it has any, is one that it can go on with."""
+    for parameter, state in optimizer.state.items():
+        step = state["step"]
+        if step.numel() != 1 or not step.is_floating_point() or not step >= 1:
+            raise ValueError(f"optimizer: step is {step}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            check_like(f"optimizer: {name}", state[name], parameter)
 
 
 def check_like(name: str, tensor: Tensor, expected: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_denoiser, check_fits, check_whole, is_number
 from harmonica_kernels.cache import check_history
 
-from .checkpoint import check_like, check_same_settings
+from .checkpoint import check_adam, check_like, check_same_settings
 from .frozen_model import freeze
 from .loop import is_there
 from .own_features import feature_error
@@ -293,6 +293,7 @@ class _Run:
                           for name, t in self.best.items()} for which in ("now", "best"))
             self.learned.load_state_dict(now)
             restore_optimizer(self.optimizer, tensors)
+            check_adam(self.optimizer)
             self.best, self.done = best, check_whole("done", metadata["done"], 0)
             self.loss, self.error = float(metadata["loss"]), float(metadata["error"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import csv
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 from harmonica_dit.files import naming, replacement
@@ -28,6 +29,7 @@ class Log:
         if out is not None:
             path = out / "log.csv"
             kept = path.read_bytes().splitlines(keepends=True)[: first + 1] if first and path.exists() else []
+            before = read(path, kept)
             with replacement(path) as temporary:
                 temporary.write_bytes(b"".join(kept) or (",".join(COLUMNS) + "\r\n").encode())
             self._file = open(path, "a", newline="")
@@ -41,8 +43,8 @@ class Log:
                     old.unlink()
                 with naming(out):
                     self._board = SummaryWriter(str(out), filename_suffix=EVENTS)
-                for line in csv.DictReader(row.decode() for row in kept):
-                    self._plot({name: float(value) for name, value in line.items()})
+                for values in before:
+                    self._plot(values)
 
     def __enter__(self) -> "Log":
         self._bar.start()
@@ -73,3 +75,20 @@ class Log:
         with naming(self._board.log_dir):  # its thread's errors are raised here
             for name in COLUMNS[1:]:
                 self._board.add_scalar(name, values[name], int(values["trajectory"]))
+
+
+def read(path: Path, lines: Iterable[bytes]) -> list[dict[str, float]]:
+    """The values of a log's lines, the first of which names the columns.
+
+    Raises:
+        ValueError: they are no log's; the message names the file.
+    """
+    try:
+        found = [{name: float(line[name]) for name in COLUMNS} for line in csv.DictReader(map(bytes.decode, lines))]
+        numbers = [values["trajectory"] for values in found]
+        if not all(0 <= number < 1 << 32 and number.is_integer() for number in numbers):
+            raise ValueError(f"trajectories {numbers}")
+        return found
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path} is no log of a training ({error!s:.200}); give another folder, or remove it") \
+            from None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harmonica_dit.flops import Flops, count_flops, flop_counter
 from harmonica_kernels import TrunkWeights
-from harmonica_kernels.checks import autocast_dtype, check_forecast_weights, check_row
+from harmonica_kernels.checks import autocast_dtype, check_forecast_weights, check_number, check_row
 
 from .compiled import refuse_compiled
 from .find_branches import check_is_module, feeders, find_blocks, find_branches, listed
@@ -280,8 +280,7 @@ class GenericAdapter:
     def _check(self, row, forecast_weights, cache, threshold) -> Sequence[bool]:
         if cache is not None and not isinstance(cache, GenericCache):
             raise TypeError(f"cache: got {type(cache).__name__}, expected what adapter.new_cache() makes")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: got {threshold}, expected a number from 0 to 1")
+        check_number("threshold", threshold, 1)
         K = len(self.branch_names)
         compute = check_row(K, row, cache)
         check_forecast_weights(K, forecast_weights, cache, compute, isinstance(row, Tensor))
