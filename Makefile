@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test wheel types mutants interruptions bench instructions api
+.PHONY: demo test wheel types mutants interruptions fuzz sanitize soak bench instructions api
 
 demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
@@ -35,6 +35,19 @@ bench: $(VENV)/.installed-dev
 # What the CPU's kernels execute, counted by callgrind and compared with what is kept, see docs/testing.md.
 instructions: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench.instructions $(OPTIONS)
+
+# Hostile files and arguments, 70,000 a target: half an hour. Of some only, and how often: python -m fuzz --help.
+# atheris is built for some Pythons only (3.0.0: 3.11 to 3.13), so no extra names it.
+fuzz: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz
+
+# The kernels' tests under GCC's three sanitizers, and ten thousand forwards whose memory must not grow.
+sanitize: $(VENV)/.installed-test
+	for kind in address undefined thread; do bash tests/sanitize.sh $$kind || exit 1; done
+
+soak: $(VENV)/.installed-test
+	PYTHONPATH=tests $(VENV)/bin/python tests/soak.py
 
 # The reference of the API, from the docstrings, into build/api.
 api: $(VENV)/.installed-dev
