@@ -36,13 +36,13 @@ bench: $(VENV)/.installed-dev
 instructions: $(VENV)/.installed-test
 	$(VENV)/bin/python -m bench.instructions $(OPTIONS)
 
-# Hostile files and arguments, 70,000 a target: half an hour. Of some only, and how often: python -m fuzz --help.
+# Hostile files and arguments, 70,000 a target: an hour. Of some only, and how often: python -m fuzz --help.
 # atheris is built for some Pythons only (3.0.0: 3.11 to 3.13), so no extra names it.
 fuzz: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check atheris==3.0.0
 	PYTHONPATH=tests $(VENV)/bin/python -m fuzz
 
-# The kernels' tests under GCC's three sanitizers, and ten thousand forwards whose memory must not grow.
+# The kernels' tests under GCC's three sanitizers; and ten thousand forwards whose memory must not grow (soak).
 sanitize: $(VENV)/.installed-test
 	for kind in address undefined thread; do bash tests/sanitize.sh $$kind || exit 1; done
 
