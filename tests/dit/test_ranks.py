@@ -25,6 +25,7 @@ from harmonica_dit.methods import step_search
 from harmonica_dit.progress import progress_bar
 from harmonica_dit.train import train_forecaster, train_router
 from support import ranked
+from support.tiny_dit import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:target_", "ignore:soft_share")  # a dozen entries meet no target
 # batches that neither 2 nor 4 ranks share evenly; λ is measured twice, its mean of "gain" is a quotient
@@ -34,7 +35,7 @@ ROUTER = dict(steps=4, batch=5, trajectories=4, lr=0.05, target_speedup=1.5, imp
 FORECAST = dict(steps=4, target="uncached", perceptual=0.5, iterations=4, images=5, held_out=7, batch=5, lr=0.02,
                 progress=False)
 PART = 5
-MODEL = "--model", "support.ranked:tiny"
+MODEL = "--model", "support.tiny_dit:tiny"
 SAMPLES = dict(steps=4, seeds=(3, 4), batch=4, guidance=1.5)
 
 
@@ -45,7 +46,7 @@ def tensors_of(made):
 
 def train(out, **more):
     """A router and a forecaster, as tensors by name, and how the router came out."""
-    net, targets.PART = ranked.tiny(), PART
+    net, targets.PART = tiny(), PART
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         router = train_router(net, **ROUTER | more, out=out and out / "router")
@@ -54,7 +55,7 @@ def train(out, **more):
 
 
 def sample(out):
-    net = ranked.tiny()
+    net = tiny()
     return compare(net, fora_methods(net, 4, 2), torch.arange(11) % 4, folder=out, **SAMPLES)
 
 
@@ -135,7 +136,7 @@ def test_rank_0_alone_writes_and_warns(alone, shared):
 
 def test_a_training_goes_on_with_another_number_of_ranks(alone, tmp_path):
     """1, then 4, then 2 ranks; what rank 0 does not see, no rank needs."""
-    train_router(ranked.tiny(), **ROUTER | dict(trajectories=2), out=tmp_path / "run")
+    train_router(tiny(), **ROUTER | dict(trajectories=2), out=tmp_path / "run")
     ranked.run(4, resume, tmp_path / "run", 3)
     found = ranked.run(2, resume, tmp_path / "run", 4)
     for own in found:
@@ -145,14 +146,14 @@ def test_a_training_goes_on_with_another_number_of_ranks(alone, tmp_path):
 def resume(out, trajectories):
     if ranks.rank():
         out = out.parent / "of another machine"
-    return tensors_of(train_router(ranked.tiny(), **ROUTER | dict(trajectories=trajectories), out=out))
+    return tensors_of(train_router(tiny(), **ROUTER | dict(trajectories=trajectories), out=out))
 
 
 def refuse():
     said = []
-    for call in (lambda: train_router(ranked.tiny(), **ROUTER | dict(batch=1)),
-                 lambda: train_forecaster(ranked.tiny(), 1.8, **FORECAST | dict(batch=1)),
-                 lambda: compare(ranked.tiny(), [], [0], steps=2),
+    for call in (lambda: train_router(tiny(), **ROUTER | dict(batch=1)),
+                 lambda: train_forecaster(tiny(), 1.8, **FORECAST | dict(batch=1)),
+                 lambda: compare(tiny(), [], [0], steps=2),
                  lambda: ranks.on_main(lambda: 1 // (not ranks.is_main()))):
         with pytest.raises((ValueError, ZeroDivisionError)) as raised:
             call()
@@ -211,7 +212,7 @@ def test_sample(tmp_path, labels):
     (code, said, _), other = commanded("sample", *MODEL, "--labels", ",".join(map(str, labels)), "--steps", 3,
                                        "--seed", 2, "--out", tmp_path / "x.safetensors")
     assert code == 0 and f"{len(labels)} image" in said and other[:2] == (0, "")
-    expected = harmonica_dit.sample(ranked.tiny(), labels, steps=3, seed=2)
+    expected = harmonica_dit.sample(tiny(), labels, steps=3, seed=2)
     own = load_tensors(tmp_path / "x.safetensors")[0]["samples"]
     torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
 
@@ -220,7 +221,7 @@ def test_compare(tmp_path):
     (code, said, _), other = commanded("compare", *MODEL, "--samples", 5, "--batch", 2, "--steps", 4, "--method",
                                        "step-search", "--speedup", 1.4, "--out", tmp_path)
     assert code == 0 and "steps searched" in said and other[:2] == (0, "")
-    net = ranked.tiny()
+    net = tiny()
     found = Method("searched", "", 4, step_search(net, 4, speedup=1.4, guidance=net.guidance))
     expected = compare(net, [found], torch.arange(5) % 4, steps=4, batch=2, guidance=net.guidance)[1]
     assert json.loads((tmp_path / "rows.json").read_text())["rows"][1]["error"] == expected["error"]
@@ -240,8 +241,9 @@ def test_a_rank_that_dies_ends_the_run_which_then_goes_on_alone(tmp_path):
     """Under torchrun; rank 1 is killed in the last trajectory."""
     (tmp_path / "dying.py").write_text("""import itertools, os, signal
 from support import ranked
+from support.tiny_dit import tiny
 def make():
-    net, calls = ranked.tiny(), itertools.count()
+    net, calls = tiny(), itertools.count()
     def die(*_):
         if next(calls) == 40:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -259,6 +261,6 @@ def make():
     assert run.returncode != 0
     assert "harmonica: rank 0: " in run.stderr and "5 of 6 trajectories; the same call goes on from" in run.stderr
     assert load_tensors(tmp_path / "run/checkpoint.safetensors")[1]["trajectory"] == 5
-    resumed, whole = (train_router(ranked.tiny(), **options, progress=False, out=out)
+    resumed, whole = (train_router(tiny(), **options, progress=False, out=out)
                       for out in (tmp_path / "run", None))
     assert_near(tensors_of(resumed), tensors_of(whole), 1e-3)

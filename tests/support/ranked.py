@@ -12,26 +12,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from harmonica_dit.models.dit import DiT
-
-for _name in ("cli", "demo", "evaluate.heat_maps", "evaluate.judging", "evaluate.report", "train.forecaster",
+for _name in ("cli", "demo", "models.dit", "evaluate.heat_maps", "evaluate.judging", "evaluate.report", "train.forecaster",
               "train.train"):
     importlib.import_module(f"harmonica_dit.{_name}")
 importlib.import_module("torch.utils.tensorboard")
 
 LIMIT = 120  # seconds, after which ranks are taken to hang
-
-
-def tiny():
-    """A denoiser with random weights throughout, so that every branch matters."""
-    torch.manual_seed(0)
-    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=4,
-              name="tiny")
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.dim() > 1:
-                p.normal_(0, p.shape[-1] ** -0.5)
-    return net.eval()
 
 
 def free_port() -> int:

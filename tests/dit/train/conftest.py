@@ -10,21 +10,14 @@ from harmonica_dit.router import Router
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
 from support.pipeline_folders import random_model, save_pixart, small_vae
 from support.plain_dit import PlainDiT
+from support.tiny_dit import tiny
 
 TINY = dict(input_size=8, patch_size=4, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=4)
 
 
 @pytest.fixture(scope="session")
 def net():
-    """Random weights throughout, so that every branch matters; a learned variance, so that the loss has a choice."""
-    torch.manual_seed(0)
-    net = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=4,
-              name="tiny")
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.dim() > 1:
-                p.normal_(0, p.shape[-1] ** -0.5)
-    return net.eval()
+    return tiny()
 
 
 @pytest.fixture
