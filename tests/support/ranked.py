@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-for _name in ("cli", "demo", "models.dit", "evaluate.heat_maps", "evaluate.judging", "evaluate.report", "train.forecaster",
-              "train.train"):
+for _name in ("cli", "demo", "models.dit", "evaluate.heat_maps", "evaluate.judging", "evaluate.report",
+              "train.forecaster", "train.train"):
     importlib.import_module(f"harmonica_dit.{_name}")
 importlib.import_module("torch.utils.tensorboard")
 
