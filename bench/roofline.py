@@ -58,7 +58,7 @@ class Forward:
         return self.net(self.x, self.t, self.y)
 
     def seconds_by_kind(self) -> dict[str, float]:
-        with profile(activities=[ProfilerActivity.CPU]) as found:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:  # or older torch warns
             self.run()
         seconds = dict.fromkeys((*KINDS, "the rest"), 0.0)
         for event in found.key_averages():

@@ -203,7 +203,7 @@ def new_schedule(trajectory, cur: float):
 
 def calls(run) -> dict[str, int]:
     """The CUDA calls of the host while `run` works, by name."""
-    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile:
+    with torch.profiler.profile(activities=torch.profiler.supported_activities(), acc_events=True) as profile:
         run()
     torch.cuda.synchronize()
     return dict(Counter(event.name for event in profile.events() if event.name.startswith(("cuda", "cu"))))

@@ -172,7 +172,7 @@ def peaks(record: Record, net, plain: Plain, images: int) -> dict[str, float]:
 
 def profile(call: Callable[[], object]) -> str:
     """Where the GPU's time goes in one call: kernels by their total."""
-    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as found:
+    with torch.profiler.profile(activities=torch.profiler.supported_activities(), acc_events=True) as found:
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -2,9 +2,17 @@
 
 from itertools import product
 
+import pytest
 import torch
 
 import harmonica_kernels as hk
+
+
+@pytest.fixture(autouse=True)
+def recompile_limit():
+    """As torch.compile(recompile_limit=10) has it, from torch 2.13 on."""
+    with torch._dynamo.config.patch(recompile_limit=10):
+        yield
 
 
 def test_compile_one_graph_a_row():
@@ -20,7 +28,7 @@ def test_compile_one_graph_a_row():
     def model(x, row, cache):
         return hk.cached_forward(branches, x, mod, row=row, cache=cache, context=2.0)
 
-    compiled = torch.compile(model, fullgraph=True, backend=counter, recompile_limit=len(rows))
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
     x = torch.randn(2, 4, 8)
 
     def trajectory(call):
@@ -50,7 +58,7 @@ def test_compile_with_forecasts():
     def model(x, row, e, cache):
         return hk.cached_forward(branches, x, mod, row=row, forecast_weights=e, cache=cache)
 
-    compiled = torch.compile(model, fullgraph=True, backend=counter, recompile_limit=10)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
     x = torch.randn(2, 4, 8)
 
     def trajectory(call):
