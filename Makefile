@@ -25,7 +25,7 @@ mutants: $(VENV)/.installed-mutants
 
 # Trainings and comparisons that are killed again and again, see docs/reliability.md.
 interruptions: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/interruptions.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.interruptions
 
 # What is fast beside its peers, one table and build/bench.json, see docs/performance.md; OPTIONS=--full for more.
 bench: $(VENV)/.installed-dev

@@ -7,4 +7,5 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
 sys.path.append(str(ROOT / "tests"))  # the tests' reference model, support.plain_dit, is measured beside ours

@@ -9,9 +9,6 @@ The cases are those of bench/cases/. All candidates of a case are timed in the s
 to agree; what a rival cannot do is a note below the table.
 """
 
-from collections.abc import Callable
-from functools import cache
-
 import pytest
 import torch
 
@@ -39,31 +36,18 @@ differs: from the candidate that it must agree with, relative (root mean square)
 
 
 @pytest.fixture(scope="module")
-def measured(pytestconfig, settings) -> Callable[[str], Measured | Exception]:
-    """A function that measures a case of this name once, or keeps what was raised."""
-    tiny, more = pytestconfig.getoption("tiny"), MORE if pytestconfig.getoption("full") else 1
-
-    @cache
-    def run(name: str) -> Measured | Exception:
-        try:
-            return measure(CASES[name], tiny, **settings(TINY, rounds=more * CASES[name].rounds, warmup=1))
-        except Exception as error:
-            return error
-        finally:
-            torch.compiler.reset()  # else the graphs of one case count towards the limit of the next
-    return run
-
-
-@pytest.fixture
-def found(measured, pytestconfig, case) -> Measured:
-    if CASES[case].full and not pytestconfig.getoption("full"):
+def measured(request, pytestconfig, settings) -> Measured:
+    """A case by its name, measured once. What it raises pytest raises for each of its candidates."""
+    case, full = CASES[request.param], pytestconfig.getoption("full")
+    if case.full and not full:
         pytest.skip("takes long; --full runs it")
-    result = measured(case)
-    if isinstance(result, Exception):
-        raise result
-    return result
+    try:
+        rounds = (MORE if full else 1) * case.rounds
+        return measure(case, pytestconfig.getoption("tiny"), **settings(TINY, rounds=rounds, warmup=1))
+    finally:
+        torch.compiler.reset()  # else the graphs of one case count towards the limit of the next
 
 
-@pytest.mark.parametrize("case, candidate", PAIRS)
-def test_all(found, replay, case, candidate):
-    replay(found, candidate)
+@pytest.mark.parametrize("measured, candidate", PAIRS, indirect=["measured"])
+def test_all(measured, replay, candidate):
+    replay(measured, candidate)

@@ -13,11 +13,11 @@ import re
 import shutil
 from pathlib import Path
 
-from bench import ROOT
+from bench import RESULTS, ROOT
 from harmonica_dit.evaluate.plots import plot_tradeoff
 from harmonica_dit.evaluate.report import COLUMNS, MORE, cells
 
-PAGE, RESULTS = ROOT / "docs" / "comparison.md", ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "comparison.md"
 TABLE = re.compile(r"<!-- table of ([\w.-]+) -->\n.*?<!-- end -->", re.S)
 DRAWN = ("comparison-1.4", "comparison-2.0", "comparison-2.8", "comparison-3.8")  # of one trajectory, DDIM with T = 20
 HEADING = "fashion-dit, DDIM, 20 steps"

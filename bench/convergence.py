@@ -14,7 +14,8 @@ import torch
 from rich.progress import track
 
 import harmonica_dit
-from bench.forecasts import GUIDANCE, RESULTS
+from bench import RESULTS
+from bench.forecasts import GUIDANCE
 from bench.record import machine, moment
 from harmonica_dit.evaluate import rmse
 from harmonica_dit.files import replacement

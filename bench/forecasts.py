@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import Tensor
 
 import harmonica_dit
-from bench import ROOT
+from bench import RESULTS, ROOT
 from bench.record import machine, moment
 from harmonica_dit.evaluate import Method, from_file, rmse
 from harmonica_dit.evaluate.bootstrap import RESAMPLES
@@ -34,7 +34,6 @@ from harmonica_dit.files import replacement
 from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.progress import progress_bar
 
-RESULTS = ROOT / "bench" / "results"
 CHOSEN = RESULTS / "solvers-cpu.json"  # the rivals' settings
 ACCURATE = "DPM-Solver++, 40 steps"
 STEPS, GUIDANCE, BATCH = 20, 1.5, 100

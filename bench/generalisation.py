@@ -16,7 +16,8 @@ import torch
 from rich.progress import track
 
 import harmonica_dit
-from bench.forecasts import ACCURATE, BATCH, RESULTS, STEPS, methods
+from bench import RESULTS
+from bench.forecasts import ACCURATE, BATCH, STEPS, methods
 from bench.record import machine, moment
 from harmonica_dit.evaluate import Method, rmse
 from harmonica_dit.evaluate.samples import Samples

@@ -20,10 +20,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import ROOT
+from bench import RESULTS, ROOT
 from bench.record import read_output
 
-KEPT = ROOT / "bench" / "results" / "instructions.json"
+KEPT = RESULTS / "instructions.json"
 SIZES = ((1, 8, 128), (2, 49, 128), (2, 64, 1152))  # B, N, D; fashion-dit's and DiT-XL/2's widths
 TOLERANCE = 0.03
 ISA = "avx2" if platform.machine() in ("x86_64", "AMD64") else "portable"

@@ -17,7 +17,8 @@ import torch
 from rich.progress import track
 
 import harmonica_dit
-from bench.forecasts import GUIDANCE, RESULTS, STEPS
+from bench import RESULTS
+from bench.forecasts import GUIDANCE, STEPS
 from bench.record import machine, moment
 from harmonica_dit import resample
 from harmonica_dit.evaluate import rmse

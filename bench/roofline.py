@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from bench import RESULTS
 from bench.bench_residual_norm import ROTATE, Copy
-from bench.forecasts import RESULTS
 from bench.problems import random_dit
 from bench.record import machine, moment
 from harmonica_dit.files import replacement

@@ -1,6 +1,6 @@
 """Kills trainings and comparisons again and again, and compares what they end with: `make interruptions`.
 
-    python tests/interruptions.py [--kills 60] [--seed 0] [--out FILE.json]
+    python -m tests.interruptions [--kills 60] [--seed 0] [--out FILE.json]
 
 Each work runs once to its end. Then it runs in another folder and is ended by SIGKILL, with all its processes: at a
 random moment, or as soon as a temporary file is seen, which is while a file is being written. After each kill every
@@ -22,17 +22,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+import torch
+from rich.progress import Progress
 
-import torch  # noqa: E402
-from rich.progress import Progress  # noqa: E402
-
-import harmonica_dit  # noqa: E402
-from bench.record import machine, moment  # noqa: E402
-from harmonica_dit.evaluate import compare  # noqa: E402
-from harmonica_dit.evaluate.catalogue import make_methods  # noqa: E402
-from harmonica_dit.files import load_tensors, replacement  # noqa: E402
+import harmonica_dit
+from bench import RESULTS
+from bench.record import machine, moment
+from harmonica_dit.evaluate import compare
+from harmonica_dit.evaluate.catalogue import make_methods
+from harmonica_dit.files import load_tensors, replacement
 
 STEPS = 6
 MADE_AT_ONCE = ("seconds", "wall_speedup", "process", "run")  # what differs between two runs that end alike
@@ -184,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=60, help="in all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "interruptions.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "interruptions.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     draw, rows = random.Random(args.seed), []

@@ -11,9 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from bench import ROOT
-
-RESULTS = ROOT / "bench" / "results"
+from bench import RESULTS
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.forecasts import RESULTS
+from bench import RESULTS
 from bench.pipelines import control, overhead, quality, table
 from bench.record import machine, moment
 from harmonica_dit.files import replacement

@@ -119,8 +119,9 @@ class Seconds(Costs):
             values = json.loads(Path(path).read_text())
             found = cls(**values | dict(branches=tuple(values["branches"])))
             others = found.fixed, found.forecast, found.trunk, found.mixed, found.uncached
-            if not all(0 <= n < LONGEST for n in (*found.branches, *others)) or not found.total:
-                raise ValueError(f"expected finite numbers from 0 on, not all 0, got {values}")
+            good = all(type(n) in (int, float) and 0 <= n < LONGEST for n in (*found.branches, *others))
+            if not good or not found.total or not found.uncached:
+                raise ValueError(f"expected finite numbers from 0 on, not all 0, uncached above 0, got {values}")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path} is no table of seconds: {error!s:.200}") from None
         return found

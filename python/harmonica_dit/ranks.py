@@ -5,6 +5,7 @@ one rank, number 0, and everything here hands back what it was given.
 """
 
 import os
+import pickle
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -113,13 +114,27 @@ def on_main(function: Callable[..., T], *arguments) -> T:
     if is_main():
         try:
             outcome[0] = function(*arguments)
-        except Exception as error:
-            outcome[1] = error
-    with _said():
-        dist.broadcast_object_list(outcome, group=_groups()[2])
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            _send([None, _portable(error)])
+            raise
+    _send(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _send(outcome: list) -> None:
+    """From rank 0 to the others, whose lists are overwritten."""
+    with _said():
+        dist.broadcast_object_list(outcome, group=_groups()[2])
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as another process can have it: some cannot be pickled, or made again from it."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"rank 0: {type(error).__name__}: {error}")
 
 
 def main_first(function: Callable[[], T]) -> T:

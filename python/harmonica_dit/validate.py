@@ -105,13 +105,16 @@ def check_branches(branches, K: int) -> tuple[str, ...]:
 
 
 def check_costs(name: str, costs, K: int, kind: type[Costs] = Costs) -> None:
-    """Refuses everything but costs of this kind of K branches with numbers ≥ 0 whose sum is finite and above 0."""
+    """Refuses everything but costs of this kind of K branches with numbers ≥ 0 whose sum is above 0 and at most 1e30,
+    so that sums over steps are finite.
+    """
     if not isinstance(costs, kind):
         raise TypeError(f"{name}: got {type(costs).__name__}, expected {kind.__name__}")
     numbers = (*costs.branches, costs.fixed)
     good = len(costs.branches) == K and all(map(is_number, numbers)) and min(numbers) >= 0
-    if not good or not 0 < costs.total < math.inf:
-        raise ValueError(f"{name}: expected {K} branches' numbers ≥ 0 and a fixed one, got {shorten(costs)}")
+    if not good or not 0 < costs.total <= 1e30:
+        raise ValueError(f"{name}: expected {K} branches' numbers ≥ 0 and a fixed one, together at most 1e30, got "
+                         f"{shorten(costs)}")
 
 
 def check_timesteps(timesteps, T: int) -> tuple[float, ...]:

@@ -97,7 +97,7 @@ def test_a_table_comes_back_from_its_file(tmp_path):
 
 @pytest.mark.parametrize("change", [dict(fixed=-1.0), dict(trunk=float("nan")), dict(branches=[1.0, "x"]),
                                     dict(branches=3), dict(more=1), dict(forecast=None),
-                                    dict(uncached=-1)])
+                                    dict(uncached=-1), dict(uncached=0), dict(trunk=True)])
 def test_a_file_of_something_else_is_refused(tmp_path, change):
     path = tmp_path / "table.json"
     TABLE.save(path)

@@ -149,6 +149,17 @@ def resume(out, trajectories):
     return tensors_of(train_router(tiny(), **ROUTER | dict(trajectories=trajectories), out=out))
 
 
+class Sealed(Exception):
+    """Cannot be made again from what it is pickled to."""
+
+    def __init__(self, a, b):
+        super().__init__(f"{a} {b}")
+
+
+def raise_sealed():
+    raise Sealed("of", "rank 0")
+
+
 def refuse():
     said = []
     for call in (lambda: train_router(tiny(), **ROUTER | dict(batch=1)),
@@ -158,6 +169,9 @@ def refuse():
         with pytest.raises((ValueError, ZeroDivisionError)) as raised:
             call()
         said.append(str(raised.value))
+    with pytest.raises((Sealed, RuntimeError)) as raised:
+        ranks.on_main(raise_sealed)
+    assert str(raised.value) == ("of rank 0" if ranks.is_main() else "rank 0: Sealed: of rank 0")
     assert progress_bar(Console(force_terminal=True)).disable == bool(ranks.rank())
     if ranks.rank() == 1:
         raise RuntimeError("of this rank")

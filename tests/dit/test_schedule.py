@@ -77,6 +77,7 @@ def test_a_coefficient_without_two_outputs_forecasts_nothing():
     (dict(compute=torch.ones(0, 2, dtype=torch.bool)), TypeError, "compute"),
     (dict(branches=("a",)), ValueError, "branches: expected 2 names"),
     (dict(flops=Flops((1.0,), 2.0)), ValueError, "flops: expected 2"),
+    (dict(flops=Flops((1.0, 1.0), 1e308)), ValueError, "flops: expected 2 .* at most 1e30"),
     (dict(flops=Flops((1.0, float("nan")), 2.0)), ValueError, "flops"),
     (dict(flops=Flops((1e308, 1e308), 2.0)), ValueError, "flops"),
     (dict(flops=Flops((10**400, 1.0), 2.0)), ValueError, "flops"),

@@ -1,5 +1,6 @@
 """The command line, up to where its work begins."""
 
+import importlib
 import re
 from functools import cache
 from unittest.mock import patch
@@ -9,12 +10,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import harmonica_dit
-import harmonica_dit.pipelines.prompts  # noqa: F401  with packages that print when they are imported
 from harmonica_dit import cli, cli_compare, cli_schedule, demo
 from harmonica_dit.evaluate import heat_maps
 
 from .campaign import Outcome
 from .mutate import NUMBERS, TEXTS
+
+importlib.import_module("harmonica_dit.pipelines.prompts")  # with packages that print when they are imported
 
 
 class Begins(BaseException):

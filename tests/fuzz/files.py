@@ -5,6 +5,7 @@ plain tensors. What is accepted is used afterwards, and then nothing may fail.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,14 +71,17 @@ class FileTarget:
                 return Outcome(True, error)
         return Outcome(True, None)
 
+
 def corpus(name: str) -> list[bytes]:
     return [file.read_bytes() for file in sorted((CORPUS / name).iterdir())]
 
 
 def use_schedule(schedule: Schedule) -> None:
     """What sampling and the commands take of it, and its file once more."""
-    schedule.rows, schedule.forecast_weights, schedule.history, schedule.cur, schedule.speedup  # noqa: B018
-    schedule.nothing_gained(), repr(schedule), schedule.new_cache()
+    assert len(schedule.rows) == len(schedule.forecast_weights) == schedule.steps
+    assert 0 <= schedule.cur <= 1 and 0 < schedule.speedup < math.inf
+    assert schedule.new_cache().history == schedule.history
+    assert repr(schedule) and schedule.nothing_gained() != ""
     str(schedule.origin + schedule.model).encode()
 
 
@@ -101,7 +105,7 @@ def read_schedule(path: Path) -> None:
 
 def read_prompts(path: Path) -> None:
     prompts = Prompts.load(path)
-    prompts.checksum, prompts.model.encode()  # noqa: B018
+    assert prompts.checksum and isinstance(prompts.model.encode(), bytes)
     prompts.conditions(torch.arange(len(prompts.texts) + 1), torch.float32)
 
 
@@ -113,7 +117,7 @@ def read_encoded(path: Path) -> None:
 def read_costs(path: Path) -> None:
     costs, schedule = Seconds.load(path), every_second(K)
     if len(costs.branches) == K:
-        schedule.speedup_by(costs), costs.of_router(True).total  # noqa: B018
+        assert 0 < schedule.speedup_by(costs) < math.inf and costs.of_router(True).total >= 0
 
 
 @cache
