@@ -54,6 +54,12 @@ def test_what_lies_within_the_rounds_noise_is_the_same(made):
         assert verdicts(old, new)["ours"] == found
 
 
+def test_what_is_certain_and_small_is_the_same():
+    """From one process to the next more changes than in a process's rounds."""
+    assert [compare.judge(np.full(9, 1.0), np.full(9, ratio))["verdict"] for ratio in (1.04, 0.96, 1.06, 0.94)] == [
+        "the same", "the same", "slower", "faster"]
+
+
 def test_the_interval_is_of_the_medians_ratio():
     row = compare.judge(np.full(9, 0.5), np.linspace(0.55, 0.65, 9))
     assert row["change"] == pytest.approx(1.2) and 1.1 <= row["interval"][0] < 1.2 < row["interval"][1] <= 1.3

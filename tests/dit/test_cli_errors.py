@@ -81,14 +81,15 @@ def test_a_log_on_a_full_disk_names_its_file(tmp_path):
         log.line(**dict.fromkeys(COLUMNS, 0.0))
 
 
-@pytest.mark.parametrize("moment", ["write", "close"])
-def test_events_on_a_full_disk_name_their_folder(tmp_path, monkeypatch, capsys, moment):
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
+@pytest.mark.parametrize("owner, moment", [("tensorboard.summary.writer.record_writer.RecordWriter", "write"),
+                                           ("torch.utils.tensorboard.SummaryWriter", "add_scalar"),
+                                           ("tensorboard.summary.writer.record_writer.RecordWriter", "close")])
+def test_events_on_a_full_disk_name_their_folder(tmp_path, monkeypatch, capsys, owner, moment):
+    """At the beginning and the end, in TensorBoard's thread; in a line, where that thread's errors are raised again."""
     def fill(*_):
         raise FULL
 
-    monkeypatch.setattr(RecordWriter, moment, fill)  # in TensorBoard's thread
+    monkeypatch.setattr(f"{owner}.{moment}", fill)
     result = harmonica("train", "--out", tmp_path, "--trajectories", 1, "--batch", 1, "--steps", 2, "--beta", 1e-6)
     assert result.exit_code == 2 and f"harmonica: cannot write {tmp_path}: No space" in result.stderr.splitlines()[-1]
     assert "Traceback" not in capsys.readouterr().err

@@ -45,6 +45,6 @@ class BiasGelu(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, bias = ctx.saved_tensors
         inner = x + bias
-        dx = torch.ops.aten.gelu_backward(grad.to(inner.dtype), inner, approximate="tanh")
+        dx = torch.ops.aten.gelu_backward(grad, inner, approximate="tanh")
         dbias = dx.flatten(0, -2).sum(0).to(bias.dtype) if ctx.needs_input_grad[1] else None
         return dx.to(x.dtype), dbias
