@@ -4,7 +4,7 @@
 #   bench/gpu.sh [--tiny] [PART ...]        all parts, or those named, in the order below
 #   bench/gpu.sh a | b2 | b16 | c           the same for calls that are short: a is build, kernels, attention, trajectory
 #                                           and gated, in 300 s; b2 and b16 are build and a compiled part, in 400 s; c is
-#                                           build, tests, sdt and sanitizer, in 400 s
+#                                           build, tests, sdt, pixart and sanitizer, in 400 s
 #   bench/gpu.sh --wheels                   what is missing on this machine, and the command that fetches its wheels
 #
 # A part is a process of its own with its own time-out, and writes its results as it goes: one that fails or hangs
@@ -14,7 +14,7 @@
 #
 # Runs from the source tree; nothing is resolved or downloaded. Needed: Python ≥ 3.10, torch ≥ 2.11 with CUDA, triton,
 # diffusers, safetensors, rich, pybind11, cmake, ninja, a C++ compiler, pytest, hypothesis; of use where they are: nvcc,
-# compute-sanitizer, xformers, pytest-xdist, matplotlib. Environment:
+# compute-sanitizer, xformers, torchao, pytest-xdist, matplotlib. Environment:
 #   PYTHON               the interpreter (python3)
 #   HARMONICA_WHEELS     a folder of wheels that are missing there, installed into build/ first (.whl, if it exists)
 #   HARMONICA_COMMIT     the commit, where the tree came without .git
@@ -30,11 +30,12 @@ parts="
     gated            140   # 70
     tests            120   # 60: pytest -m gpu, most of it Triton compiling
     sdt               90   # 45: at 64 rows, and at 32 where the published loop does not fit
+    pixart           120   # 60: PixArt-α 1024 and Σ 2K, and copies with quantized weights, which need torchao
     sanitizer         75   # 45: memcheck and racecheck side by side
     compiled2        330   # 60 to 120: max-autotune of 28 unrolled blocks; the parts that may take far longer
     compiled16       330   # 60 to 120
 "
-# What everything else needs and what matters most stands first. Expected together: 522 to 642 s. What keeps the 8 minutes is
+# What everything else needs and what matters most stands first. Expected together: 582 to 702 s. What keeps the 8 minutes is
 # that no part outlasts HARMONICA_BENCH_SECONDS, counted from the start: the last ones get what is left, and can be run
 # by themselves, `bench/gpu.sh build sanitizer`, or all with more seconds.
 
@@ -50,7 +51,7 @@ case "${1:-}" in
     a) set -- build kernels attention trajectory gated; seconds_of_all=300 ;;
     b2) set -- build compiled2; seconds_of_all=400 ;;
     b16) set -- build compiled16; seconds_of_all=400 ;;
-    c) set -- build tests sdt sanitizer; seconds_of_all=400 ;;
+    c) set -- build tests sdt pixart sanitizer; seconds_of_all=400 ;;
     --wheels) exec "$python" -m bench.gpu.needs ;;
 esac
 for part in "$@"; do

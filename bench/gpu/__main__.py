@@ -13,8 +13,8 @@ from .record import Record
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 PARTS = {"build": "commands", "tests": "commands", "sanitizer": "commands", "gated": "commands", "kernels": "kernels",
-         "trajectory": "trajectory", "attention": "attention", "sdt": "sdt", "compiled2": "compiled",
-         "compiled16": "compiled"}
+         "trajectory": "trajectory", "attention": "attention", "pixart": "pixart", "sdt": "sdt",
+         "compiled2": "compiled", "compiled16": "compiled"}
 
 
 def main() -> int:

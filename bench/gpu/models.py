@@ -1,10 +1,11 @@
 """What the whole-model parts share: the model with random weights, its schedules, its trajectories."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import ROOT
 from bench.problems import random_schedule
@@ -36,9 +37,14 @@ def attention(folder: Path) -> str:
 def model(tiny: bool, device: torch.device, attention: str = "sdpa") -> DiT:
     """Random weights in bfloat16 under which every branch counts: products keep the size of what they are given, and
     gates and modulation are not zero, as they are before a training."""
+    return with_weights(device, lambda: DiT(**config(tiny), name="DiT-XL/2", attention=attention))
+
+
+def with_weights(device: torch.device, make: Callable[[], nn.Module]) -> nn.Module:
+    """What make() returns, with such weights."""
     torch.manual_seed(0)
     with device:
-        net = DiT(**config(tiny), name="DiT-XL/2", attention=attention)
+        net = make()
         for p in net.parameters():
             p.data.normal_(std=p[0].numel() ** -0.5 if p.dim() > 1 else 0.1)
     return net.to(torch.bfloat16).eval().requires_grad_(False)

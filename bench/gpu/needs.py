@@ -13,9 +13,9 @@ from bench import ROOT
 # By the names that Python imports. diffusers' own needs are among them: a wheel is carried without its dependencies.
 MODELS = ("diffusers", "huggingface_hub", "safetensors", "numpy", "rich")
 EVERY = ("torch", "triton", "numpy")
-NEEDS = {"build": ("pybind11",), "kernels": (), "attention": (), "trajectory": MODELS, "gated": MODELS, "sdt": MODELS,
-         "compiled2": MODELS, "compiled16": MODELS, "tests": ("pytest", "hypothesis", *MODELS),
-         "sanitizer": ("pytest", "hypothesis")}
+NEEDS = {"build": ("pybind11",), "kernels": (), "attention": (), "sanitizer": ("pytest", "hypothesis"),
+         "tests": ("pytest", "hypothesis", *MODELS)}
+NEEDS |= dict.fromkeys(("trajectory", "gated", "pixart", "sdt", "compiled2", "compiled16"), MODELS)
 TOOLS = {"build": ("cmake", "ninja"), "sanitizer": ("compute-sanitizer", "nvcc"), "gated": ("nvcc",)}
 
 

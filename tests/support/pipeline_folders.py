@@ -28,12 +28,14 @@ def random_model(cls, config):
 
 
 def small_vae(**config):
+    torch.manual_seed(0)
     return AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=4, layers_per_block=1,
                          down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                          **config)
 
 
 def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    torch.manual_seed(0)  # or its weights would be of what ran before
     vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     vocabulary += [(letter, -2.0) for letter in f"▁{LETTERS}"]
     encoder = T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=6, d_ff=16, num_layers=1,
@@ -42,6 +44,7 @@ def t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
 
 
 def clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    torch.manual_seed(0)
     tokens = [f"{letter}{end}" for letter in LETTERS for end in ("", "</w>")] + ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
     encoder = CLIPTextModel(CLIPTextConfig(

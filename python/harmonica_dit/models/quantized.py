@@ -30,7 +30,7 @@ def _int4(width: int):
 def _int4_packed(width: int):
     from torchao.quantization import Int4WeightOnlyConfig
 
-    return Int4WeightOnlyConfig(group_size=32)
+    return Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")  # PyTorch's own kernel
 
 
 def _fp8_dynamic(width: int):

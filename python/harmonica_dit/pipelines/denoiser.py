@@ -51,20 +51,28 @@ class PipelineDenoiser(nn.Module):
         self.tokens, self.width = (size // config.patch_size) ** 2, transformer.inner_dim
         self.guidance_channels = config.in_channels  # the learned variance comes after these and is not guided
         self.num_classes = config.num_embeds_ada_norm if prompts is None else len(prompts.texts)
-        self._latest: tuple[Tensor, dict] | None = None  # the last call's labels, and their text conditions
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, **run) -> Tensor:
+    def conditions(self, y: Tensor) -> dict[str, Tensor]:
+        """What `forward` is given of the prompts numbered y [B], on y's device; nothing without prompts.
+
+        They are looked up on the host, which no recorded graph does again: a `Trajectory` does it once.
+        """
+        return {} if self.prompts is None else self.prompts.conditions(y, self.transformer.dtype)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, encoder_hidden_states: Tensor | None = None,
+                encoder_attention_mask: Tensor | None = None, **run) -> Tensor:
         """The transformer's output [B, C_out, H, W] for x [B, C, H, W] at timesteps t [B].
 
-        y: [B] classes, or prompts' numbers; `num_classes` stands for none. run: row, forecast_weights, cache and
-        threshold as in `harmonica_kernels.cached_forward`.
+        y: [B] classes, or prompts' numbers; `num_classes` stands for none. The next two: from `conditions`, which is
+        asked if they are None. run: row, forecast_weights, cache and threshold as in
+        `harmonica_kernels.cached_forward`.
         """
         x = x.to(self.transformer.dtype)
         if self.prompts is None:
             return self.adapter(x, timestep=t, class_labels=y, return_dict=False, **run)[0]
-        if self._latest is None or self._latest[0] is not y:
-            self._latest = y, self.prompts.conditions(y, x.dtype) | self._micro_conditions(len(y), x)
-        return self.adapter(x, timestep=t, return_dict=False, **self._latest[1], **run)[0]
+        text = dict(encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask)
+        text = self.conditions(y) if encoder_hidden_states is None else text
+        return self.adapter(x, timestep=t, return_dict=False, **text, **self._micro_conditions(len(y), x), **run)[0]
 
     def _micro_conditions(self, B: int, x: Tensor) -> dict:
         """The image's size and aspect ratio, which PixArt-α at 1024 pixels is conditioned on."""

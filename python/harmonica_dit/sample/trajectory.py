@@ -128,8 +128,8 @@ class Trajectory:
                                 halves == "both" and guidance != 1)
             self._t = self.scheduler.timesteps.to(self.labels.device)
             unconditional = [] if guidance == 1 else [torch.full_like(self.labels, net.num_classes)]
-        # the same tensor at every step: a text model looks its prompts up again only for another tensor
         self._model_labels = torch.cat([self.labels, *unconditional])
+        self.conditions = conditions_of(net, self._model_labels)
         self._generators = None
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             states = [np.random.SeedSequence((seed, i, 1)) for i in range(first, first + len(self.labels))]
@@ -153,7 +153,7 @@ class Trajectory:
 
     def predict(self, x: Tensor, s: int, **forward) -> Tensor:
         """The guided model output [n, C_out, H, W] at step s for x [n, C, H, W]; `forward`: row, cache and so on."""
-        return self.executor(self.model, *self.inputs(x, s), **forward)
+        return self.executor(self.model, *self.inputs(x, s), **self.conditions, **forward)
 
     def inputs(self, x: Tensor, s: int) -> tuple[Tensor, Tensor, Tensor]:
         """The model's arguments at step s: x as the scheduler scales it, the timestep and the labels.
@@ -170,7 +170,7 @@ class Trajectory:
         """
         if not self._linear or x.device.type not in ops.FUSED:
             return self.advance(self.predict(x, s, **forward), s, x)
-        conditional, unconditional = self.model.outputs(*self.inputs(x, s), **forward)
+        conditional, unconditional = self.model.outputs(*self.inputs(x, s), **self.conditions, **forward)
         a, b = self._updates[s]
         return ops.guided_step(x, conditional, unconditional, guidance=self.model.scale,
                                channels=self.model.channels, a=a, b=b)
@@ -235,18 +235,24 @@ class Trajectory:
         """Key, tensors and a copying function for an executor, see `harmonica_kernels.compile`.
 
         Raises:
-            RuntimeError: the model looks prompts up on the host, which a replayed graph would not do again.
+            RuntimeError: a pipeline's own loop runs the model, on the host, which a replayed graph would not do again.
         """
-        if getattr(self.net, "prompts", None) is not None:
-            raise RuntimeError(f'executor: {self.net.name} looks its prompts up on the host; use "eager"')
+        if self._own_loop:
+            raise RuntimeError(f"executor: {self.net.name} is run by its pipeline's loop, on the host; use \"eager\"")
         key = (*self.model, tuple(self.timesteps), type(self.scheduler), self.scheduler.to_json_string())
-        return key, (self._model_labels,), self._relabel
+        return key, (self._model_labels, *self.conditions.values()), self._relabel
 
-    def _relabel(self, model_labels: Tensor) -> "Trajectory":
-        """A fork that reads its labels from `model_labels`: [n] or, with guidance, [2n]."""
+    def _relabel(self, model_labels: Tensor, *conditions: Tensor) -> "Trajectory":
+        """A fork that reads its labels, [n] or, with guidance, [2n], and their conditions from these tensors."""
         other = self.fork()
         other._model_labels, other.labels = model_labels, model_labels[: len(self.labels)]
+        other.conditions = dict(zip(self.conditions, conditions, strict=True))
         return other
+
+
+def conditions_of(net, labels: Tensor) -> dict[str, Tensor]:
+    """Further arguments of a denoiser's forward for these labels [B], which a text model looks up on the host."""
+    return net.conditions(labels) if hasattr(net, "conditions") else {}
 
 
 def check_labels(labels, classes: int) -> Tensor:

@@ -14,7 +14,7 @@ from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import fora
 from harmonica_dit.router import ALWAYS, LIMIT, Router
 from harmonica_dit.sample.schedulers import make_scheduler
-from harmonica_dit.sample.trajectory import FIRST_IMAGE, Guided, check_labels, image_noise
+from harmonica_dit.sample.trajectory import FIRST_IMAGE, Guided, check_labels, conditions_of, image_noise
 from harmonica_dit.validate import check_threshold, check_whole, describe, is_number
 
 from .budget import Budget
@@ -158,15 +158,15 @@ def _train_pair(net, pairs: Pairs, training: Training, executor, cache: hk.Featu
     begun, n, router, device = time.monotonic(), training.trajectory, training.router, training.importance.device
     s, x, y = pairs.draw(n)
     x, y, t = x.to(device), y.to(device), pairs.scheduler.timesteps.to(device)
-    model, C = Guided(net, 1.0, net.sample_shape[0]), x.shape[1]
+    model, C, conditions = Guided(net, 1.0, net.sample_shape[0]), x.shape[1], conditions_of(net, y)
     cache.rewind()
-    output = executor(model, x, t[s], y, cache=cache)
+    output = executor(model, x, t[s], y, cache=cache, **conditions)
     x = pairs.scheduler.step(output[:, :C], pairs.scheduler.timesteps[s], x).prev_sample
-    target = executor(model, x, t[s + 1], y)
+    target = executor(model, x, t[s + 1], y, **conditions)
     with torch.enable_grad():
         r = router.score(s + 1)
     _, error, gradient = executor(student_step, model, x, t[s + 1], y, target, r.detach(), None, x.new_ones(()), cache,
-                                  router.threshold, None, False)
+                                  router.threshold, None, False, **conditions)
     loss = error + training.beta * r.detach().sum()
     if not loss.isfinite():
         raise FloatingPointError(f"the loss is not finite in iteration {n}; the last checkpoint is the one before it")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import harmonica_kernels as hk
 from harmonica_dit import ranks
+from harmonica_dit.flops import runs_by_its_loop
 from harmonica_dit.forecaster import forecast_ratios
 from harmonica_dit.router import Router, decide
 from harmonica_dit.sample.trajectory import Guided, Trajectory, run_eagerly
@@ -59,7 +60,8 @@ class Student:
         learned = e is not None and e.requires_grad
         output, error, *gradients = self.trajectory.executor(
             student_step, self.trajectory.model, *self.trajectory.inputs(self.x, self.s), target, r.detach(),
-            None if e is None else e.detach(), weight, self.cache, self.router.threshold, channels, learned)
+            None if e is None else e.detach(), weight, self.cache, self.router.threshold, channels, learned,
+            **self.trajectory.conditions)
         error, *gradients = ranks.mean([error, *gradients], len(self.x))
         torch.autograd.backward([r, e][: len(gradients)], gradients)
         return output, error, gradients[0]
@@ -98,7 +100,7 @@ class Student:
 
 def student_step(model: Guided, x: Tensor, t: Tensor, labels: Tensor, target: Tensor, r: Tensor, e: Tensor | None,
                  weight: Tensor, cache, threshold: float, channels: int | None,
-                 learned: bool) -> tuple[Tensor, ...]:
+                 learned: bool, **conditions: Tensor) -> tuple[Tensor, ...]:
     """The student's forward and backward at one step, in which SDT spends its time.
 
     It calls autograd and renews the cache itself, so that an executor can record everything as one graph. The graph
@@ -108,6 +110,7 @@ def student_step(model: Guided, x: Tensor, t: Tensor, labels: Tensor, target: Te
         x, t, labels: the model's arguments, see `Guided`. target: the guided output to compare with.
         r: scores [K]. e: forecast weights [K], None without extrapolation. weight: λ of the step [].
         channels: how many leading output channels are compared, None for all. learned: whether e gets a gradient too.
+        conditions: the trajectory's.
 
     Returns:
         The guided output; error = mean((output - target)²); the gradient of weight·error by r; and, if `learned` and
@@ -116,7 +119,7 @@ def student_step(model: Guided, x: Tensor, t: Tensor, labels: Tensor, target: Te
     with torch.enable_grad():
         wanted = [scalars.detach().requires_grad_() for scalars in ([r, e] if learned else [r])]
         output = model(x, t, labels, row=wanted[0], forecast_weights=wanted[1] if learned else e, cache=cache,
-                       threshold=threshold)
+                       threshold=threshold, **conditions)
         error = (output[:, :channels].float() - target[:, :channels].float()).square().mean()
         found = torch.autograd.grad(weight * error, wanted, allow_unused=True)
     cache.commit()
@@ -128,6 +131,6 @@ def new_executor(net, steps: int) -> Callable:
 
     It has room for a graph for each of the T - 1 hard rows of a λ refresh, beside the few that serve every step.
     """
-    if getattr(net, "prompts", None) is not None:
-        return run_eagerly  # the model looks prompts up on the host, which a replayed graph would not do again
+    if runs_by_its_loop(net):
+        return run_eagerly  # the loop runs on the host, which a replayed graph would not do again
     return hk.compile(run_eagerly, graphs=steps + 16)

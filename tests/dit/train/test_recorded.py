@@ -207,11 +207,11 @@ def test_the_student_needs_no_more_memory_of_autograd_than_it_gives_back(net):
     assert len(found) == 3 and not any(o.requires_grad or o.grad_fn for o in found) and not cache._pending
 
 
-def test_models_that_look_up_prompts_and_bad_executors(net):
-    class Prompted:
-        prompts = ["a shoe"]
+def test_models_whose_loop_is_on_the_host_and_bad_executors(net):
+    class ByItsLoop:
+        guided_by_its_loop = True
 
-    assert new_executor(Prompted(), 5) is run_eagerly
+    assert new_executor(ByItsLoop(), 5) is run_eagerly
     with pytest.raises(ValueError, match='executor: got "gated"|executor: got \'gated\''):
         train_router(net, executor="gated", **SETTINGS)
 

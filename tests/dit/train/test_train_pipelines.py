@@ -10,14 +10,17 @@ from diffusers import DiTPipeline, PixArtAlphaPipeline
 from typer.testing import CliRunner
 
 import harmonica_dit
+import harmonica_kernels as hk
 from harmonica_dit.cli import app
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import count_flops
+from harmonica_dit.methods import fora
 from harmonica_dit.pipelines import prompts
 from harmonica_dit.router import Router
-from harmonica_dit.sample import Trajectory, denoise, image_noise
+from harmonica_dit.sample import Trajectory, denoise, image_noise, sample
 from harmonica_dit.train import train_router
 from harmonica_dit.train.frozen_model import checkpoint_bodies, freeze
+from support.cpu_recorder import CpuRecorder
 from support.pipeline_folders import save_pixart
 from support.tolerance import assert_close
 
@@ -299,9 +302,29 @@ def test_bad_files_of_embeddings(net, tmp_path):
             prompts.Prompts.load(path)
 
 
-def test_a_text_models_trajectory_is_not_recorded(net):
-    """A graph's replay would not look the prompts up again."""
-    with pytest.raises(RuntimeError, match="executor: small-pixart looks its prompts up on the host"):
-        Trajectory(net, torch.tensor([0]), steps=3).graph_parts()
-    router = train_router(net, beta=1e-3, importance_rows="hard", **SMALL)
-    assert router.scores().isfinite().all()
+@pytest.mark.parametrize("size", [8, 128])
+def test_a_text_models_trajectory_is_recorded(pixart, tmp_path, monkeypatch, size):
+    """And replayed for other prompts, which a replay does not look up; at 1024 pixels with micro-conditions."""
+    folder = pixart if size == 8 else save_pixart(tmp_path / "large", sample_size=128, patch_size=16,
+                                                       attention_head_dim=12, cross_attention_dim=24)
+    net = harmonica_dit.load(str(folder), prompts=TEXTS)
+    CpuRecorder.install(monkeypatch)
+    conditions, while_recording = type(net.prompts).conditions, []
+    monkeypatch.setattr(type(net.prompts), "conditions", lambda *args: while_recording.append(
+        CpuRecorder.recording) or conditions(*args))
+    schedule, executor = fora(net, 4, 2), hk.compile(denoise)
+    images = []
+    for labels in ([0, 1], [1, 2], [2, 0], [0, 0]):
+        found = sample(net, labels, executor=executor, schedule=schedule, latents=True)
+        assert torch.equal(found, sample(net, labels, schedule=schedule, latents=True))
+        images.append(found)
+    assert executor.graphs == 1 and not any(while_recording)
+    assert not torch.equal(images[0], images[3])
+
+
+def test_a_text_models_training_is_recorded(net, monkeypatch):
+    """As it is without graphs."""
+    eager = train_router(net, beta=1e-3, importance_rows="hard", executor="eager", **SMALL)
+    CpuRecorder.install(monkeypatch)
+    recorded = train_router(net, beta=1e-3, importance_rows="hard", **SMALL)
+    assert CpuRecorder.log and torch.equal(recorded.scores(), eager.scores())
