@@ -8,13 +8,13 @@
 #   bench/gpu.sh --wheels                   what is missing on this machine, and the command that fetches its wheels
 #
 # A part is a process of its own with its own time-out, and writes its results as it goes: one that fails or hangs
-# leaves what it had, and the others theirs. After each part all results are merged into bench/results/<gpu>.json (with
-# plots where matplotlib is); a part that was not asked for keeps its last run's. --tiny is a dry run on the CPU, with
+# leaves what it had, and the others theirs. After each part all results are merged into bench/results/<gpu>.json with
+# plots; a part that was not asked for keeps its last run's. --tiny is a dry run on the CPU, with
 # tiny sizes and a CPU's clock: it shows that the benchmarks run, measures nothing, and writes to build/gpu-tiny alone.
 #
-# Runs from the source tree; nothing is resolved or downloaded. Needed: Python ≥ 3.10, torch ≥ 2.11 with CUDA, triton,
-# diffusers, safetensors, rich, pybind11, cmake, ninja, a C++ compiler, pytest, hypothesis; of use where they are: nvcc,
-# compute-sanitizer, xformers, torchao, pytest-xdist, matplotlib. Environment:
+# Runs from the source tree; nothing is resolved or downloaded. Needed: Python ≥ 3.10, torch ≥ 2.11 with CUDA, triton, what
+# harmonica_dit needs, pybind11, cmake, ninja, a C++ compiler, pytest, hypothesis, transformers; --wheels names what is
+# missing. Of use where they are: nvcc, compute-sanitizer, xformers, torchao, pytest-xdist. Environment:
 #   PYTHON               the interpreter (python3)
 #   HARMONICA_WHEELS     a folder of wheels that are missing there, installed into build/ first (.whl, if it exists)
 #   HARMONICA_COMMIT     the commit, where the tree came without .git

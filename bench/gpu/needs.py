@@ -10,12 +10,15 @@ from importlib.util import find_spec
 
 from bench import ROOT
 
-# By the names that Python imports. diffusers' own needs are among them: a wheel is carried without its dependencies.
-MODELS = ("diffusers", "huggingface_hub", "safetensors", "numpy", "rich")
-EVERY = ("torch", "triton", "numpy")
-NEEDS = {"build": ("pybind11",), "kernels": (), "attention": (), "sanitizer": ("pytest", "hypothesis"),
-         "tests": ("pytest", "hypothesis", *MODELS)}
-NEEDS |= dict.fromkeys(("trajectory", "gated", "pixart", "sdt", "compiled2", "compiled16"), MODELS)
+# By the names that Python imports. The second line is what harmonica_dit refuses to be imported without, in every part;
+# the third what diffusers needs, for a wheel is carried without its dependencies.
+EVERY = ("torch", "triton",
+         "diffusers", "filelock", "matplotlib", "numpy", "PIL", "prdc", "rich", "safetensors", "torchmetrics", "typer",
+         "huggingface_hub", "regex", "requests", "sklearn", "scipy")
+TESTS = "pytest", "hypothesis", "transformers", "sentencepiece"
+NEEDS: dict[str, tuple[str, ...]] = dict(build=("pybind11",), tests=TESTS, sanitizer=TESTS) | dict.fromkeys(
+    ("kernels", "attention", "trajectory", "gated", "pixart", "sdt", "compiled2", "compiled16"), ())
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where its name is another
 TOOLS = {"build": ("cmake", "ninja"), "sanitizer": ("compute-sanitizer", "nvcc"), "gated": ("nvcc",)}
 
 
@@ -28,8 +31,9 @@ def missing(parts: list[str]) -> tuple[list[str], list[str]]:
 
 def wheels(packages: list[str]) -> str:
     """The command that fetches their wheels where there is a network, in the versions that the tests run with."""
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    wanted = (name.replace("_", "-") for name in packages)
+    found = re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    pins = dict(reversed(found))  # the first of two is the newer Pythons'
+    wanted = (DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in packages)
     return "python -m pip download --no-deps --dest .whl " + " ".join(
         f"{name}=={pins[name]}" if name in pins else name for name in wanted)
 

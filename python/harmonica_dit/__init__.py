@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .schedule import Schedule
     from .train import prune, train_forecaster, train_learning_to_cache, train_router
 
-for _needed in ("diffusers", "filelock", "matplotlib", "numpy", "PIL", "prdc", "rich", "safetensors", "torchmetrics",
-                "typer"):
+NEEDED = ("diffusers", "filelock", "matplotlib", "numpy", "PIL", "prdc", "rich", "safetensors", "torchmetrics", "typer")
+for _needed in NEEDED:
     if find_spec(_needed) is None:
         raise ModuleNotFoundError(f"{_needed} is missing; pip install 'harmonica-kernels[dit]' brings it", name=_needed)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -245,16 +246,35 @@ def test_what_is_wrong_is_timed_and_marked(tmp_path):
 
 def test_what_is_missing_is_said_before_anything_is_built(monkeypatch, capsys):
     """With the command that fetches it, in the version that the tests run with."""
-    monkeypatch.setattr(needs, "find_spec", lambda name: None if name == "diffusers" else name)
+    monkeypatch.setattr(needs, "find_spec", lambda name: None if name == "transformers" else name)
     monkeypatch.setattr(needs.shutil, "which", lambda name: None if name == "nvcc" else name)
-    for parts, ends in ((["kernels"], False), (["gated"], True), (["sanitizer"], False), ([], True)):
+    for parts, ends in ((["kernels"], False), (["gated"], False), (["sanitizer"], True), ([], True)):
         monkeypatch.setattr(sys, "argv", ["needs", *parts])
         with pytest.raises(SystemExit) as ended:
             needs.main()
         out = capsys.readouterr().out
-        assert ended.value.code is ends and ("--dest .whl diffusers==" in out) == ends
+        assert ended.value.code is ends and ("--dest .whl transformers==" in out) == ends
         assert ("not on the PATH: nvcc" in out) == (parts != ["kernels"])
     assert set(needs.NEEDS) == set(PARTS)
+
+
+@pytest.mark.parametrize("part", [*MEASURED, "gated"])
+def test_nothing_else_is_needed(part, tmp_path):
+    """Each part runs where of all that the project may use only what `needs` looks for is installed."""
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    hidden = {*(name.replace("-", "_") for name in pinned), *needs.DISTRIBUTIONS} - {*needs.EVERY, *needs.NEEDS[part]}
+    assert {"peft", "transformers"} <= hidden
+    done = python(f"""
+        import sys
+        sys.modules |= dict.fromkeys({sorted(hidden)})
+        from pathlib import Path
+        from bench.gpu.__main__ import run
+        sys.exit(not run({part!r}, Path({str(tmp_path)!r}), tiny=True))""")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_newest_version_is_fetched():
+    assert "diffusers==0.42" in needs.wheels(["diffusers"]) and "pillow==13" in needs.wheels(["PIL"])
 
 
 def test_the_fastest_back_end_is_used(tmp_path):
