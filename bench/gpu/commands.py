@@ -55,7 +55,7 @@ def tests(record: Record) -> None:
     else:
         wanted = ["--durations=5", "--continue-on-collection-errors", *gpu_tests()]
         if find_spec("xdist"):
-            wanted += ["-n", "8"]
+            wanted += ["-n", "12"]
     call(record, {"pytest -m gpu": [*PYTEST, *wanted]}, none_collected=record.tiny)
 
 

@@ -1,7 +1,7 @@
 """Device-gated trajectories on a GPU, from the smallest case up: `python -m bench.gpu.gated [STEP ...]`.
 
 Every step is a process of its own with a time limit, and prints lines of JSON before the next one begins, so that a run
-that fails half-way says where. Not yet run.
+that fails half-way says where.
 
     smallest   WHILE -> IF nodes -> child graphs with one kernel, without Python or torch; what idle nodes cost
     dit        DiT-XL/2 256 (random weights, bfloat16, T=20), 2 and 16 rows: gated and captured on the same schedule, a
@@ -16,7 +16,6 @@ that fails half-way says where. Not yet run.
 
 import faulthandler
 import json
-import multiprocessing
 import random
 import statistics
 import subprocess
@@ -211,25 +210,34 @@ def calls(run) -> dict[str, int]:
 
 def run(step: str) -> None:
     faulthandler.enable()
-    faulthandler.dump_traceback_later(LIMITS[step] - 1)  # says where it hangs
-    globals()[step]()
+    if sys.stdin.readline():  # the imports are done, and it is this step's turn
+        faulthandler.dump_traceback_later(LIMITS[step] - 1)  # says where it hangs
+        globals()[step]()
+
+
+def begin(step: str) -> subprocess.Popen:
+    """A process that imports, and then waits for its turn. No fork of this one, in which an import may have used CUDA.
+    """
+    program = f"from bench.gpu import gated; gated.run({step!r})"
+    return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, text=True)
 
 
 def main() -> None:
     steps = sys.argv[1:] or list(LIMITS)
     if unknown := set(steps) - set(LIMITS):
         raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; the steps are {', '.join(LIMITS)}")
-    fork = multiprocessing.get_context("fork")  # torch is imported once, and has not touched the GPU yet
+    processes = {step: begin(step) for step in steps}  # so that imports take place side by side
     failed = False
-    for step in steps:
-        begin, process = time.perf_counter(), fork.Process(target=run, args=(step,), daemon=True)
-        process.start()
-        process.join(LIMITS[step])
-        code = f"no end within {LIMITS[step]} s" if process.is_alive() else process.exitcode
-        process.kill()
-        process.join(5)
-        report(step=step, ended=code, seconds=round(time.perf_counter() - begin, 1))
-        failed = failed or code != 0
+    for step, process in processes.items():
+        started, hangs = time.perf_counter(), ""
+        try:
+            process.communicate("go\n", timeout=LIMITS[step])
+        except subprocess.TimeoutExpired:
+            hangs = f"no end within {LIMITS[step]} s"
+            process.kill()
+            process.wait(5)
+        report(step=step, ended=hangs or process.returncode, seconds=round(time.perf_counter() - started, 1))
+        failed = failed or process.returncode != 0
     raise SystemExit(failed)
 
 

@@ -79,7 +79,7 @@ def measure(record: Record, name: str, case: Case) -> None:
     noise, executor = models.noise(ours, 1, device), hk.compile(denoise)
     mine, theirs = (models.trajectory(net, 1, device, steps) for net in (ours, plain))
     record.check(f"{name}: a forward of ours beside diffusers'",
-                 relative_error(mine.predict(noise, 0), theirs.predict(noise, 0)), 0.02)
+                 relative_error(mine.predict(noise, 0), theirs.predict(noise, 0)), 0.05)
     candidates: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: denoise(theirs, noise), "plain, in a graph": lambda: executor(theirs, noise),
         "computed, eager": lambda: denoise(mine, noise), "computed": lambda: executor(mine, noise),

@@ -106,9 +106,10 @@ def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, 
     sum = _add_terms(sum, loaded, at, fresh_row, score, first, FORECAST, HAS_GATE, ACC, PIECES, D)
     for group in tl.static_range(GROUP, TERMS, GROUP):
         if group < count:  # a branch on a launch argument, so that loads are not hoisted out of it
-            loaded = _load_terms(terms, e, group, min(group + GROUP, TERMS), count, at, batch, FORECAST, HAS_GATE,
-                                 CERTAIN, DEVICE_E, ACC, PIECES, D)
-            sum = _add_terms(sum, loaded, at, None, None, None, FORECAST, HAS_GATE, ACC, PIECES, D)
+            # not by a name: after a branch it would have to have the types that it had before
+            sum = _add_terms(sum, _load_terms(terms, e, group, min(group + GROUP, TERMS), count, at, batch, FORECAST,
+                                              HAS_GATE, CERTAIN, DEVICE_E, ACC, PIECES, D),
+                             at, None, None, None, FORECAST, HAS_GATE, ACC, PIECES, D)
     if x_out is not None:
         store_row(x_out + at, sum, None, PIECES, D)
     if h is not None:

@@ -94,6 +94,7 @@ def load(name, checkpoint: str | os.PathLike | None = None, *, image_size: int |
     else:
         raise ValueError(f'name: got {name!r}, expected "fashion-dit", one of {", ".join(CONFIGS)}, or the folder or '
                          "repository of a diffusers pipeline")
+    _check_attention(net, attention, dtype, device)
     try:
         net.load_state_dict(read_weights(checkpoint))
     except RuntimeError as error:
@@ -102,6 +103,19 @@ def load(name, checkpoint: str | os.PathLike | None = None, *, image_size: int |
     if vae is not None:
         net.vae = load_vae(vae, net.sample_shape[0]).to(device)
     return net
+
+
+def _check_attention(net: DiT, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses a back end that has no kernel here. xformers can be installed without any, built for another PyTorch."""
+    attention = net.blocks[0].attn
+    width = attention.qkv.in_features // attention.heads
+    q = torch.zeros(1, 8, attention.heads, width, dtype=dtype, device=device)
+    try:
+        attention.back_end(q, q, q)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"attention: {name} cannot run {dtype} on {device} with PyTorch {torch.__version__}: {reason}; "
+                         "leave the default, sdpa") from None
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from textwrap import dedent
 from types import SimpleNamespace
 
@@ -133,16 +132,23 @@ def test_a_gated_trajectory_that_is_wrong_has_no_ratio(reported, monkeypatch):
 
 def test_a_step_that_hangs_or_fails_is_ended(monkeypatch, capfd):
     """And the next one runs."""
-    monkeypatch.setattr(gated, "LIMITS", dict(hangs=2, fails=20, works=20))
-    monkeypatch.setattr(gated, "hangs", lambda: time.sleep(60), raising=False)
-    monkeypatch.setattr(gated, "fails", lambda: 1 / 0, raising=False)
-    monkeypatch.setattr(gated, "works", lambda: gated.report(found=1), raising=False)
+    steps = dict(hangs="time.sleep(60)", fails="1 / 0", works="gated.report(found=1)", waits="input()")
+    programs = {step: f"import time; from bench.gpu import gated; gated.LIMITS = dict({step}=60); "
+                      f"gated.{step} = lambda: {does}; gated.run({step!r})" for step, does in steps.items()}
+    popen = gated.subprocess.Popen
+
+    def begin(command, **options):
+        [program] = [text for step, text in programs.items() if step in command[-1]]
+        return popen([*command[:-1], program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, **options)
+
+    monkeypatch.setattr(gated, "LIMITS", dict(hangs=9, fails=60, works=60, waits=60))
+    monkeypatch.setattr(gated.subprocess, "Popen", begin)
     monkeypatch.setattr(sys, "argv", ["gated"])
     with pytest.raises(SystemExit) as ended:
         gated.main()
     out, err = capfd.readouterr()
     assert [(f.get("step"), f.get("ended")) for f in findings(out.splitlines())] == [
-        ("hangs", "no end within 2 s"), ("fails", 1), (None, None), ("works", 0)]
+        ("hangs", "no end within 9 s"), ("fails", 1), (None, None), ("works", 0), ("waits", 1)]
     assert ended.value.code and "ZeroDivisionError" in err
 
 

@@ -9,6 +9,7 @@ launches end once they are compiled.
 
 import json
 import sys
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -53,15 +54,18 @@ def rows(dtype=torch.bfloat16) -> tuple[torch.Tensor, int]:
     return torch.zeros(B, 6 * D, dtype=dtype)[:, D : 2 * D], 6 * D
 
 
-def run(length: int, forecast: bool = False, dtype=torch.bfloat16) -> list[tuple]:
+def run(length: int, forecast: bool = False, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> list[tuple]:
+    dtypes = [dtypes[j % len(dtypes)] for j in range(length)]
     return [(activation(dtype), *((activation(dtype), 0.5) if forecast and j else (None, 0.0)), rows(dtype))
-            for j in range(length)]
+            for j, dtype in enumerate(dtypes)]
 
 
-def forward(length: int, forecast: bool = False, dtype=torch.bfloat16, store: bool = False) -> None:
+def forward(length: int, forecast: bool = False, dtype=torch.bfloat16, store: bool = False,
+            dtypes: Sequence[torch.dtype] = ()) -> None:
+    """dtypes: the terms' in turn, where they are not x's."""
     x = activation(dtype)
     kernels.residual_norm(SHAPE, x, x if length else None, activation(dtype), activation(dtype) if store else None,
-                          run(length, forecast, dtype), None, 0.0, (rows(dtype), rows(dtype), True, 1e-6))
+                          run(length, forecast, dtypes or (dtype,)), None, 0.0, (rows(dtype), rows(dtype), True, 1e-6))
 
 
 def blend(forecast: bool, x_dtype=torch.bfloat16) -> None:
@@ -98,6 +102,8 @@ def gated_norm(history: int) -> None:
 CALLS = {
     **{f"residual_norm R={R}": lambda R=R: forward(R) for R in (0, 1, 4, 28)},
     **{f"gated_norm history={history}": lambda history=history: gated_norm(history) for history in (1, 2)},
+    "residual_norm R=31, each term's dtype another": lambda: forward(31, forecast=True, dtypes=(
+        torch.bfloat16, torch.float16, torch.float32)),
     "residual_norm R=1 store": lambda: forward(1, store=True),
     "residual_norm R=2 forecast": lambda: forward(2, forecast=True),
     "residual_norm R=16 forecast": lambda: forward(16, forecast=True),

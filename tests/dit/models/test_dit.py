@@ -149,6 +149,19 @@ def test_xformers(monkeypatch):
         harmonica_dit.load("fashion-dit", attention="xformers")
 
 
+def test_back_ends_without_a_kernel_are_refused_at_load(monkeypatch):
+    """Here flash attention, on the CPU in float32; xformers has none if it was built for another PyTorch."""
+    with pytest.raises(ValueError, match="attention: cudnn cannot run torch.float32 on cpu .*leave the default, sdpa"):
+        harmonica_dit.load("fashion-dit", attention="cudnn")
+
+    def no_operator(*_):
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward` with inputs:\n query")
+
+    monkeypatch.setattr(dit, "attention_back_end", lambda name: no_operator)
+    with pytest.raises(ValueError, match="attention: flash .*: No operator found .*with inputs:; leave the default"):
+        harmonica_dit.load("fashion-dit", attention="flash")
+
+
 def test_attention_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.delitem(sys.modules, "xformers.ops", raising=False)
@@ -166,6 +179,10 @@ def test_back_ends_on_a_gpu(name, dtype):
     """DiT-XL's head dim, 72, included."""
     if name == "xformers":
         pytest.importorskip("xformers.ops")
+        try:
+            harmonica_dit.load("fashion-dit", attention=name, dtype=dtype, device="cuda")
+        except ValueError as error:
+            pytest.skip(str(error))
     for d in (64, 72):
         qkv = torch.randn(2, 50, 3, 4, d, device="cuda", dtype=dtype)
         q, k, v = qkv.unbind(2)
