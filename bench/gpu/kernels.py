@@ -7,6 +7,7 @@ in the L2 from its last use. The results of all launches of a graph are kept, so
 memory. PyTorch's chain is recorded likewise.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,29 @@ def run(record: Record) -> None:
             measure(record, name, make())
         if not record.tiny:
             torch.cuda.empty_cache()
+    for R in () if record.tiny else (1, 2, 3, 4, 8):  # a CPU has no warps
+        with record.attempt(f"residual_norm R={R}, warps"), side_stream(record.device), torch.no_grad():
+            compare_warps(record, R, norm_case(record.device, sizes["inference"], R, rotate))
+
+
+def compare_warps(record: Record, R: int, case: Case) -> None:
+    """The norm's rows in so many warps, beside what `residual_norm` chooses."""
+    launcher = sys.modules["harmonica_kernels.triton_kernels.residual_norm"]
+    launches, chosen, candidates = max(case.sets, LAUNCHES), launcher.warps, {}
+
+    def ours() -> None:
+        for i in range(launches):
+            case.ours(i % case.sets)
+
+    try:
+        for n in (1, 2, 4, 8):
+            launcher.warps = lambda bytes, n=n: n
+            candidates[f"{n} warps"] = capture(ours, record.device)
+    finally:
+        launcher.warps = chosen
+    candidates["chosen"] = capture(ours, record.device)
+    seconds = record.time(f"residual_norm R={R}, warps", candidates, 9, launches=launches)
+    record.row(case=f"residual_norm R={R}", **{f"{name}, µs": value * 1e6 for name, value in seconds.items()})
 
 
 def measure(record: Record, name: str, case: Case) -> None:

@@ -22,7 +22,7 @@ from .trajectory import Trajectory, check_labels, image_noise
 def sample(net, labels, *, steps: int | None = None,
            schedule: str | os.PathLike | Router | Schedule | AdaptiveSchedule | None = None,
            guidance: float | None = None, guidance_channels: int | None = None, seed: int = 0, first: int = 0,
-           scheduler=None, batch: int = 64, executor="eager", latents: bool = False,
+           scheduler=None, batch: int = 64, executor=None, latents: bool = False,
            progress: Callable[[int], None] | None = None) -> Tensor:
     """Samples one image for each label.
 
@@ -38,9 +38,10 @@ def sample(net, labels, *, steps: int | None = None,
         scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one; None is that of
             the schedule's forecaster, or the model's own.
         batch: images at a time.
-        executor: "eager" runs every call as it is. "captured" records the second batch as a CUDA graph and replays it
+        executor: "eager" runs every batch as it is. "captured" records the second one as a CUDA graph and replays it
             for the batches after. An executor `harmonica_kernels.compile(harmonica_dit.denoise)` also keeps its graphs
-            for the next call. On the CPU all three run alike.
+            for the next call. On the CPU all three run alike. None is "captured" where it is of use, from three whole
+            batches on, and possible, and "eager" elsewhere.
         latents: whether a latent model's samples are left as they are, not decoded by its VAE.
         progress: called with the number of images done after each batch.
 
@@ -66,7 +67,7 @@ def sample(net, labels, *, steps: int | None = None,
         steps = 20 if schedule is None else schedule.steps
     if scheduler is None and schedule is not None and schedule.unit == "trunk":
         scheduler = schedule.scheduler
-    run = _runner(executor)
+    run = None if executor is None else _runner(executor)
     device = next(net.parameters()).device
     images = []
     for start in range(0, len(labels), batch):
@@ -76,6 +77,9 @@ def sample(net, labels, *, steps: int | None = None,
                                 timesteps=own_timesteps(schedule))
         if start == 0:
             check_fits_memory(net, len(part), trajectory.model.scale)
+        if run is None:
+            of_use = trajectory.can_be_recorded and not isinstance(schedule, AdaptiveSchedule)
+            run = _runner("captured" if of_use and len(labels) >= 3 * batch else "eager")
         if schedule is not None:
             schedule.check(net, trajectory)
         noise = image_noise(seed, first + start, len(part), net.sample_shape)

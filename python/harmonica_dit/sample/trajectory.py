@@ -146,6 +146,11 @@ class Trajectory:
         """See `make_scheduler`."""
         return scheduler_name(self.scheduler)
 
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether a graph can hold its steps: not where they draw noise, or a pipeline's own loop takes them."""
+        return self._generators is None and not self._own_loop
+
     def start(self, noise: Tensor) -> Tensor:
         """x_0 from standard normal noise [n, C, H, W]; with both halves, which start alike, [2n, C, H, W]."""
         noise = torch.cat([noise, noise]) if self.model.both else noise

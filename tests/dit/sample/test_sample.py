@@ -8,6 +8,7 @@ import harmonica_dit
 import harmonica_kernels as hk
 import harmonica_kernels.ops as ops
 from harmonica_dit.flops import count_flops
+from harmonica_dit.methods import first_block
 from harmonica_dit.models import DiT
 from harmonica_dit.sample import ReferenceDDIM, Trajectory, denoise, image_noise, make_scheduler, sample
 from harmonica_dit.schedule import Schedule
@@ -195,6 +196,20 @@ def test_a_whole_trajectory_in_a_graph(monkeypatch, scheduler):
         assert executor.graphs == n + 1
     sample(labels=torch.arange(10) % 4, batch=3, seed=5, executor=executor, **setting)
     assert executor.graphs == len(settings)  # three replays; the last batch has one label and ran as it is
+
+
+def test_what_can_be_recorded_is_by_default(monkeypatch):
+    """From three whole batches on; not where the scheduler draws noise or the schedule decides while it runs."""
+    CpuRecorder.install(monkeypatch)
+    net, labels = small(), torch.arange(7) % 4
+    for recorded, options in ((True, dict(batch=2)), (True, dict(batch=2, schedule=table(net, 4))),
+                              (False, dict(batch=3)), (False, dict(batch=2, executor="eager")),
+                              (False, dict(batch=2, scheduler="DDPMScheduler")),
+                              (False, dict(batch=2, schedule=first_block(net, 4, threshold=0.1)))):
+        CpuRecorder.log.clear()
+        found = sample(net, labels, **dict(steps=4) | options)
+        assert len(CpuRecorder.log) == recorded, options
+        assert torch.equal(found, sample(net, labels, **dict(steps=4) | options | dict(executor="eager")))
 
 
 @pytest.mark.gpu
