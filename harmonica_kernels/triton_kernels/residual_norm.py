@@ -5,8 +5,8 @@ each in its own storage size. At 3.35 TB/s (H100), an activation of 4096 rows of
 5.6 µs at R = 0 (without x_out), 11.3 µs at R = 1, 31 µs at R = 8. The tokens of a batch entry share modulation rows,
 which come from the L1 cache: they are loaded with evict_last. Activations are read once and loaded with evict_first.
 
-A program has one row: of one term in one warp, of more in several, so that registers hold what is in flight. On an H100,
-4096 rows of two terms take 22.0 µs in one warp and 19.0 in two (a copy of as many bytes: 17.8).
+A program has one row: of one term in one warp, of more in several, so that registers hold what is in flight: on an
+H100, 4096 rows of two terms take 22.0 µs in one warp, 19.0 in two (a copy of as many bytes: 17.8).
 The run is unrolled. All loads of its first terms, scale and shift too, are issued before anything waits for one. A run
 of more than 4 terms is padded to 8, 16 or 32, so that few lengths are compiled; a padded term's loads are predicated
 off. If only some terms of a run have a forecast or a gate, the loads of the others' previous outputs or gates are too.

@@ -114,8 +114,8 @@ def _check_attention(net: DiT, name: str, dtype: torch.dtype, device: torch.devi
         attention.back_end(q, q, q)
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"attention: {name} cannot run {dtype} on {device} with PyTorch {torch.__version__}: {reason}; "
-                         "leave the default, sdpa") from None
+        raise ValueError(f"attention: {name} cannot run {dtype} on {device} with PyTorch {torch.__version__}: {reason};"
+                         " leave the default, sdpa") from None
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
