@@ -10,6 +10,7 @@ from torch import Tensor
 import harmonica_kernels as hk
 from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.memory import check_fits_memory
+from harmonica_dit.models.plain_modules import is_steady
 from harmonica_dit.router import Router, schedule_of
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_denoiser, check_whole
@@ -40,8 +41,8 @@ def sample(net, labels, *, steps: int | None = None,
         batch: images at a time.
         executor: "eager" runs every batch as it is. "captured" records the second one as a CUDA graph and replays it
             for the batches after. An executor `harmonica_kernels.compile(harmonica_dit.denoise)` also keeps its graphs
-            for the next call. On the CPU all three run alike. None is "captured" where it is of use, from three whole
-            batches on, and possible, and "eager" elsewhere.
+            for the next call. On the CPU all three run alike. None is "captured" from three whole batches on, where
+            they surely run alike (no hook, LoRA or module of one's own, no noise on the way), and "eager" elsewhere.
         latents: whether a latent model's samples are left as they are, not decoded by its VAE.
         progress: called with the number of images done after each batch.
 
@@ -78,12 +79,19 @@ def sample(net, labels, *, steps: int | None = None,
         if start == 0:
             check_fits_memory(net, len(part), trajectory.model.scale)
         if run is None:
-            of_use = trajectory.can_be_recorded and not isinstance(schedule, AdaptiveSchedule)
-            run = _runner("captured" if of_use and len(labels) >= 3 * batch else "eager")
+            alike = trajectory.can_be_recorded and not isinstance(schedule, AdaptiveSchedule) and is_steady(net)
+            run = _runner("captured" if alike and len(labels) >= 3 * batch else "eager")
         if schedule is not None:
             schedule.check(net, trajectory)
         noise = image_noise(seed, first + start, len(part), net.sample_shape)
-        made = run(trajectory, noise.to(device), schedule)
+        try:
+            made = run(trajectory, noise.to(device), schedule)
+        except torch.OutOfMemoryError:
+            if executor is not None or run is denoise:
+                raise
+            run.reset()  # a graph takes memory of its own, and nobody asked for one
+            run = denoise
+            made = run(trajectory, noise.to(device), schedule)
         images.append(made if latents else decode(net, made))
         if progress is not None:
             progress(start + len(part))

@@ -199,9 +199,10 @@ def test_a_whole_trajectory_in_a_graph(monkeypatch, scheduler):
 
 
 def test_what_can_be_recorded_is_by_default(monkeypatch):
-    """From three whole batches on; not where the scheduler draws noise or the schedule decides while it runs."""
+    """From three whole batches on; not where the scheduler draws noise, the schedule decides while it runs, or a hook
+    would not be called."""
     CpuRecorder.install(monkeypatch)
-    net, labels = small(), torch.arange(7) % 4
+    net, labels, called = small(), torch.arange(7) % 4, []
     for recorded, options in ((True, dict(batch=2)), (True, dict(batch=2, schedule=table(net, 4))),
                               (False, dict(batch=3)), (False, dict(batch=2, executor="eager")),
                               (False, dict(batch=2, scheduler="DDPMScheduler")),
@@ -210,6 +211,27 @@ def test_what_can_be_recorded_is_by_default(monkeypatch):
         found = sample(net, labels, **dict(steps=4) | options)
         assert len(CpuRecorder.log) == recorded, options
         assert torch.equal(found, sample(net, labels, **dict(steps=4) | options | dict(executor="eager")))
+    net.blocks[0].mlp.register_forward_hook(lambda *_: called.append(1))
+    CpuRecorder.log.clear()
+    sample(net, labels, steps=4, batch=2)
+    assert not CpuRecorder.log and len(called) == 4 * 4
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "DPMSolverMultistepScheduler"])
+def test_a_graph_that_does_not_fit_is_not_needed(monkeypatch, scheduler):
+    """Unless it was asked for."""
+    CpuRecorder.install(monkeypatch)
+    net, labels = small(), torch.arange(7) % 4
+    expected = sample(net, labels, steps=4, batch=2, scheduler=scheduler, executor="eager")
+
+    def record(self, call, alone):
+        call()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CpuRecorder, "record", record)
+    assert torch.equal(sample(net, labels, steps=4, batch=2, scheduler=scheduler), expected)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(net, labels, steps=4, batch=2, scheduler=scheduler, executor="captured")
 
 
 @pytest.mark.gpu
