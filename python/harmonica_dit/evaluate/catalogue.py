@@ -53,6 +53,28 @@ def _solver(name: str, net, steps: int, speedup: float, options: dict) -> "Metho
     return best_solver(net, name, _fewer_steps(net, steps, speedup, options).steps, steps)
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """Sampling with quantized weights, see `harmonica_dit.quantize`: as many FLOPs, whatever speedup is asked for."""
+
+    kind: str
+
+    def __call__(self, net, steps: int, speedup: float, options: dict) -> "Method":
+        from harmonica_dit.models import quantize
+
+        from .named_methods import with_net
+
+        return with_net(self.kind, f"{self.kind} weights", steps, net, quantize(net, self.kind))
+
+
+def _pruned(net, steps: int, speedup: float, options: dict) -> "Method":
+    from harmonica_dit.train import prune
+
+    from .named_methods import with_net
+
+    return with_net("pruned", "pruned, not retrained", steps, net, prune(net, speedup, progress=False))
+
+
 # name -> function(net, steps of the uncached trajectory, speedup, dict of guidance and scheduler) -> Method
 CATALOGUE: dict[str, Callable[..., "Method"]] = {
     "fora": Scheduled("FORA", "fora"),
@@ -68,6 +90,8 @@ CATALOGUE: dict[str, Callable[..., "Method"]] = {
     "fewer-steps": _fewer_steps,
     "dpm-solver++": partial(_solver, "DPM-Solver++"),
     "unipc": partial(_solver, "UniPC"),
+    "pruned": _pruned,
+    **{kind: Quantized(kind) for kind in ("int8", "int8-dynamic", "int4")},
 }
 RIVALS = ("fora", "taylorseer-1", "fewer-steps", "dpm-solver++")  # compared where nothing else is asked for
 
@@ -78,7 +102,7 @@ def make_methods(net, names: Iterable[str], speedups: Iterable[float], steps: in
 
     Args:
         names: of CATALOGUE. steps: of the uncached trajectory. speedups: in FLOPs; a method has the nearest that it can
-            reach and that is not below.
+            reach and that is not below. Quantized weights are one method, at 1×.
         guidance, scheduler: of the comparison, for methods that sample to calibrate; they do so now.
 
     Raises:
@@ -88,10 +112,11 @@ def make_methods(net, names: Iterable[str], speedups: Iterable[float], steps: in
     for name in names:
         if name not in CATALOGUE:
             raise ValueError(f"method: got {name!r}, expected one of {', '.join(CATALOGUE)}")
-        for speedup in speedups:
+        make = CATALOGUE[name]
+        for speedup in [1.0] if isinstance(make, Quantized) else speedups:
             try:
-                method = CATALOGUE[name](net, steps, speedup, dict(guidance=guidance, scheduler=scheduler))
-            except ValueError as error:
+                method = make(net, steps, speedup, dict(guidance=guidance, scheduler=scheduler))
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"method: {name} at {speedup:g}×: {error}") from None
             made.append(replace(method, name=f"{method.family} {speedup:g}×"))
     return made

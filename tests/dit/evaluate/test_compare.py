@@ -22,6 +22,7 @@ from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import uncached
 from harmonica_dit.models import DiT
+from harmonica_dit.models.quantized import KINDS, weight_bytes
 from harmonica_dit.router import Router
 from harmonica_dit.sample import sample
 from harmonica_dit.schedule import Schedule
@@ -126,18 +127,28 @@ def test_a_process_that_fails_is_told_and_its_work_is_done(net):
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_methods_by_name_reach_the_speedup_and_no_more_than_the_next_step(net, name):
-    calibrated = name in ("step-search", "smoothcache", "first-block")
+    calibrated = name in ("step-search", "smoothcache", "first-block", "pruned")
     net, steps = (small_latent_dit(depth=6), 8) if calibrated else (net, 20)  # the small one is sampled
+    if name == "pruned":  # by gradients at up to 1000 timesteps
+        net = DiT(4, 2, 4, 64, 1, 8).eval().requires_grad_(False)
+    if name in KINDS:
+        (method,) = make_methods(net, [name], [1.5, 2.5], steps)
+        assert method.name == f"{name} weights 1×" and method.speedup(steps) == 1
+        assert weight_bytes(method.net) < 0.6 * weight_bytes(net)
+        return
     for speedup in (1.5, 2.5):
         (method,) = make_methods(net, [name], [speedup], steps)
         assert method.name.endswith(f" {speedup:g}×")
-        if name != "first-block":  # which has none until it has run
+        if name == "pruned":  # of a width that heads and channels allow
+            assert speedup <= method.speedup(steps) < 1.6 * speedup
+        elif name != "first-block":  # which has none until it has run
             assert speedup <= method.speedup(steps) < speedup * (1.4 if calibrated else 1.25)
 
 
 @pytest.mark.parametrize("names, speedups, message", [
     (["fora", "nonsense"], [2.0], "method: got 'nonsense', expected one of fora, "),
     (["fora"], [200.0], "method: fora at 200×: speedup: got 200.0, expected at most"),
+    (["pruned"], [200.0], "method: pruned at 200×: speedup: got 200.0"),
 ])
 def test_methods_by_name_that_there_are_not(net, names, speedups, message):
     with pytest.raises(ValueError, match=message):
