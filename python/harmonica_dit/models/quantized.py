@@ -75,6 +75,7 @@ def quantize(model: nn.Module, kind: str) -> nn.Module:
     quantize_(model, KINDS[kind](width), lambda module, name: name in chosen)
     for name in chosen:
         module = model.get_submodule(name)
+        vars(module).pop("extra_repr", None)  # torchao's, which no other process could be sent
         if type(module.weight) is nn.Parameter:
             raise ValueError(f"kind: {kind!r} does not fit {name}, {module.in_features} wide: torchao left it as is")
     return model

@@ -1,5 +1,8 @@
 """Methods with a model of their own, a quantized or pruned copy, in a comparison."""
 
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
 import pytest
 import torch
 
@@ -39,6 +42,9 @@ def test_each_method_samples_with_its_own_model(net, tmp_path):
         wanted = sample(method.model(net), [0, 3], steps=4, schedule=method.schedule, scheduler="ddim", guidance=1.5)
         assert torch.equal(kept.read(method, 0, 0)[0], wanted)
         assert not torch.equal(wanted, sample(net, [0, 3], steps=4, scheduler="ddim", guidance=1.5))
+    for method in pickle.loads(ForkingPickler.dumps(methods)):  # as another process gets them
+        assert torch.equal(sample(method.model(net), [0, 3], steps=4, schedule=method.schedule, scheduler="ddim",
+                                  guidance=1.5), kept.read(method, 0, 0)[0])
     other = with_net("int8-dynamic", "int8", 4, net, quantize(net, "int8-dynamic"))  # has the same weights and scales
     assert len({kept.digest(method, 0) for method in (*methods, other)}) == 6
     assert kept.digest(other, 0) == kept.digest(with_net("", "", 4, net, quantize(net, "int8-dynamic")), 0)
