@@ -1,17 +1,22 @@
-"""Writes the tables of docs/gpu.md anew from what was measured on a GPU: `python -m bench.gpu.page`.
+"""Writes the tables of docs/gpu.md and its picture anew from what was measured on a GPU: `python -m bench.gpu.page`.
 
-A table stands between `<!-- table: FILE, KIND -->`, FILE one of bench/results and KIND one of TABLES, and `<!-- end -->`.
+A table stands between `<!-- table: FILE, KIND -->`, FILE of bench/results and KIND of TABLES, and `<!-- end -->`.
 """
 
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 from bench import RESULTS, ROOT
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGE = ROOT / "docs" / "gpu.md"
 TABLE = re.compile(r"<!-- table: ([\w.-]+), (\w+) -->\n.*?<!-- end -->", re.S)
-WAYS = {"plain": "plain PyTorch", "plain, in a graph": "the same in one graph", "ours, eager": "ours, eager",
+WAYS = {"plain": "plain PyTorch", "plain, in a graph": "plain PyTorch, in one graph", "ours, eager": "ours, eager",
         "ours": "ours, in one graph", "LTC": "LTC's schedule (22.1 % CUR)",
         "LTC, reference's way, bfloat16": "LTC's, the reference's way", "37.5 % CUR": "37.5 % CUR, at random",
         "37.5 % CUR, reference's way, bfloat16": "37.5 % CUR, the reference's way",
@@ -77,5 +82,31 @@ def write_tables(page: str) -> str:
                      page)
 
 
-if __name__ == "__main__":
+def draw(file: str) -> "Figure":
+    """A bar for each way of making a trajectory: plain PyTorch's and the reference's in grey, ours in blue."""
+    from matplotlib import pyplot as plt
+
+    heading, *lines = trajectories(json.loads((RESULTS / file).read_text())["parts"])
+    colours = ["0.6" if "plain" in way or "reference" in way else "tab:blue" for way in WAYS]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")
+    for i, axes in enumerate(panels, 1):
+        times = [float(line[i]) for line in lines]
+        bars = axes.barh(range(len(lines), 0, -1), times, color=colours, tick_label=[name for name, *_ in lines])
+        axes.bar_label(bars, fmt="%.0f", padding=3)
+        axes.set(title=f"{heading[i]}, ms", xlim=(0, 1.12 * max(times)))
+    return figure
+
+
+def main() -> None:
+    import matplotlib
+
+    from harmonica_dit.evaluate.style import save
+
+    matplotlib.use("Agg")
     PAGE.write_text(write_tables(PAGE.read_text()))
+    [file] = {file for file, kind in TABLE.findall(PAGE.read_text()) if kind == "trajectories"}
+    save(partial(draw, file), PAGE.with_name("gpu-trajectories.png"))
+
+
+if __name__ == "__main__":
+    main()
