@@ -199,8 +199,10 @@ def _full_name(name: str, term: int | None) -> str:
 
 def _span(name: str, t: Tensor) -> tuple[str, int, int]:
     """Name, first byte and the byte after the last of a tensor of dense rows."""
-    first, rest = t.data_ptr(), zip(t.shape[:-1], t.stride())
-    values = 0 if t.numel() == 0 else sum((size - 1) * stride for size, stride in rest) + t.shape[-1]
+    first = t.data_ptr()
+    if t.is_contiguous():
+        return name, first, first + t.nbytes
+    values = 1 + sum([(size - 1) * stride for size, stride in zip(t.shape, t.stride())])
     return name, first, first + values * t.element_size()
 
 
