@@ -155,6 +155,11 @@ def test_methods_by_name_that_there_are_not(net, names, speedups, message):
         make_methods(net, names, speedups, 20)
 
 
+def test_a_method_for_other_models_is_named():
+    with pytest.raises(ValueError, match="method: pruned at 2×: net: got Linear, expected a DiT"):
+        make_methods(torch.nn.Linear(1, 1), ["pruned"], [2.0], 20)
+
+
 def test_a_method_that_diverges_is_named(net, monkeypatch):
     whole = samples.sample
     monkeypatch.setattr(samples, "sample", lambda net, labels, *, steps, **options: whole(

@@ -18,7 +18,7 @@ from harmonica_dit.methods import fora
 from harmonica_dit.pipelines import prompts
 from harmonica_dit.router import Router
 from harmonica_dit.sample import Trajectory, denoise, image_noise, sample
-from harmonica_dit.train import train_router
+from harmonica_dit.train import train_learning_to_cache, train_router
 from harmonica_dit.train.frozen_model import checkpoint_bodies, freeze
 from support.cpu_recorder import CpuRecorder
 from support.pipeline_folders import save_pixart
@@ -302,29 +302,45 @@ def test_bad_files_of_embeddings(net, tmp_path):
             prompts.Prompts.load(path)
 
 
+@pytest.fixture
+def looked_up(monkeypatch):
+    """For each look at the prompts whether a graph is being recorded, whose replay would not look again."""
+    CpuRecorder.install(monkeypatch)
+    conditions, seen = prompts.Prompts.conditions, []
+    monkeypatch.setattr(prompts.Prompts, "conditions", lambda *args: seen.append(CpuRecorder.recording)
+                        or conditions(*args))
+    return seen
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("size", [8, 128])
-def test_a_text_models_trajectory_is_recorded(pixart, tmp_path, monkeypatch, size):
-    """And replayed for other prompts, which a replay does not look up; at 1024 pixels with micro-conditions."""
+def test_a_text_models_trajectory_is_recorded(pixart, tmp_path, monkeypatch, looked_up, size, fused):
+    """And replayed for other prompts; at 1024 pixels with micro-conditions. fused: guided in one call, as on a GPU."""
     folder = pixart if size == 8 else save_pixart(tmp_path / "large", sample_size=128, patch_size=16,
                                                        attention_head_dim=12, cross_attention_dim=24)
     net = harmonica_dit.load(str(folder), prompts=TEXTS)
-    CpuRecorder.install(monkeypatch)
-    conditions, while_recording = type(net.prompts).conditions, []
-    monkeypatch.setattr(type(net.prompts), "conditions", lambda *args: while_recording.append(
-        CpuRecorder.recording) or conditions(*args))
+    monkeypatch.setattr(hk.ops, "FUSED", ("cpu",) if fused else ())
     schedule, executor = fora(net, 4, 2), hk.compile(denoise)
     images = []
     for labels in ([0, 1], [1, 2], [2, 0], [0, 0]):
-        found = sample(net, labels, executor=executor, schedule=schedule, latents=True)
-        assert torch.equal(found, sample(net, labels, schedule=schedule, latents=True))
+        options = dict(schedule=schedule, latents=True, scheduler="ddim" if fused else None)
+        found = sample(net, labels, executor=executor, **options)
+        assert torch.equal(found, sample(net, labels, **options))
         images.append(found)
-    assert executor.graphs == 1 and not any(while_recording)
+    assert executor.graphs == 1 and looked_up and not any(looked_up)
     assert not torch.equal(images[0], images[3])
 
 
-def test_a_text_models_training_is_recorded(net, monkeypatch):
+def test_a_text_models_training_is_recorded(net, looked_up):
     """As it is without graphs."""
     eager = train_router(net, beta=1e-3, importance_rows="hard", executor="eager", **SMALL)
-    CpuRecorder.install(monkeypatch)
+    assert not CpuRecorder.log
     recorded = train_router(net, beta=1e-3, importance_rows="hard", **SMALL)
-    assert CpuRecorder.log and torch.equal(recorded.scores(), eager.scores())
+    assert CpuRecorder.log and torch.equal(recorded.scores(), eager.scores()) and not any(looked_up)
+
+
+def test_learning_to_cache_of_a_text_model_is_recorded(net, looked_up):
+    images = torch.randn(6, *net.sample_shape, generator=torch.Generator().manual_seed(0))
+    router = train_learning_to_cache(net, images, [0, 1, 2, 0, 1, 2], steps=4, iterations=6, batch=2, beta=1e-3,
+                                     progress=False)
+    assert CpuRecorder.log and router.scores().isfinite().all() and looked_up and not any(looked_up)
