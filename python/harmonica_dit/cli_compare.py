@@ -29,13 +29,24 @@ from .cli_options import (
 )
 
 
+def pruned(net, steps: int, speedup: float, options: dict):
+    """A method for the catalogue: a narrower copy, not retrained."""
+    from harmonica_dit.evaluate.named_methods import with_net
+    from harmonica_dit.train import prune
+
+    return with_net("pruned", "pruned, not retrained", steps, net, prune(net, speedup, progress=False))
+
+
+METHODS = CATALOGUE | {"pruned": pruned}
+
+
 def compare(
     out: Annotated[Path, typer.Option(help="Folder for rows.json, table.csv, table.md and pictures; its folder samples "
                                            "keeps what is sampled, so the same command goes on after Ctrl-C.")],
     schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help=f"{FILE}; may be given "
                                                         "again.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"What else to compare, at each --speedup: "
-                                                     f"{', '.join(CATALOGUE)}; may be given again.",
+                                                     f"{', '.join(METHODS)}; may be given again.",
                                                      show_default=", ".join(RIVALS))] = None,
     speedup: Annotated[list[float] | None, typer.Option(help="FLOPs speedup of these; may be given again.",
                                                         show_default="1.9 and 2.7, half and a third of the "
@@ -98,7 +109,8 @@ def compare(
             typer.echo(f"harmonica: {one.name} is for {one.steps} steps; it is compared with {steps} uncached steps "
                        "(--steps)", err=True)
     # once, not by every rank: what some of them sample to calibrate may differ in rounding
-    methods += ranks.on_main(partial(make_methods, net, method or RIVALS, speedup or (1.9, 2.7), **options))
+    methods += ranks.on_main(partial(make_methods, net, method or RIVALS, speedup or (1.9, 2.7), **options,
+                                      catalogue=METHODS))
     labels = torch.arange(samples) % net.num_classes
     judge = judge_of(net, inception=inception, real=real, clip=clip,
                      kept=out / "real-images.safetensors") if ranks.is_main() else None

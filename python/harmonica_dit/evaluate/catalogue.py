@@ -1,6 +1,6 @@
 """Ways to skip work by name, each at a FLOPs speedup: what `harmonica compare` can compare without a file."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -67,14 +67,6 @@ class Quantized:
         return with_net(self.kind, f"{self.kind} weights", steps, net, quantize(net, self.kind))
 
 
-def _pruned(net, steps: int, speedup: float, options: dict) -> "Method":
-    from harmonica_dit.train import prune
-
-    from .named_methods import with_net
-
-    return with_net("pruned", "pruned, not retrained", steps, net, prune(net, speedup, progress=False))
-
-
 # name -> function(net, steps of the uncached trajectory, speedup, dict of guidance and scheduler) -> Method
 CATALOGUE: dict[str, Callable[..., "Method"]] = {
     "fora": Scheduled("FORA", "fora"),
@@ -90,29 +82,29 @@ CATALOGUE: dict[str, Callable[..., "Method"]] = {
     "fewer-steps": _fewer_steps,
     "dpm-solver++": partial(_solver, "DPM-Solver++"),
     "unipc": partial(_solver, "UniPC"),
-    "pruned": _pruned,
     **{kind: Quantized(kind) for kind in ("int8", "int8-dynamic", "int4")},
 }
 RIVALS = ("fora", "taylorseer-1", "fewer-steps", "dpm-solver++")  # compared where nothing else is asked for
 
 
 def make_methods(net, names: Iterable[str], speedups: Iterable[float], steps: int, *, guidance: float = 1.5,
-                 scheduler="ddim") -> list["Method"]:
+                 scheduler="ddim", catalogue: Mapping[str, Callable[..., "Method"]] = CATALOGUE) -> list["Method"]:
     """Each of the methods at each of the speedups, named after both.
 
     Args:
-        names: of CATALOGUE. steps: of the uncached trajectory. speedups: in FLOPs; a method has the nearest that it can
-            reach and that is not below. Quantized weights are one method, at 1×.
+        names: of the catalogue. steps: of the uncached trajectory. speedups: in FLOPs; a method has the nearest that it
+            can reach and that is not below. Quantized weights are one method, at 1×.
         guidance, scheduler: of the comparison, for methods that sample to calibrate; they do so now.
+        catalogue: the methods that there are, each a function as in CATALOGUE.
 
     Raises:
         ValueError: there is no such method, or it cannot reach such a speedup; the message names it.
     """
     made = []
     for name in names:
-        if name not in CATALOGUE:
-            raise ValueError(f"method: got {name!r}, expected one of {', '.join(CATALOGUE)}")
-        make = CATALOGUE[name]
+        if name not in catalogue:
+            raise ValueError(f"method: got {name!r}, expected one of {', '.join(catalogue)}")
+        make = catalogue[name]
         for speedup in [1.0] if isinstance(make, Quantized) else speedups:
             try:
                 method = make(net, steps, speedup, dict(guidance=guidance, scheduler=scheduler))

@@ -13,8 +13,9 @@ from rich.console import Console
 
 import harmonica_dit
 from harmonica_dit import methods
+from harmonica_dit.cli_compare import METHODS
 from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file, samples
-from harmonica_dit.evaluate.catalogue import CATALOGUE, make_methods
+from harmonica_dit.evaluate.catalogue import make_methods
 from harmonica_dit.evaluate.fashion import fashion_judge
 from harmonica_dit.evaluate.named_methods import name_after
 from harmonica_dit.evaluate.report import print_table
@@ -125,19 +126,19 @@ def test_a_process_that_fails_is_told_and_its_work_is_done(net):
     assert rows[0]["samples"] == 2
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", METHODS)
 def test_methods_by_name_reach_the_speedup_and_no_more_than_the_next_step(net, name):
     calibrated = name in ("step-search", "smoothcache", "first-block", "pruned")
     net, steps = (small_latent_dit(depth=6), 8) if calibrated else (net, 20)  # the small one is sampled
     if name == "pruned":  # by gradients at up to 1000 timesteps
         net = DiT(4, 2, 4, 64, 1, 8).eval().requires_grad_(False)
     if name in KINDS:
-        (method,) = make_methods(net, [name], [1.5, 2.5], steps)
+        (method,) = make_methods(net, [name], [1.5, 2.5], steps, catalogue=METHODS)
         assert method.name == f"{name} weights 1×" and method.speedup(steps) == 1
         assert weight_bytes(method.net) < 0.6 * weight_bytes(net)
         return
     for speedup in (1.5, 2.5):
-        (method,) = make_methods(net, [name], [speedup], steps)
+        (method,) = make_methods(net, [name], [speedup], steps, catalogue=METHODS)
         assert method.name.endswith(f" {speedup:g}×")
         if name == "pruned":  # of a width that heads and channels allow
             assert speedup <= method.speedup(steps) < 1.6 * speedup
@@ -152,12 +153,12 @@ def test_methods_by_name_reach_the_speedup_and_no_more_than_the_next_step(net, n
 ])
 def test_methods_by_name_that_there_are_not(net, names, speedups, message):
     with pytest.raises(ValueError, match=message):
-        make_methods(net, names, speedups, 20)
+        make_methods(net, names, speedups, 20, catalogue=METHODS)
 
 
 def test_a_method_for_other_models_is_named():
     with pytest.raises(ValueError, match="method: pruned at 2×: net: got Linear, expected a DiT"):
-        make_methods(torch.nn.Linear(1, 1), ["pruned"], [2.0], 20)
+        make_methods(torch.nn.Linear(1, 1), ["pruned"], [2.0], 20, catalogue=METHODS)
 
 
 def test_a_method_that_diverges_is_named(net, monkeypatch):
