@@ -69,7 +69,7 @@ class LoopDenoiser(nn.Module):
                 encoder.load(embeddings, about)
         self._loop = OwnLoop(own, self.transformer)
         self._guided: dict[tuple, GuidedLoop] = {}
-        self._batch: tuple[tuple, dict] | None = None  # the latest labels, and their arguments
+        self._batch: tuple[tuple, dict] | None = None  # the latest labels and device, and their arguments
         parameters = inspect.signature(type(pipe).__call__).parameters
         default = parameters["guidance_scale"].default if "guidance_scale" in parameters else None
         self.guidance: float | None = self.call.get("guidance_scale", default)
@@ -153,9 +153,9 @@ class LoopDenoiser(nn.Module):
 
     def arguments(self, labels: Tensor, steps: int) -> dict[str, Any]:
         """Of the pipeline's call for images of these labels [n]."""
-        key = tuple(labels.tolist())
-        if self._batch is None or self._batch[0] != key:
-            self._batch = key, moved(self.prompts.arguments(key), next(self.parameters()).device)
+        numbers, device = tuple(labels.tolist()), next(self.parameters()).device
+        if self._batch is None or self._batch[0] != (numbers, device):
+            self._batch = (numbers, device), moved(self.prompts.arguments(numbers), device)
         return self.call | self._batch[1] | WITHOUT | dict(num_inference_steps=steps)
 
     def set_timesteps(self, scheduler: SchedulerMixin, steps: int, labels: Sequence[int] = (0,)) -> SchedulerMixin:
@@ -176,7 +176,8 @@ class LoopDenoiser(nn.Module):
                 other, or it has no guidance_scale; the message says what it does.
         """
         config = json.dumps({name: str(value) for name, value in scheduler.config.items()}, sort_keys=True)
-        key = type(scheduler), config, tuple(scheduler.timesteps.tolist()), guidance, autocast
+        times = scheduler.timesteps
+        key = type(scheduler), config, tuple(times.tolist()), times.device, guidance, autocast
         if key not in self._guided:
             made = GuidedLoop(self, copy.deepcopy(scheduler), guidance, autocast)
             made.check(self._zeros())
