@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 GPU = torch.device("cuda", 0)
 DEVICE_OF = Tensor.device.__get__
-INTO = {Tensor.copy_, Tensor.data.__set__}  # from either kind
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_}
 
 
@@ -34,7 +33,12 @@ class PretendedGpu(TorchFunctionMode):
             return bool(marked)
         asked, args, kwargs = _without_device(func, args, kwargs)
         result = func(*args, **kwargs)
-        if func in INTO:
+        if func == Tensor.data.__set__:  # as Module.to() does
+            given[0].on_pretended_gpu = is_marked(given[1])
+            return result
+        if func == torch._has_compatible_shallow_copy_type:
+            return result
+        if func == Tensor.copy_:
             asked = "cuda" if is_marked(given[0]) else "cpu"
         if asked is not None:
             return _mark(result, asked == "cuda", given)
