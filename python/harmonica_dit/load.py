@@ -31,7 +31,9 @@ def load(name, checkpoint: str | os.PathLike | None = None, *, image_size: int |
     A denoiser is a module `net(x, t, y, row=, forecast_weights=, cache=, threshold=)` with `name`, `sample_shape`,
     `num_classes`, `branches` (a list or tuple), `branch_names`, `tokens` (N) and `width` (D). Its `guidance`,
     `guidance_channels` and `scheduler` are the defaults of trajectories. Labels are classes, or the numbers of a text
-    model's prompts; the label `num_classes` stands for none.
+    model's prompts; the label `num_classes` stands for none. What it looks up on the host by its labels, as text, no
+    recorded graph would look up again: it is what `conditions(labels)` returns, a dict of tensors that a trajectory
+    asks for once and gives each forward by these names.
 
     A pipeline with another transformer than DiT's or PixArt's becomes a denoiser without `branches`, which is run by a
     `Trajectory` alone: the pipeline's own loop makes the guided output of each step, see `pipelines/own_loop.py`. It
