@@ -14,7 +14,8 @@
 #
 # Runs from the source tree; nothing is resolved or downloaded. Needed: Python ≥ 3.10, torch ≥ 2.11 with CUDA, triton, what
 # harmonica_dit needs, pybind11, cmake, ninja, a C++ compiler, pytest, hypothesis, transformers; --wheels names what is
-# missing. Of use where they are: nvcc, compute-sanitizer, xformers, torchao, pytest-xdist. Environment:
+# missing. Of use where they are: nvcc, compute-sanitizer, xformers, torchao, pytest-xdist. The part build can be left out
+# where an extension that was built for the same Python came with the tree. Environment:
 #   PYTHON               the interpreter (python3)
 #   HARMONICA_WHEELS     a folder of wheels that are missing there, installed into build/ first (.whl, if it exists)
 #   HARMONICA_COMMIT     the commit, where the tree came without .git
