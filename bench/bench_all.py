@@ -9,6 +9,9 @@ The cases are those of bench/cases/. All candidates of a case are timed in the s
 to agree; what a rival cannot do is a note below the table.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 
@@ -36,18 +39,24 @@ differs: from the candidate that it must agree with, relative (root mean square)
 
 
 @pytest.fixture(scope="module")
-def measured(request, pytestconfig, settings) -> Measured:
-    """A case by its name, measured once. What it raises pytest raises for each of its candidates."""
-    case, full = CASES[request.param], pytestconfig.getoption("full")
-    if case.full and not full:
+def measured(pytestconfig, settings) -> Callable[[str], Measured]:
+    """A function that measures a case of this name, once for all of its candidates.
+
+    A fixture with the case as its parameter would be made anew for each pair of case and candidate.
+    """
+    tiny, more = pytestconfig.getoption("tiny"), MORE if pytestconfig.getoption("full") else 1
+
+    @cache
+    def run(name: str) -> Measured:
+        try:
+            return measure(CASES[name], tiny, **settings(TINY, rounds=more * CASES[name].rounds, warmup=1))
+        finally:
+            torch.compiler.reset()  # else the graphs of one case count towards the limit of the next
+    return run
+
+
+@pytest.mark.parametrize("case, candidate", PAIRS)
+def test_all(measured, replay, pytestconfig, case, candidate):
+    if CASES[case].full and not pytestconfig.getoption("full"):
         pytest.skip("takes long; --full runs it")
-    try:
-        rounds = (MORE if full else 1) * case.rounds
-        return measure(case, pytestconfig.getoption("tiny"), **settings(TINY, rounds=rounds, warmup=1))
-    finally:
-        torch.compiler.reset()  # else the graphs of one case count towards the limit of the next
-
-
-@pytest.mark.parametrize("measured, candidate", PAIRS, indirect=["measured"])
-def test_all(measured, replay, candidate):
-    replay(measured, candidate)
+    replay(measured(case), candidate)

@@ -1,9 +1,12 @@
 """bench_all.py's cases, at tiny sizes and without compiling: nothing is timed whose candidates do not agree."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from bench import bench_all, cases, sdt_models
+from bench import ROOT, bench_all, cases, sdt_models
 from bench.cases import OURS, PLAIN, Candidate, Case, measure, models, ops, pipelines
 from bench.pipelines.rivals import RIVALS, Rival
 
@@ -31,6 +34,23 @@ def test_every_kind_of_case_is_measured(uncompiled, name):
     for candidate, row in found.rows.items():
         assert row["over_plain"] == pytest.approx(found.seconds[candidate][0] / found.seconds[PLAIN][0])
         assert row["note"] is None and row["difference"] <= 2 and row["what"] == name and row["candidate"] == candidate
+
+
+def test_a_case_is_measured_once_for_all_of_its_candidates(tmp_path):
+    """Else their times would be of different rounds."""
+    program = """if True:
+        import pytest, sys
+        from bench import bench_all
+        measure, names = bench_all.measure, []
+        bench_all.measure = lambda case, *args, **options: names.append(case.name) or measure(case, *args, **options)
+        status = pytest.main(["bench/bench_all.py", "--tiny", "-q", "-k", "bias_gelu", "-p", "no:cacheprovider",
+                              "-o", "filterwarnings="])
+        print("measured:", len(names), len(set(names)))
+        sys.exit(status)"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    times, cases = map(int, done.stdout.split("measured:")[1].split())
+    assert times == cases > 1
 
 
 def test_every_case_has_a_name_of_its_own_and_begins_with_the_yardstick():
