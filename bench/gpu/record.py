@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench import ROOT
 from bench.record import machine, moment, read_output
 from bench.timing import quartiles
 from harmonica_dit.timing import interleave, medians
@@ -120,8 +123,18 @@ class Record:
     def _write(self) -> None:
         self.content["seconds"] = time.monotonic() - self.started
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1))
+        part.write_text(without_places(json.dumps(self.content, indent=1)))
         os.replace(part, self.path)
+
+
+def without_places(text: str) -> str:
+    """Text without this machine's folders: files of the project, of packages and of Python by what follows those."""
+    known = sysconfig.get_paths()
+    folders = {str(ROOT), os.path.dirname(sys.executable), known["purelib"], known["platlib"], known["stdlib"]}
+    for folder in sorted(folders, key=len, reverse=True):  # packages may lie inside the project's
+        for written in (os.path.relpath(folder, ROOT), folder):  # pytest writes them from the project's on
+            text = text.replace(f"{written}/", "") if written != "." else text
+    return text
 
 
 def spin(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import ROOT
+from bench import RESULTS, ROOT
 from bench.gpu import commands, gated, models, needs
 from bench.gpu.__main__ import PARTS, run
 from bench.gpu.commands import call, findings
@@ -232,6 +232,26 @@ def test_a_sample_is_of_one_launch(tmp_path, monkeypatch):
         assert record.time("gelu", {"ours": print}, 3, launches=10) == {"ours": 2}
     assert record.content["samples"] == {"gelu: ours": dict(median=2, quartiles=[1.5, 2, 2.5], least=1, most=3, count=3,
                                                             unit="s")}
+
+
+def test_no_folder_of_the_machine_is_kept(tmp_path):
+    """Neither the project's nor Python's, which stand in every traceback."""
+    with Record("kernels", tmp_path, tiny=True) as record:
+        with record.attempt("fails"):
+            json.loads("{")
+        record.note("relative", f"{os.path.relpath(os.path.dirname(pytest.__file__), ROOT)}/__init__.py: warning")
+        record.note("python", sys.executable)
+    text = (tmp_path / "kernels.json").read_text()
+    assert 'File \\"bench/gpu/record.py\\"' in text and 'File \\"json/__init__.py\\"' in text
+    assert '"pytest/__init__.py: warning"' in text
+    for folder in (ROOT, os.path.dirname(sys.executable), sys.prefix, sys.base_prefix):
+        assert str(folder) not in text
+
+
+def test_no_result_names_a_folder_of_a_machine():
+    for path in RESULTS.glob("*.json"):
+        found = re.findall(r"(?<![\w.])/(?:work|opt|usr|home|root|tmp|mnt)/[^\s\"\\]*", path.read_text())
+        assert not found, (path.name, found[:3])
 
 
 def test_what_is_wrong_is_timed_and_marked(tmp_path):
