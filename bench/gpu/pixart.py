@@ -85,9 +85,11 @@ def measure(record: Record, name: str, case: Case) -> None:
         "computed, eager": lambda: denoise(mine, noise), "computed": lambda: executor(mine, noise),
         "cached, eager": lambda: denoise(mine, noise, schedule), "cached": lambda: executor(mine, noise, schedule),
         "whole steps": lambda: executor(mine, noise, whole)}
-    for way in candidates:
-        for _ in range(1 if way in ("plain", "computed, eager", "cached, eager") else 2):  # runs, records
-            candidates[way]()
+    for _ in range(2):  # runs, records
+        candidates["plain, in a graph"]()
+    for way, eager in (("computed", denoise(mine, noise)), ("cached", denoise(mine, noise, schedule)),
+                       ("whole steps", denoise(mine, noise, whole))):
+        check_captured(record, f"{name}, {way}", candidates[way], eager)
     record.stage(f"{name}, timing")
     seconds = record.time(name, candidates, case.rounds, warmup=1)
     record.row(case=name, T=steps, **{f"{way}, ms": value * 1e3 for way, value in seconds.items()})
@@ -106,34 +108,45 @@ def measure(record: Record, name: str, case: Case) -> None:
     record.ratio(f"{name}, uncached: diffusers in a graph / ours", in_a_graph, 1.0)
 
 
+def pair(name: str, executor, trajectory, noise: Tensor, schedule) -> dict[str, Callable[[], Tensor]]:
+    """One trajectory with everything computed, and by the schedule."""
+    return {name: lambda: executor(trajectory, noise), f"{name}, cached": lambda: executor(trajectory, noise, schedule)}
+
+
+def check_captured(record: Record, name: str, captured: Callable[[], Tensor], eager: Tensor) -> None:
+    for _ in range(3):  # runs, records, replays
+        found = captured()
+    record.check(f"{name}: captured beside eager", relative_error(found, eager), 0.02)
+
+
 def quantized(record: Record, case: Case) -> None:
     ours, _ = denoisers(record, case)
     steps = 4 if record.tiny else case.steps
     schedule = random_schedule(ours.branch_names, count_flops(ours), steps, CUR)
     trajectory, noise = models.trajectory(ours, 1, record.device, steps), models.noise(ours, 1, record.device)
     executor = hk.compile(denoise)
-    exact, plain = denoise(trajectory, noise), ours.transformer
-    candidates = {"bfloat16": lambda: executor(trajectory, noise),
-                  "bfloat16, cached": lambda: executor(trajectory, noise, schedule)}
+    exact = denoise(trajectory, noise)
+    candidates = pair("bfloat16", executor, trajectory, noise, schedule)
+    check_captured(record, "bfloat16", candidates["bfloat16"], exact)
     for kind in KINDS:
         record.stage(f"weights in {kind}")
         try:
-            net = denoiser(quantize(plain, kind), dict(encoder_hidden_states=ours.prompts.embeddings,
-                                                       encoder_attention_mask=ours.prompts.mask))
+            net = denoiser(quantize(ours.transformer, kind), dict(encoder_hidden_states=ours.prompts.embeddings,
+                                                                  encoder_attention_mask=ours.prompts.mask))
             its = models.trajectory(net, 1, record.device, steps)
-            for _ in range(3):  # runs, records, replays
-                found = executor(its, noise)
+            eager = denoise(its, noise)
         except Exception as reason:  # torchao has no kernel for this kind here, and each says so in its own way
             record.row(weights=kind, refused=f"{type(reason).__name__}: {reason}"[:300])
             continue
-        record.row(weights=kind, MB=weight_bytes(net) / 1e6, error=relative_error(found, exact))
-        candidates |= {kind: lambda its=its: executor(its, noise),
-                       f"{kind}, cached": lambda its=its: executor(its, noise, schedule)}
+        record.row(weights=kind, MB=weight_bytes(net) / 1e6, error=relative_error(eager, exact))
+        with record.attempt(f"weights in {kind}, captured"):  # ours has to
+            made = pair(kind, executor, its, noise, schedule)
+            check_captured(record, kind, made[kind], eager)
+            candidates |= made
     record.stage("quantized, timing")
     seconds = record.time("quantized", candidates, case.rounds, warmup=3)
     record.row(FLOPs=schedule.speedup, **{"router alone": seconds["bfloat16"] / seconds["bfloat16, cached"],
                                           "bfloat16, ms": seconds["bfloat16"] * 1e3})
-    record.check("quantized: captured beside eager", relative_error(candidates["bfloat16"](), exact), 0.02)
     for kind in KINDS:
         if kind in seconds:
             record.row(weights=kind, **{"quantized alone": seconds["bfloat16"] / seconds[kind],

@@ -96,7 +96,8 @@ def load(name, checkpoint: str | os.PathLike | None = None, *, image_size: int |
     else:
         raise ValueError(f'name: got {name!r}, expected "fashion-dit", one of {", ".join(CONFIGS)}, or the folder or '
                          "repository of a diffusers pipeline")
-    _check_attention(net, attention, dtype, device)
+    if attention != "sdpa":
+        _check_attention(net, attention, dtype, device)
     try:
         net.load_state_dict(read_weights(checkpoint))
     except RuntimeError as error:
@@ -114,7 +115,9 @@ def _check_attention(net: DiT, name: str, dtype: torch.dtype, device: torch.devi
     q = torch.zeros(1, 8, attention.heads, width, dtype=dtype, device=device)
     try:
         attention.back_end(q, q, q)
-    except (RuntimeError, NotImplementedError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # NotImplementedError is one
         reason = str(error).splitlines()[0]
         raise ValueError(f"attention: {name} cannot run {dtype} on {device} with PyTorch {torch.__version__}: {reason};"
                          " leave the default, sdpa") from None

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import harmonica_dit
 from bench import RESULTS, ROOT
 from bench.gpu import commands, gated, models, needs
 from bench.gpu.__main__ import PARTS, run
@@ -281,7 +282,7 @@ def test_what_is_missing_is_said_before_anything_is_built(monkeypatch, capsys):
         out = capsys.readouterr().out
         assert ended.value.code is ends and ("--dest .whl transformers==" in out) == ends
         assert ("not on the PATH: nvcc" in out) == (parts != ["kernels"])
-    assert set(needs.NEEDS) == set(PARTS)
+    assert set(needs.NEEDS) == set(PARTS) and {*harmonica_dit.NEEDED} <= {*needs.EVERY}
 
 
 @pytest.mark.parametrize("part", [*MEASURED, "gated"])

@@ -1,7 +1,13 @@
 """Small pipelines of many real classes, with random weights."""
 
+from functools import wraps
+
 import torch
 
+from harmonica_dit.flops import Flops
+from harmonica_dit.pipelines.adapters import adapt
+from harmonica_dit.pipelines.conditions import moved
+from harmonica_dit.schedule import Schedule
 from support.flux_pipes import FLUX_PIPES
 from support.image_pipes import IMAGE_PIPES
 from support.pipes import make_pipe, run
@@ -27,3 +33,21 @@ PIPES: dict[str, SmallPipe] = {
     "pixart-sigma": from_pipes("sigma", **PIXART),
     **FLUX_PIPES, **IMAGE_PIPES, **VIDEO_PIPES,
 }
+
+
+def every_second(pipe, steps: int) -> Schedule:
+    """Forecasts every branch to first order at every second step."""
+    names = adapt(pipe.transformer).branch_names
+    return Schedule((torch.arange(steps) % 2 == 0)[:, None].repeat(1, len(names)), names,
+                    Flops((1.0,) * len(names), 1.0), torch.full((steps, len(names)), 0.5))
+
+
+def move_arguments(monkeypatch, pipe) -> None:
+    """Until the test ends the pipeline's calls find their embeddings and masks on its device."""
+    original = type(pipe).__call__
+
+    @wraps(original)
+    def call(self, *args, **kwargs):
+        return original(self, *args, **moved(kwargs, self.device))
+
+    monkeypatch.setattr(type(pipe), "__call__", call)

@@ -82,7 +82,9 @@ def _mark(result: Any, marked: bool, given: list[Tensor]) -> Any:
     return tree_map_only(Tensor, mark, result)
 
 
-def move(module: nn.Module) -> None:
-    """All of its parameters and buffers to the pretended GPU."""
-    for t in (*module.parameters(), *module.buffers()):
-        t.on_pretended_gpu = True
+def move(model) -> None:
+    """All parameters and buffers of a module, or of a pipeline's modules, to the pretended GPU."""
+    parts = [model] if isinstance(model, nn.Module) else model.components.values()
+    for part in parts:
+        for t in (*part.parameters(), *part.buffers()) if isinstance(part, nn.Module) else ():
+            t.on_pretended_gpu = True

@@ -89,7 +89,7 @@ def sample(net, labels, *, steps: int | None = None,
         except torch.OutOfMemoryError:
             if executor is not None or run is denoise:
                 raise
-            run.reset()  # a graph takes memory of its own, and nobody asked for one
+            run.reset()  # nobody asked for its graphs, and the error still holds them
             run = denoise
             made = run(trajectory, noise.to(device), schedule)
         images.append(made if latents else decode(net, made))

@@ -52,6 +52,13 @@ def test_back_ends_without_a_kernel_are_refused_at_load(monkeypatch):
     with pytest.raises(ValueError, match="attention: flash .*: No operator found .*with inputs:; leave the default"):
         harmonica_dit.load("fashion-dit", attention="flash")
 
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dit, "attention_back_end", lambda name: no_memory)
+    with pytest.raises(torch.OutOfMemoryError):  # which another back end would not help
+        harmonica_dit.load("fashion-dit", attention="flash")
+
 
 def test_attention_that_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)
@@ -73,6 +80,7 @@ def test_back_ends_on_a_gpu(name, dtype):
         try:
             harmonica_dit.load("fashion-dit", attention=name, dtype=dtype, device="cuda")
         except ValueError as error:
+            assert "attention: xformers cannot run" in str(error)
             pytest.skip(str(error))
     for d in (64, 72):
         qkv = torch.randn(2, 50, 3, 4, d, device="cuda", dtype=dtype)

@@ -1,26 +1,13 @@
 """Where a pipeline is on a GPU, the cache and the adapters make no tensor on the CPU that meets one from there."""
 
-from functools import wraps
-
 import pytest
 import torch
 
 import harmonica_dit
-from harmonica_dit.flops import Flops
-from harmonica_dit.pipelines.adapters import adapt
-from harmonica_dit.pipelines.conditions import moved
-from harmonica_dit.schedule import Schedule
-from support.many_pipes import PIPES
+from support.many_pipes import PIPES, every_second, move_arguments
 from support.pretended_gpu import GPU, PretendedGpu, is_marked, move
 
 pytestmark = pytest.mark.filterwarnings("ignore:forecasts to order 0", "ignore:CUDA is not available")
-
-
-def every_second(pipe, steps: int) -> Schedule:
-    """Forecasts every branch to first order at every second step."""
-    names = adapt(pipe.transformer).branch_names
-    return Schedule((torch.arange(steps) % 2 == 0)[:, None].repeat(1, len(names)), names,
-                    Flops((1.0,) * len(names), 1.0), torch.full((steps, len(names)), 0.5))
 
 
 @pytest.fixture(params=PIPES)
@@ -28,17 +15,10 @@ def moved_pipe(request, monkeypatch):
     """A pipeline on the pretended GPU, to which its arguments are moved; and what it makes on the CPU."""
     small = PIPES[request.param]
     pipe = small.pipe()
-    expected, original = small.call(pipe), type(pipe).__call__
-
-    @wraps(original)
-    def call(self, *args, **kwargs):
-        return original(self, *args, **moved(kwargs, GPU))
-
-    monkeypatch.setattr(type(pipe), "__call__", call)
+    expected = small.call(pipe)
+    move_arguments(monkeypatch, pipe)
     monkeypatch.setattr(type(pipe), "device", GPU)
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            move(part)
+    move(pipe)
     return small, pipe, expected
 
 

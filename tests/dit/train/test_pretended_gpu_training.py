@@ -61,9 +61,7 @@ def test_calibrations(net):
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
 def test_of_a_pipeline_that_its_own_loop_runs(name):
     pipe = PIPES[name].pipe()
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            move(part)
+    move(pipe)
     with PretendedGpu():
         net = harmonica_dit.load(pipe, **PIPES[name].to_train_on())
         assert train_router(net, **ROUTER | dict(target_speedup=1.3)).scores().device == GPU
