@@ -42,7 +42,8 @@ def sample(net, labels, *, steps: int | None = None,
         executor: "eager" runs every batch as it is. "captured" records the second one as a CUDA graph and replays it
             for the batches after. An executor `harmonica_kernels.compile(harmonica_dit.denoise)` also keeps its graphs
             for the next call. On the CPU all three run alike. None is "captured" from three whole batches on, where
-            they surely run alike (no hook, LoRA or module of one's own, no noise on the way), and "eager" elsewhere.
+            they surely run alike (no hook, LoRA or module of one's own, nor a scheduler that may draw noise); else
+            "eager".
         latents: whether a latent model's samples are left as they are, not decoded by its VAE.
         progress: called with the number of images done after each batch.
 

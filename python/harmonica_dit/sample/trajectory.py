@@ -148,7 +148,7 @@ class Trajectory:
 
     @property
     def can_be_recorded(self) -> bool:
-        """Whether a graph can hold its steps: not where they draw noise, or a pipeline's own loop takes them."""
+        """Whether a graph can hold its steps: not where they may draw noise, or a pipeline's own loop takes them."""
         return self._generators is None and not self._own_loop
 
     def start(self, noise: Tensor) -> Tensor:
