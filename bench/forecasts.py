@@ -27,7 +27,7 @@ from harmonica_dit.evaluate import Method, from_file, rmse
 from harmonica_dit.evaluate.bootstrap import RESAMPLES
 from harmonica_dit.evaluate.fashion import fashion_judge
 from harmonica_dit.evaluate.samples import Samples
-from harmonica_dit.evaluate.solvers import EVERY, SOLVERS, SPACINGS, every_nth, solver
+from harmonica_dit.evaluate.solvers import EVENLY, SOLVERS, SPACINGS, evenly_spaced, solver
 from harmonica_dit.fashion import FORECASTS, data
 from harmonica_dit.fashion.classifier import JUDGES, load_classifier
 from harmonica_dit.files import replacement
@@ -54,8 +54,8 @@ def methods(net, files: Sequence[Path] = ()) -> Iterator[Method]:
         yield Method(f"trunk, n = {n}, Adams", "Adams", STEPS, trunk_forecast(net, STEPS, every=n, adams=True))
     for steps in (10, 7, 5, 4):
         yield Method(f"DDIM, {steps} steps", "DDIM", steps)
-        yield Method(f"DDIM, {steps} steps, {EVERY}", "DDIM", steps, every_nth(net, steps, STEPS))
-        yield Method(f"Adams, {steps} steps, {EVERY}", "Adams", steps, every_nth(net, steps, STEPS, adams=True))
+        yield Method(f"DDIM, {steps} steps, {EVENLY}", "DDIM", steps, evenly_spaced(net, steps, STEPS))
+        yield Method(f"Adams, {steps} steps, {EVENLY}", "Adams", steps, evenly_spaced(net, steps, STEPS, adams=True))
     if CHOSEN.exists():
         for row in json.loads(CHOSEN.read_text())["chosen"]:
             yield solver(net, row["solver"], row["steps"], row["order"], row["spacing"], STEPS)

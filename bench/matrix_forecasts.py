@@ -3,8 +3,8 @@
     python -m bench.matrix_forecasts --form none    writes its row into bench/results/matrix-forecasts-cpu.json
 
 At a forecast step the newest state c_0 is replaced by c_0 + M·(c_0 - c_1), by c_0 + M·c_0 where there is no c_1, before
-the weights a channel are applied. M [D, D] starts at 0. Forms: none; one M for all forecast steps; one of rank 4 a step;
-one a step. Seven of 20 steps are computed; towards the accurate images, otherwise by `train_forecaster`'s defaults.
+the weights a channel are applied. M [D, D] starts at 0. Forms: none; one M for all forecast steps; one of rank 4 a
+step; one a step. Seven of 20 steps are computed; towards the accurate images, otherwise by the trainer's defaults.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import torch
 
 from bench import convergence, forecasts, generalisation
 from harmonica_dit import load, sample
+from harmonica_dit.sample.schedulers import make_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,20 @@ def test_every_rival_has_a_name_of_its_own_and_is_what_it_says(fashion):
     every = list(forecasts.methods(fashion))
     assert len({method.name for method in every}) == len(every)
     by_name = {method.name: method for method in every}
-    assert by_name["DDIM, 7 steps, every nth"].speedup(20) == pytest.approx(20 / 7, rel=1e-3)
-    lines = forecasts.every_nth(fashion, 7, 20)
+    assert by_name["DDIM, 7 steps, evenly"].speedup(20) == pytest.approx(20 / 7, rel=1e-3)
+    lines = forecasts.evenly_spaced(fashion, 7, 20)
     torch.testing.assert_close(sample(fashion, [1], schedule=lines), sample(fashion, [1], schedule=replace(
         lines, forecaster=replace(lines.forecaster, states=torch.zeros_like(lines.forecaster.states)))))
     assert forecasts.solver(fashion, "UniPC", 7, 2, "lu", 20) is None
     assert forecasts.solver(fashion, "DPM-Solver++", 7, 3, "karras", 20).scheduler.config.solver_order == 3
+
+
+@pytest.mark.parametrize("steps, chosen", [(1, [0]), (4, [0, 6, 12, 18]), (5, [0, 5, 9, 14, 18]),
+                                           (7, range(0, 19, 3)), (19, range(19)), (20, range(20))])
+def test_even_timesteps_end_at_the_last_one_above_0(fashion, steps, chosen):
+    times = make_scheduler("ddim", 20).timesteps.tolist()
+    assert forecasts.evenly_spaced(fashion, steps, 20).timesteps == tuple(times[s] for s in chosen) and times[18] > 0
+    assert times[19] == 0
 
 
 def test_errors_of_each_half_of_the_labels(fashion, tmp_path, monkeypatch):

@@ -7,19 +7,18 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from harmonica_dit.forecaster import taylor
 from harmonica_dit.methods import uncached
-from harmonica_dit.methods.spacing import spread
 from harmonica_dit.sample.schedulers import NOISE, make_scheduler
 from harmonica_dit.schedule import Schedule
 
 from .named_methods import Method
 
-EVERY = "every nth"  # of the uncached trajectory's timesteps, as evenly as caching methods compute them
+EVENLY = "evenly"  # of the uncached trajectory's timesteps, from its first to its last one above 0
 SPACINGS = {"trailing": dict(timestep_spacing="trailing"), "linspace": dict(timestep_spacing="linspace"),
-            "karras": dict(use_karras_sigmas=True), "lu": dict(use_lu_lambdas=True), EVERY: {}}
+            "karras": dict(use_karras_sigmas=True), "lu": dict(use_lu_lambdas=True), EVENLY: {}}
 SOLVERS = {"DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
 # order and spacing with the smallest Fréchet distance on the bundled model (bench/results/solvers-cpu.json), from so
 # many steps on
-BEST = {"DPM-Solver++": {5: (3, EVERY), 1: (2, EVERY)},
+BEST = {"DPM-Solver++": {5: (3, EVENLY), 1: (2, EVENLY)},
         "UniPC": {7: (2, "karras"), 5: (3, "trailing"), 1: (2, "linspace")}}
 
 
@@ -28,14 +27,14 @@ def solver(net, name: str, steps: int, order: int, spacing: str, uncached_steps:
 
     Args:
         name: of SOLVERS. order: 2 or 3, lower at the first steps. spacing: of SPACINGS.
-        uncached_steps: of the trajectory whose timesteps the spacing "every nth" takes.
+        uncached_steps: of the trajectory whose timesteps the spacing "evenly" takes.
     """
     wanted = NOISE | SPACINGS[spacing]
     parameters = inspect.signature(SOLVERS[name]).parameters
     if not wanted.keys() <= parameters.keys() or (
-            spacing == EVERY and "timesteps" not in inspect.signature(SOLVERS[name].set_timesteps).parameters):
+            spacing == EVENLY and "timesteps" not in inspect.signature(SOLVERS[name].set_timesteps).parameters):
         return None
-    schedule = every_nth(net, steps, uncached_steps) if spacing == EVERY else None
+    schedule = evenly_spaced(net, steps, uncached_steps) if spacing == EVENLY else None
     return Method(f"{name}, {steps} steps", name, steps, schedule, SOLVERS[name](**wanted, solver_order=order))
 
 
@@ -45,9 +44,14 @@ def best_solver(net, name: str, steps: int, uncached_steps: int) -> Method:
     return solver(net, name, steps, order, spacing, uncached_steps)
 
 
-def every_nth(net, steps: int, uncached_steps: int, adams: bool = False) -> Schedule:
-    """So many of the uncached trajectory's timesteps, as evenly as they can be; all computed, corrected or not."""
+def evenly_spaced(net, steps: int, uncached_steps: int, adams: bool = False) -> Schedule:
+    """So many of the uncached trajectory's timesteps, from its first to its last one above 0, as evenly as they can be.
+
+    All are computed; adams: and corrected. How near 0 the last one lies decides how sharp images are.
+    """
     times = make_scheduler("ddim", uncached_steps).timesteps.tolist()
-    kept = tuple(t for t, computed in zip(times, spread(uncached_steps, steps)) if computed)
+    last = max(s for s, t in enumerate(times) if t > 0)
+    if steps <= last + 1:
+        times = [times[(i * last + (steps - 1) // 2) // max(1, steps - 1)] for i in range(steps)]
     forecaster = taylor([True] * steps, int(adams), net.tokens * net.width, adams)
-    return replace(uncached(net, steps), timesteps=kept, forecaster=forecaster)
+    return replace(uncached(net, steps), timesteps=tuple(times[:steps]), forecaster=forecaster)

@@ -41,6 +41,10 @@ def space(steps: int, costs: Costs, make: Callable[[list[bool], str], Schedule],
 
 
 def spread(steps: int, computed: int) -> list[bool]:
-    """Which of T steps are computed, the first of them and others as evenly spaced as they can be."""
-    chosen = {i * steps // computed for i in range(computed)}
+    """Which of T steps are computed: the first and others, as evenly spaced as they can be, and then as late.
+
+    So 7 of 20 are every third. One step earlier each, the last one would leave twice as many to the end, where details
+    are made: Fréchet distances are larger then (docs/comparison.md).
+    """
+    chosen = {-(-i * steps // computed) for i in range(computed)}
     return [s in chosen for s in range(steps)]

@@ -28,8 +28,8 @@ def measure_costs(net, *, batch: int, guidance: float | None = None, scheduler=N
                   path: str | os.PathLike | None = None) -> Seconds:
     """What each branch and a skipped step take on the device of `net`; read from a file where they are known already.
 
-    Short trajectories are timed in turn, run step by step and not as CUDA graphs: uncached, and with a cache and, after the
-    first steps, everything computed, repeated or forecast, half of the branches computed at random, or those of one
+    Short trajectories are timed in turn, run step by step and not as CUDA graphs: uncached, and with a cache and, after
+    the first steps, everything computed, repeated or forecast, half of the branches computed at random, or those of one
     kind. Of a kind are branches of as many FLOPs whose names end alike. The table is the one that explains these times
     best.
 
