@@ -45,7 +45,7 @@ class Samples:
         self.net, self.labels, self.folder = net, labels, folder
         self.guidance, self.scheduler, self.batch, self.run = guidance, scheduler, batch, run
         self._weights: dict[int, str] = {}  # a model's id -> checksum of its weights
-        self._places: dict[tuple[str, int], Path] = {}
+        self._places: dict[tuple[int, int], tuple[Method, Path]] = {}  # by a method's id and seed
 
     @property
     def firsts(self) -> range:
@@ -147,10 +147,10 @@ class Samples:
         return self.labels[first : first + self.batch]
 
     def _path(self, method: Method, seed: int, first: int) -> Path:
-        key = method.name, seed
+        key = id(method), seed  # not its name, which others may have
         if key not in self._places:
-            self._places[key] = self.folder / self.digest(method, seed)
-        return self._places[key] / f"{first}.safetensors"
+            self._places[key] = method, self.folder / self.digest(method, seed)  # the method lives, so its id is its own
+        return self._places[key][1] / f"{first}.safetensors"
 
     def digest(self, method: Method, seed: int) -> str:
         """Checksum of everything that decides the samples, but for the labels."""

@@ -38,6 +38,13 @@ def test_what_is_kept_is_not_made_again(fashion, tmp_path, monkeypatch):
     assert torch.equal(torch.cat(list(kept(fashion, tmp_path, labels=1).batches(FEW, 3))), again[:1])
 
 
+def test_methods_of_one_name_are_not_mixed_up(fashion, tmp_path):
+    samples = kept(fashion, tmp_path)
+    first = next(samples.batches(FEW, 0))
+    assert not torch.equal(first, next(samples.batches(replace(FEW, steps=3), 0)))
+    assert torch.equal(first, next(samples.batches(FEW, 0)))
+
+
 def test_other_labels_are_made_anew(fashion, tmp_path):
     list(kept(fashion, tmp_path).batches(FEW, 0))
     other = Samples(fashion, torch.tensor([5, 1, 2]), tmp_path, guidance=1.5, batch=2)
