@@ -16,6 +16,7 @@ from harmonica_dit.evaluate.heat_maps import plot
 from harmonica_dit.evaluate.pictures import image_grid
 from harmonica_dit.evaluate.plots import plot_tradeoff
 from harmonica_dit.evaluate.report import compare_with_bar, print_table
+from harmonica_dit.evaluate.solvers import best_solver
 from harmonica_dit.fashion.data import CLASSES
 from harmonica_dit.files import replacement
 from harmonica_dit.methods import trunk_forecast
@@ -63,13 +64,13 @@ def run(out: str | os.PathLike, console: Console, *, iterations: int = 60, image
     router = replace(from_file("fashion-dit-2.0x", net), name="router 2.0×")
     methods = [*ours, untrained, router, *fora_methods(net, STEPS, 2),
                *fora_methods(net, STEPS, EVERY), *(Method(f"DDIM {n} steps", "fewer steps", n) for n in (10, 7)),
-               *(Method(f"DPM-Solver++ {n} steps", "DPM-Solver++", n, scheduler=SOLVER) for n in (10, 7))]
+               *(replace(best_solver(net, "DPM-Solver++", n, STEPS), name=f"DPM-Solver++ {n} steps") for n in (10, 7))]
     labels = torch.arange(samples) % len(CLASSES)
     console.print(f"[bold]2.[/] Sampling {samples} images from the same noise in {len(methods) + 2} ways")
     rows = compare_with_bar(net, methods, labels, steps=STEPS, accurate=ACCURATE, judge=fashion_judge)
 
     ten, by_name = torch.arange(len(CLASSES)), {row["name"]: row for row in rows}
-    shown = [Method("uncached", "uncached", STEPS), *ours, *fora_methods(net, STEPS, EVERY), methods[-3]]
+    shown = [Method("uncached", "uncached", STEPS), *ours, *fora_methods(net, STEPS, EVERY), methods[-1]]
     image_grid([harmonica_dit.sample(net, ten, steps=m.steps, schedule=m.schedule, scheduler=m.scheduler)
                 for m in shown], [_heading(by_name[m.name]) for m in shown], out / "grid.png", CLASSES)
     plot_tradeoff(rows, out / "tradeoff.png", f"Fashion-MNIST, bundled DiT, {STEPS} steps, only {samples} samples a "
