@@ -149,7 +149,7 @@ class Samples:
     def _path(self, method: Method, seed: int, first: int) -> Path:
         key = id(method), seed  # not its name, which others may have
         if key not in self._places:
-            self._places[key] = method, self.folder / self.digest(method, seed)  # the method lives, so its id is its own
+            self._places[key] = method, self.folder / self.digest(method, seed)  # it lives, so its id is its own
         return self._places[key][1] / f"{first}.safetensors"
 
     def digest(self, method: Method, seed: int) -> str:
