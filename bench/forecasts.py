@@ -139,10 +139,12 @@ def table(net, args) -> None:
 def choose_solvers(net, args) -> None:
     """The setting of each rival with the smallest Fréchet distance, by the first judge, at each number of steps."""
     samples, rows = samples_of(net, args.samples, args.folder), []
+    if args.spacings:  # the others' rows stay
+        rows = [row for row in json.loads(CHOSEN.read_text())["rows"] if row["spacing"] not in args.spacings]
     for steps in (10, 7, 5, 4):
         for name in SOLVERS:
             for order in (2, 3):
-                for spacing in SPACINGS:
+                for spacing in args.spacings or SPACINGS:
                     method = solver(net, name, steps, order, spacing, STEPS)
                     if method is None:
                         continue
@@ -169,6 +171,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="names of methods, with * and ?")
     parser.add_argument("--files", nargs="*", type=Path, default=[], help="schedule files beside the bundled ones")
     parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--spacings", nargs="*", choices=list(SPACINGS), help="of solvers: try these alone anew")
     parser.add_argument("--errors", type=int, default=1000, help="images that errors are taken of")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
