@@ -41,11 +41,10 @@ def space(steps: int, costs: Costs, make: Callable[[list[bool], str], Schedule],
 
 
 def spread(steps: int, computed: int) -> list[bool]:
-    """Which of T steps are computed: the first, the last one as late as even spacing has it, and others evenly between.
+    """Which of T steps are computed: the first and others, as evenly spaced as they can be, and then as late.
 
-    So 7 of 20 are every third. Details are made in the end: where the last one comes earlier, Fréchet distances are
+    So 7 of 20 are every third. Details are made in the end: where the last ones come earlier, Fréchet distances are
     larger (docs/comparison.md).
     """
-    last, pauses = -(-(computed - 1) * steps // computed), max(1, computed - 1)
-    chosen = {(2 * i * last + pauses - 1) // (2 * pauses) for i in range(computed)}
+    chosen = {-(-i * steps // computed) for i in range(computed)}
     return [s in chosen for s in range(steps)]

@@ -30,8 +30,8 @@ def pauses(computed):
     return [b - a for a, b in pairwise([*(s for s, c in enumerate(computed) if c), len(computed)])]
 
 
-def test_computed_steps_are_spread_evenly_up_to_the_end():
-    assert spread(10, 3) == [s in (0, 3, 7) for s in range(10)] and all(spread(7, 7)) and spread(5, 1) == [True] + 4 * [
+def test_computed_steps_are_spread_evenly_and_late():
+    assert spread(10, 3) == [s in (0, 4, 7) for s in range(10)] and all(spread(7, 7)) and spread(5, 1) == [True] + 4 * [
         False]
     assert spread(20, 7) == [s % 3 == 0 for s in range(20)]
 
