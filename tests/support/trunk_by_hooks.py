@@ -12,7 +12,7 @@ def trunk_by_hooks(transformer, calls: int, steps: int, computed: int):
 
     calls: of the transformer in a step, each with states of its own. computed: of the T steps.
     """
-    chosen = {i * steps // computed for i in range(computed)}
+    chosen = {-(-i * steps // computed) for i in range(computed)}
     states, count = [[] for _ in range(calls)], 0  # of each call: (step, output), newest first
 
     def hook(module, args, output):
