@@ -47,7 +47,7 @@ def best_solver(net, name: str, steps: int, uncached_steps: int) -> Method:
 def evenly_spaced(net, steps: int, uncached_steps: int, adams: bool = False) -> Schedule:
     """So many of the uncached trajectory's timesteps, from its first to its last one above 0, as evenly as they can be.
 
-    All are computed; adams: and corrected. How near 0 the last one lies decides how sharp images are.
+    All are computed; adams: and corrected. Fréchet distances depend much on how near 0 the last one lies.
     """
     times = make_scheduler("ddim", uncached_steps).timesteps.tolist()
     last = max(s for s, t in enumerate(times) if t > 0)
