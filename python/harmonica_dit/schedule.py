@@ -35,6 +35,8 @@ from harmonica_dit.validate import (
     check_costs,
     check_fits,
     check_resolution,
+    check_scheduler,
+    check_scheduler_config,
     check_table,
     check_timesteps,
     describe,
@@ -44,8 +46,9 @@ from harmonica_dit.validate import (
 from harmonica_kernels.cache import check_runs, run_spans
 from harmonica_kernels.graphs.gated import DecisionTables
 
+# older files lack those of OPTIONAL
 FIELDS = ("branches", "flops", "origin", "model", "timesteps")
-OPTIONAL = ("guidance", "resolution", "architecture", "scheduler", "labels", "runs")  # older files lack these
+OPTIONAL = ("guidance", "resolution", "architecture", "scheduler", "scheduler_config", "labels", "runs")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,8 +69,8 @@ class Schedule:
         architecture: the fingerprint of the model's class (see `adapt`), None if unknown.
         runs: how many branches are cached and decided together, in execution order; compute and extrapolation are the
             same for all of a run. None is one each. See `harmonica_kernels.FeatureCache`.
-        scheduler: its name, see `make_scheduler`, and labels: the classes or prompts' numbers that the schedule was
-            made for; None is any.
+        scheduler: its name, see `make_scheduler`; scheduler_config: its settings, see `config_of`; labels: the classes
+            or prompts' numbers. What the schedule was made for; None is any.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -84,6 +87,7 @@ class Schedule:
     resolution: tuple[int, int] | None = None
     architecture: dict[str, str | int] | None = None
     scheduler: str | None = None
+    scheduler_config: dict | None = None
     labels: tuple[int, ...] | None = None
     runs: tuple[int, ...] | None = None
     forecaster: BranchForecaster | TrunkForecaster | None = None
@@ -117,6 +121,7 @@ class Schedule:
             raise ValueError(f"guidance: got {self.guidance!r}, expected a finite number")
         object.__setattr__(self, "resolution", check_resolution(self.resolution))
         check_architecture(self.architecture)
+        check_scheduler_config(self.scheduler_config)
         if self.runs is not None:
             object.__setattr__(self, "runs", check_runs(self.runs))
             check_alike_in_runs(self.runs, compute=self.compute, extrapolation=self.extrapolation)
@@ -317,14 +322,9 @@ class Schedule:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def check_forecaster(self, where: str, width: int, scheduler: str) -> None:
-        """Raises ValueError, beginning with `where`, if a trunk's forecaster is for another width or scheduler."""
-        if self.unit == "branch":
-            return
-        self.forecaster.check_width(where, width)
-        if self.scheduler not in (None, scheduler):
-            raise ValueError(f"{where}its forecaster is for the scheduler {self.scheduler!r}, this one is "
-                             f"{scheduler!r}")
+    def check_scheduler(self, where: str, scheduler: str, config: dict | None) -> None:
+        """Raises ValueError, beginning with `where`, if a trunk's forecaster is for another scheduler, or settings."""
+        check_scheduler(where, self.scheduler, self.scheduler_config, scheduler, config)
 
     def check(self, net, trajectory) -> None:
         """Refuses another architecture, other branches and another number of steps; with a forecaster of the trunk also
@@ -334,7 +334,9 @@ class Schedule:
             ValueError: the schedule does not fit; the message says what differs.
         """
         check_fits("schedule: ", self, net)
-        self.check_forecaster("schedule: ", net.width, trajectory.scheduler_name)
+        if self.unit == "trunk":
+            self.forecaster.check_width("schedule: ", net.width)
+            self.check_scheduler("schedule: ", trajectory.scheduler_name, trajectory.scheduler_config)
         if trajectory.steps != self.steps:
             raise ValueError(f"schedule: for {self.steps} steps, the trajectory has {trajectory.steps}")
         if self.timesteps is not None and self.timesteps != tuple(trajectory.timesteps):

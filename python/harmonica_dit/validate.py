@@ -141,6 +141,42 @@ def check_architecture(architecture) -> None:
         raise TypeError(f"architecture: expected a dict such as an adapter's, got {shorten(architecture)}")
 
 
+MOST = 10_000  # of a file's number or list: a scheduler makes tables as long as its settings say
+
+
+def check_scheduler_config(config) -> None:
+    """Refuses everything but None and a scheduler's settings as JSON has them, none of them large."""
+    def small(value) -> bool:
+        if isinstance(value, list):
+            return len(value) <= MOST and all(is_number(one) and abs(one) <= MOST for one in value)
+        if is_number(value):
+            return abs(value) <= MOST
+        if isinstance(value, str):
+            return len(value) <= MOST
+        return isinstance(value, bool) or value in (None, math.inf, -math.inf)
+
+    if config is None:
+        return
+    if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
+        raise TypeError(f"scheduler_config: got {describe(config)}, expected a dict of settings by name")
+    wrong = {name: value for name, value in config.items() if name.startswith("_") or not small(value)}
+    if wrong:
+        raise ValueError(f"scheduler_config: got {shorten(wrong)}, expected numbers up to {MOST:,}, texts, or lists of "
+                         "such numbers")
+
+
+def check_scheduler(where: str, name: str | None, config: dict | None, other: str, others_config: dict | None) -> None:
+    """Refuses another scheduler than that of a forecaster, or one with other settings; None is any."""
+    if name not in (None, other):
+        raise ValueError(f"{where}its forecaster is for the scheduler {name!r}, this one is {other!r}")
+    mine, theirs = config or {}, others_config or {}
+    names = [key for key in mine if key in theirs and mine[key] != theirs[key]]  # versions of diffusers know others
+    if names:
+        wanted, found = (", ".join(f"{key}={of[key]!r}" for key in names) for of in (mine, theirs))
+        raise ValueError(f"{where}its forecaster is for {name} with {wanted}, this one has {found}; "
+                         f"{name}.from_config(scheduler.config, {wanted}) is one that fits")
+
+
 def check_threshold(threshold) -> float:
     if not is_number(threshold) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold: got {threshold!r}, expected a number from 0 to 1")

@@ -111,6 +111,11 @@ def test_a_forecasts_own_guidance_and_scheduler_are_used(sample_calls, tmp_path)
                            tmp_path / "x.safetensors")
     assert result.exit_code == 0, result.output
     assert (sample_calls[0]["guidance"], sample_calls[0]["scheduler"]) == (2.0, "ddim")
+    dataclasses.replace(forecast, scheduler="DPMSolverMultistepScheduler",
+                        scheduler_config={"solver_order": 3}).save(tmp_path / "third.safetensors")
+    harmonica("sample", "--labels", "0", "--schedule", tmp_path / "third.safetensors", "--out",
+              tmp_path / "y.safetensors")
+    assert sample_calls[1]["scheduler"].config.solver_order == 3
 
 
 def make_router(path, **options):

@@ -93,6 +93,12 @@ def test_a_coefficient_without_two_outputs_forecasts_nothing():
     (dict(resolution=(8.0, 8)), ValueError, "resolution"), (dict(resolution=(0, 8)), ValueError, "resolution"),
     (dict(resolution=(8, 8, 8)), ValueError, "resolution"),
     (dict(architecture={1: "class"}), TypeError, "architecture"),
+    (dict(scheduler_config=[3]), TypeError, "scheduler_config: got list"),
+    (dict(scheduler_config={"solver_order": 10**9}), ValueError, "scheduler_config: .* numbers up to 10,000"),
+    (dict(scheduler_config={"trained_betas": [0.1] * 10_001}), ValueError, "scheduler_config"),
+    (dict(scheduler_config={"beta_end": float("nan")}), ValueError, "scheduler_config"),
+    (dict(scheduler_config={"_class_name": "DDIMScheduler"}), ValueError, "scheduler_config"),
+    (dict(scheduler_config={"shift": {"of": 1}}), ValueError, "scheduler_config"),
 ])
 def test_what_is_no_schedule_is_refused(change, error, message):
     good = dict(compute=table("11", "01"), branches=NAMES, flops=FLOPS)

@@ -13,6 +13,7 @@ from harmonica_dit.fashion import find
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import fora
 from harmonica_dit.router import Router, read, schedule_of
+from harmonica_dit.sample.sampling import own_scheduler
 from harmonica_dit.schedule import Schedule
 
 
@@ -89,7 +90,7 @@ def name_after(path: str | os.PathLike, found: Router | Schedule) -> Method:
         family = "learned forecast" + (", to uncached" if "the uncached images" in schedule.origin else "")
     elif schedule.history > 1:
         family += " + forecast"
-    return Method(name, family, schedule.steps, schedule, schedule.scheduler if schedule.unit == "trunk" else None)
+    return Method(name, family, schedule.steps, schedule, own_scheduler(schedule))
 
 
 def check_names(methods: Iterable[Method]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from harmonica_dit.methods.fora import fora
 from harmonica_dit.methods.trunk import trunk_forecast
 from harmonica_dit.methods.uncached import uncached
-from harmonica_dit.sample.schedulers import scheduler_name
+from harmonica_dit.sample.schedulers import config_of, scheduler_name
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_fits, shorten
 
@@ -52,8 +52,9 @@ class Plans:
             self._planned = {key: value for key, value in self._planned.items() if key[0] not in gone}
 
     def check(self, component: nn.Module, scheduler) -> None:
-        """Refuses, when a cache is enabled, what can be refused before a call. component: the transformer, or peft's
-        wrapper around it.
+        """Refuses, when a cache is enabled and at each call, what can be refused before it.
+
+        component: the transformer, or peft's wrapper around it. scheduler: the pipeline's; None is a loop's, unseen.
 
         Raises:
             TypeError, ValueError: the transformer cannot be run so, or the schedule is not for it.
@@ -64,7 +65,11 @@ class Plans:
         check_hooks(transformer)
         adapter, _ = self._adapter(transformer)
         schedule, where = self.config.loaded, self.config.source
-        if schedule is None or self._checked.get(transformer) == adapter.branch_names:
+        if schedule is None:
+            return
+        if schedule.unit == "trunk":
+            self._check_scheduler(schedule, scheduler)
+        if self._checked.get(transformer) == adapter.branch_names:
             return
         self._checked[transformer] = adapter.branch_names
         if self.config.on_mismatch == "resample" and schedule.timesteps is None:
@@ -72,8 +77,7 @@ class Plans:
                              "resampled")
         check_fits(where, schedule, adapter)
         if schedule.unit == "trunk":
-            width = adapter.architecture["D"]
-            schedule.check_forecaster(where, width, None if scheduler is None else scheduler_name(scheduler))
+            schedule.forecaster.check_width(where, adapter.architecture["D"])
         if isinstance(adapter, GenericAdapter):
             if schedule.runs is not None:
                 raise ValueError(f"{where}decides on runs of branches, which needs a model with a fused adapter")
@@ -82,6 +86,15 @@ class Plans:
                 raise ValueError(f"{where}its forecaster was learned for a model that runs branch by branch; "
                                  f"{type(transformer).__name__} has no fused adapter")
             adapter.check(schedule.unit)
+
+    def _check_scheduler(self, schedule: Schedule, scheduler) -> None:
+        """Refuses another scheduler than a forecaster's; warns where it is not seen."""
+        where = self.config.source
+        if scheduler is not None:
+            schedule.check_scheduler(where, scheduler_name(scheduler), config_of(scheduler))
+        elif schedule.scheduler is not None:
+            self._say(f"{where}its forecaster is for the scheduler {schedule.scheduler!r}; whether this loop steps by "
+                      "that one is not seen here")
 
     def streams(self, name: str, call: Call, *, steps: int, timesteps: tuple[float, ...], hoist: bool, first: int,
                 summary: Summary) -> Streams:

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 import harmonica_kernels as hk
@@ -16,6 +17,7 @@ from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_denoiser, check_whole
 
 from .decoding import decode
+from .schedulers import from_record
 from .trajectory import Trajectory, check_labels, image_noise
 
 
@@ -37,7 +39,7 @@ def sample(net, labels, *, steps: int | None = None,
             model's own.
         seed, first: image i starts from noise number `first` + i of the seed, whatever the batch size.
         scheduler: "ddim" (the reference's), the name of a diffusers scheduler, or an instance of one; None is that of
-            the schedule's forecaster, or the model's own.
+            the schedule's forecaster, with its settings, or the model's own.
         batch: images at a time.
         executor: "eager" runs every batch as it is. "captured" records the second one as a CUDA graph and replays it
             for the batches after. An executor `harmonica_kernels.compile(harmonica_dit.denoise)` also keeps its graphs
@@ -67,8 +69,8 @@ def sample(net, labels, *, steps: int | None = None,
         check_whole(name, value, least)
     if steps is None:
         steps = 20 if schedule is None else schedule.steps
-    if scheduler is None and schedule is not None and schedule.unit == "trunk":
-        scheduler = schedule.scheduler
+    if scheduler is None:
+        scheduler = own_scheduler(schedule)
     run = None if executor is None else _runner(executor)
     device = next(net.parameters()).device
     images = []
@@ -128,6 +130,13 @@ def walk(trajectory: Trajectory, noise: Tensor,
 def own_timesteps(schedule: Schedule | AdaptiveSchedule | None) -> tuple[float, ...] | None:
     """The timesteps that a trajectory has to take: a forecaster's weights belong to those of its schedule."""
     return None if schedule is None or schedule.unit == "branch" else schedule.timesteps
+
+
+def own_scheduler(schedule: Schedule | AdaptiveSchedule | None) -> str | SchedulerMixin | None:
+    """The scheduler of a schedule's forecaster, with its settings; None if it has none."""
+    if schedule is None or schedule.unit == "branch":
+        return None
+    return from_record(schedule.scheduler, schedule.scheduler_config)
 
 
 def _runner(executor) -> Callable[..., Tensor]:

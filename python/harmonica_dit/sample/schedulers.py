@@ -1,6 +1,7 @@
 """Schedulers: the reference's DDIM, and any of diffusers' by its class name."""
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from harmonica_dit.flops import runs_by_its_loop
+from harmonica_dit.validate import shorten
 
 NOISE = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 LEARNED_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)  # these can use a learned variance
@@ -59,6 +61,34 @@ def scheduler_name(scheduler: str | SchedulerMixin) -> str:
     if isinstance(scheduler, ReferenceDDIM):
         return "ddim"
     return scheduler if isinstance(scheduler, str) else type(scheduler).__name__
+
+
+def config_of(scheduler: SchedulerMixin) -> dict | None:
+    """A scheduler's settings as JSON has them, to be kept in a file; None for "ddim", which has none.
+
+    They are those of the copy that `make_scheduler` makes of it.
+    """
+    if isinstance(scheduler, ReferenceDDIM):
+        return None
+    made = _make_from_config(type(scheduler), scheduler.config)
+    return {name: value for name, value in json.loads(made.to_json_string()).items() if not name.startswith("_")}
+
+
+def from_record(name: str | None, config: dict | None) -> str | SchedulerMixin | None:
+    """What `make_scheduler` takes for a scheduler that a file names: the name or, with settings, an instance.
+
+    Raises:
+        ValueError: there is no such scheduler, or it does not take these settings.
+    """
+    if config is None:
+        return name
+    cls = None if name is None else _class(name)
+    if cls is None:
+        raise ValueError(f"scheduler: got {name!r}, expected the name of a diffusers scheduler")
+    try:
+        return cls.from_config(config)
+    except Exception as error:  # a file's settings may be anything, and each class checks its own
+        raise ValueError(f"scheduler_config: {name} does not take {shorten(config)}: {error}") from None
 
 
 def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,

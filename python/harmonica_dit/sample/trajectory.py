@@ -16,7 +16,7 @@ from harmonica_dit.flops import runs_by_its_loop
 from harmonica_kernels import ops
 from harmonica_kernels.graphs.gated import Loop
 
-from .schedulers import ReferenceDDIM, make_scheduler, scheduler_name
+from .schedulers import ReferenceDDIM, config_of, make_scheduler, scheduler_name
 
 # Images to train or calibrate on are numbered from here, so that no sampled image has noise from them.
 FIRST_IMAGE = 1 << 32
@@ -145,6 +145,11 @@ class Trajectory:
     def scheduler_name(self) -> str:
         """See `make_scheduler`."""
         return scheduler_name(self.scheduler)
+
+    @property
+    def scheduler_config(self) -> dict | None:
+        """See `config_of`."""
+        return config_of(self.scheduler)
 
     @property
     def can_be_recorded(self) -> bool:

@@ -208,9 +208,10 @@ class _Run:
                   f"{self.settings['iterations']} iterations of {self.settings['batch']} images")
         forecaster = self.learned.freeze(trunk_costs(self.net)[1], origin)
         labels, guidance = self.settings["labels"], self.settings["guidance"]
+        trajectory = self._trajectory(torch.arange(1))
         schedule = replace(self.schedule, forecaster=forecaster, guidance=None if guidance is None else float(guidance),
-                           timesteps=tuple(self._trajectory(torch.arange(1)).timesteps),
-                           scheduler=scheduler_name(self.settings["scheduler"]),
+                           timesteps=tuple(trajectory.timesteps), scheduler=trajectory.scheduler_name,
+                           scheduler_config=trajectory.scheduler_config,
                            labels=None if labels is None else tuple(labels),
                            architecture=getattr(self.net, "architecture", None),
                            resolution=resolution_of(self.net), origin=f"{self._computed()}, {origin}")

@@ -1,5 +1,7 @@
 """Every sampler: trajectories against plain loops over diffusers' schedulers, forks, λ and training."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -17,10 +19,11 @@ import harmonica_kernels as hk
 from harmonica_dit.flops import count_flops
 from harmonica_dit.models import DiT
 from harmonica_dit.router import Router
-from harmonica_dit.sample import Trajectory, image_noise, make_scheduler
-from harmonica_dit.sample.schedulers import steps_of
+from harmonica_dit.sample import ReferenceDDIM, Trajectory, image_noise, make_scheduler
+from harmonica_dit.sample.schedulers import config_of, from_record, steps_of
 from harmonica_dit.train import train_router
 from harmonica_dit.train.importance import measure_importance
+from harmonica_dit.validate import check_scheduler_config
 
 BETAS = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 T = 5
@@ -231,3 +234,27 @@ def test_steps_of_a_number_of_calls(name, calls, steps):
 def test_a_number_of_calls_that_no_steps_make_is_refused():
     with pytest.raises(ValueError, match="'HeunDiscreteScheduler' cannot call the model 6 times"):
         steps_of(6, "HeunDiscreteScheduler")
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDPMScheduler",
+                                  "FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "SASolverScheduler"])
+def test_a_scheduler_is_kept_in_a_file_by_name_and_settings(name):
+    """All but diffusers' notes, through JSON and back."""
+    own = getattr(diffusers, name)(num_train_timesteps=600)
+    str(own)  # adds notes
+    config = json.loads(json.dumps(config_of(own)))
+    check_scheduler_config(config)
+    made = from_record(name, config)
+    assert type(made) is type(own) and config_of(made) == config
+    assert config["num_train_timesteps"] == 600 and not any(key.startswith("_") for key in config)
+    assert (from_record(name, None), from_record(None, None), config_of(ReferenceDDIM())) == (name, None, None)
+
+
+@pytest.mark.parametrize("name, config, message", [
+    ("nonsense", {}, "got 'nonsense', expected the name of a diffusers scheduler"), (None, {}, "scheduler: got None"),
+    ("DDIMScheduler", {"beta_schedule": "nonsense"}, "scheduler_config: DDIMScheduler does not take .*nonsense"),
+    ("DPMSolverMultistepScheduler", {"num_train_timesteps": -1}, "scheduler_config: DPMSolver"),
+    ("DPMSolverMultistepScheduler", {"beta_start": "a"}, "scheduler_config: DPMSolver")])
+def test_a_files_nonsense_is_no_scheduler(name, config, message):
+    with pytest.raises(ValueError, match=message):
+        from_record(name, config)

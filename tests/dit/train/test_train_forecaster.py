@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
+from harmonica_dit.evaluate import from_file
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.forecaster import TrunkForecaster, taylor
 from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.sample import sample
+from harmonica_dit.sample.schedulers import NOISE
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.train import targets, train_forecaster
 
@@ -91,6 +94,22 @@ def test_another_scheduler_or_width_is_refused(net):
     wide = replace(wide, forecaster=TrunkForecaster(torch.zeros(6, 1, net.width + 1)))
     with pytest.raises(ValueError, match="its forecaster has states of width 17, the model has 16"):
         sample(net, [1], schedule=wide)
+
+
+def test_a_schedulers_settings_belong_to_a_forecaster(net, tmp_path):
+    """Its file has them: they are used where none are given, and others are refused with what differs."""
+    third, second = (DPMSolverMultistepScheduler(**NOISE, solver_order=order) for order in (3, 2))
+    train_forecaster(net, 1.8, scheduler=third, out=tmp_path, **SMALL | dict(iterations=1))
+    path, labels = tmp_path / "forecast.safetensors", [0, 1]
+    wanted = sample(net, labels, schedule=path, scheduler=third)
+    assert torch.equal(sample(net, labels, schedule=path), wanted)
+    assert from_file(path, net).scheduler.config.solver_order == 3
+    fits = r"with solver_order=3, this one has solver_order=2; DPM\w+.from_config\(scheduler.config, solver_order=3"
+    for other in (second, "DPMSolverMultistepScheduler"):
+        with pytest.raises(ValueError, match=fits):
+            sample(net, labels, schedule=path, scheduler=other)
+    older = replace(Schedule.load(path), scheduler_config=None)
+    assert not torch.equal(sample(net, labels, schedule=older), wanted)  # of files without settings the name is known
 
 
 def test_targets_are_kept_part_by_part(net, tmp_path, monkeypatch):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
 from harmonica_dit import disable_cache, enable_cache, summary
 from harmonica_dit.flops import Flops
 from harmonica_dit.forecaster import TrunkForecaster, taylor
 from harmonica_dit.pipelines.adapters import adapt
+from harmonica_dit.sample import make_scheduler
+from harmonica_dit.sample.schedulers import config_of
 from harmonica_dit.schedule import Schedule
 from support.pipes import make_pipe, names_of, run
 from support.tolerance import assert_close
@@ -139,6 +142,39 @@ def test_a_forecaster_of_another_scheduler_or_width_is_refused(change, message):
         enable_cache(pipe, trunk_schedule(pipe.transformer, forecaster, **made_for))
     enable_cache(pipe, trunk_schedule(pipe.transformer, scheduler="DDIMScheduler"))
     disable_cache(pipe)
+
+
+def test_a_scheduler_put_in_later_is_looked_at_too():
+    """Another class, or other settings, at the same timesteps; the first fits again."""
+    pipe = make_pipe("dit")
+    own = pipe.scheduler
+    dpm = DPMSolverMultistepScheduler.from_config(own.config, solver_order=3)
+    schedule = trunk_schedule(pipe.transformer, scheduler="DPMSolverMultistepScheduler",
+                              scheduler_config=config_of(dpm))
+    pipe.scheduler = dpm
+    enable_cache(pipe, schedule)
+    first = run(pipe, steps=6)
+    for other, message in ((own, "this one is 'DDIMScheduler'"),
+                           (DPMSolverMultistepScheduler.from_config(own.config), "this one has solver_order=2")):
+        pipe.scheduler = other
+        with pytest.raises(ValueError, match=message):
+            run(pipe, steps=6)
+    pipe.scheduler = dpm
+    assert torch.equal(run(pipe, steps=6), first)
+    disable_cache(pipe)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(own.config, variance_type="learned_range")  # as PixArt's
+    sampled_with = config_of(make_scheduler(pipe.scheduler, 6))
+    enable_cache(pipe, trunk_schedule(pipe.transformer, scheduler="DPMSolverMultistepScheduler",
+                                      scheduler_config=sampled_with))
+    disable_cache(pipe)
+
+
+def test_whether_a_loops_scheduler_fits_is_not_seen():
+    transformer = make_pipe("dit").transformer
+    schedule = trunk_schedule(transformer, scheduler="DDIMScheduler")
+    with pytest.warns(UserWarning, match="for the scheduler 'DDIMScheduler'; whether this loop steps by that one"):
+        enable_cache(transformer, schedule, timesteps=[900.0, 700.0, 500.0, 300.0, 200.0, 0.0])
+    disable_cache(transformer)
 
 
 @pytest.mark.parametrize("kind", ["dit", "sigma"])
