@@ -57,7 +57,8 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
         schedule: which steps are computed, whole: a schedule; or a FLOPs speedup, for which they are spread evenly.
             With timesteps of its own, a schedule is trained on these.
         target: "uncached": the images of the same trajectory, everything computed. "accurate": a more accurate solution
-            from the same noise: for "ddim" 40 steps of DPM-Solver++, else four times the steps of the scheduler.
+            from the same noise: for "ddim" 40 steps of DPM-Solver++, else four times the steps of the scheduler,
+            and at least 40.
         steps: T, where schedule is a speedup.
         correct: whether computed steps are corrected, beside the forecasts of the others.
         history: states kept, 1 to 4; fewer where fewer steps are computed.
@@ -232,7 +233,7 @@ class _Run:
         elif scheduler_name(settings["scheduler"]) == "ddim":
             made = Target(40, "DPMSolverMultistepScheduler")
         else:
-            made = Target(4 * self.schedule.steps, None)
+            made = Target(max(40, 4 * self.schedule.steps), None)
         return make_targets(self.net, made, self.labels, seed=settings["seed"], first=FIRST_IMAGE,
                             guidance=settings["guidance"], guidance_channels=settings["guidance_channels"],
                             scheduler=settings["scheduler"], batch=len(ranks.split(settings["batch"])), about=about,

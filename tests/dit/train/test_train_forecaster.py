@@ -100,6 +100,7 @@ def test_a_schedulers_settings_belong_to_a_forecaster(net, tmp_path):
     """Its file has them: they are used where none are given, and others are refused with what differs."""
     third, second = (DPMSolverMultistepScheduler(**NOISE, solver_order=order) for order in (3, 2))
     train_forecaster(net, 1.8, scheduler=third, out=tmp_path, **SMALL | dict(iterations=1))
+    assert (tmp_path / "targets-own-40-seed1").is_dir()  # of the same scheduler, and accurate, however few its steps
     path, labels = tmp_path / "forecast.safetensors", [0, 1]
     wanted = sample(net, labels, schedule=path, scheduler=third)
     assert torch.equal(sample(net, labels, schedule=path), wanted)
