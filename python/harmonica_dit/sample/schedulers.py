@@ -8,7 +8,7 @@ from itertools import pairwise
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import ConfigMixin, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
@@ -64,11 +64,11 @@ def scheduler_name(scheduler: str | SchedulerMixin) -> str:
 
 
 def config_of(scheduler: SchedulerMixin) -> dict | None:
-    """A scheduler's settings as JSON has them, to be kept in a file; None for "ddim", which has none.
+    """A scheduler's settings as JSON has them, to be kept in a file; None if it has none, as "ddim".
 
     They are those of the copy that `make_scheduler` makes of it.
     """
-    if isinstance(scheduler, ReferenceDDIM):
+    if isinstance(scheduler, ReferenceDDIM) or not isinstance(scheduler, ConfigMixin):
         return None
     made = _make_from_config(type(scheduler), scheduler.config)
     return {name: value for name, value in json.loads(made.to_json_string()).items() if not name.startswith("_")}
