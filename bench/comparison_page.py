@@ -31,6 +31,7 @@ def table(rows: list[dict]) -> str:
     """In Markdown, from the slowest to the fastest."""
     rows = sorted(rows, key=lambda row: (row["flops_speedup"], row["name"]))
     columns = cells(rows, COLUMNS | MORE)
+    columns.pop("wall clock speedup", None)  # of a machine that did other work too; docs/performance.md has times
     lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values()))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
