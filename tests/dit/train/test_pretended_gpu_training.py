@@ -65,5 +65,5 @@ def test_of_a_pipeline_that_its_own_loop_runs(name):
     with PretendedGpu():
         net = harmonica_dit.load(pipe, **PIPES[name].to_train_on())
         assert train_router(net, **ROUTER | dict(target_speedup=1.3)).scores().device == GPU
-        schedule = train_forecaster(net, 1.5, **FORECASTER)
+        schedule = train_forecaster(net, 1.5, target="uncached", **FORECASTER)
         assert harmonica_dit.sample(net, [0, 1], schedule=schedule, latents=True).device == GPU
