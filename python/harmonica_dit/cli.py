@@ -35,6 +35,7 @@ from .cli_options import (
     describe,
     load,
     option_value,
+    scheduler_value,
 )
 from .cli_schedule import schedule
 from .launcher import started
@@ -234,7 +235,6 @@ def sample(
     from harmonica_dit.progress import progress_bar
     from harmonica_dit.router import read, schedule_of
     from harmonica_dit.sample.decoding import makes_images
-    from harmonica_dit.sample.sampling import own_scheduler
     from harmonica_dit.sample.schedulers import steps_of
 
     if out.suffix not in (".png", ".safetensors"):
@@ -251,7 +251,7 @@ def sample(
         raise ValueError(latents)
     found = None if schedule is None else read(schedule, net)
     used = None if found is None else schedule_of(found, threshold)
-    scheduler = option_value("scheduler", scheduler or own_scheduler(used), [found], net.scheduler)
+    scheduler = scheduler_value(scheduler, [found], net)
     if steps is None:
         steps = 20 if used is None else steps_of(used.steps, scheduler, net)
     guidance = option_value("guidance", guidance, [found], net.guidance)

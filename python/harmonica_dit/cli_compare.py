@@ -26,6 +26,7 @@ from .cli_options import (
     Vae,
     load,
     option_value,
+    scheduler_value,
 )
 
 
@@ -101,7 +102,7 @@ def compare(
     net = make()
     found = [read(path, net) for path in schedule or ()]
     guidance = option_value("guidance", guidance, found, net.guidance)
-    scheduler = option_value("scheduler", scheduler, found, net.scheduler)
+    scheduler = scheduler_value(scheduler, found, net)
     methods = [name_after(path, one) for path, one in zip(schedule or (), found)]
     options = dict(steps=steps, guidance=guidance, scheduler=scheduler)
     for one in methods:

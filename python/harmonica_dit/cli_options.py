@@ -118,6 +118,21 @@ def option_value(option: str, given, found: list, default):
     return values.pop() if values else default
 
 
+def scheduler_value(given: str | None, found: list, net):
+    """The value of --scheduler: the given one, else that of what was `found`, with its settings, else the model's.
+    """
+    from harmonica_dit.sample.schedulers import from_record
+
+    name = option_value("scheduler", given, found, net.scheduler)
+    records = [config for one in found if (config := getattr(one, "scheduler_config", None)) is not None]
+    if given is not None or not records:
+        return name
+    if any(config != records[0] for config in records):
+        raise ValueError(f"--scheduler: the files were made for {name} of different settings; give one, or one file at "
+                         "a time")
+    return from_record(name, records[0])
+
+
 def describe(schedule: "Schedule", path: Path, costs: "Seconds | None" = None,
              made: "Router | Schedule | None" = None) -> str:
     """A file's schedule in a line; `made` says more of a router."""

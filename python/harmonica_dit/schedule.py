@@ -322,10 +322,6 @@ class Schedule:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def check_scheduler(self, where: str, scheduler: str, config: dict | None) -> None:
-        """Raises ValueError, beginning with `where`, if a trunk's forecaster is for another scheduler, or settings."""
-        check_scheduler(where, self.scheduler, self.scheduler_config, scheduler, config)
-
     def check(self, net, trajectory) -> None:
         """Refuses another architecture, other branches and another number of steps; with a forecaster of the trunk also
         another width and another scheduler. Warns of other timesteps, guidance and labels.
@@ -336,7 +332,7 @@ class Schedule:
         check_fits("schedule: ", self, net)
         if self.unit == "trunk":
             self.forecaster.check_width("schedule: ", net.width)
-            self.check_scheduler("schedule: ", trajectory.scheduler_name, trajectory.scheduler_config)
+            check_scheduler("schedule: ", self, trajectory.scheduler_name, trajectory.scheduler_config)
         if trajectory.steps != self.steps:
             raise ValueError(f"schedule: for {self.steps} steps, the trajectory has {trajectory.steps}")
         if self.timesteps is not None and self.timesteps != tuple(trajectory.timesteps):

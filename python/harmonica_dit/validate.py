@@ -13,6 +13,7 @@ from harmonica_kernels.cache import run_spans
 
 FORMAT = 1  # of router and schedule files
 MOST_STEPS = 1000  # as `make_scheduler` takes; what is made of a table takes time in proportion to the square of T
+MOST_SETTING = 10_000  # a scheduler's setting, or a list's length: some make tables that long
 WITH_FORECASTER = 2  # of schedule files with a forecaster or runs, which older versions cannot follow
 
 
@@ -141,18 +142,15 @@ def check_architecture(architecture) -> None:
         raise TypeError(f"architecture: expected a dict such as an adapter's, got {shorten(architecture)}")
 
 
-MOST = 10_000  # of a file's number or list: a scheduler makes tables as long as its settings say
-
-
 def check_scheduler_config(config) -> None:
     """Refuses everything but None and a scheduler's settings as JSON has them, none of them large."""
     def small(value) -> bool:
         if isinstance(value, list):
-            return len(value) <= MOST and all(is_number(one) and abs(one) <= MOST for one in value)
+            return len(value) <= MOST_SETTING and all(is_number(one) and abs(one) <= MOST_SETTING for one in value)
         if is_number(value):
-            return abs(value) <= MOST
+            return abs(value) <= MOST_SETTING
         if isinstance(value, str):
-            return len(value) <= MOST
+            return len(value) <= MOST_SETTING
         return isinstance(value, bool) or value in (None, math.inf, -math.inf)
 
     if config is None:
@@ -161,15 +159,18 @@ def check_scheduler_config(config) -> None:
         raise TypeError(f"scheduler_config: got {describe(config)}, expected a dict of settings by name")
     wrong = {name: value for name, value in config.items() if name.startswith("_") or not small(value)}
     if wrong:
-        raise ValueError(f"scheduler_config: got {shorten(wrong)}, expected numbers up to {MOST:,}, texts, or lists of "
-                         "such numbers")
+        raise ValueError(f"scheduler_config: got {shorten(wrong)}, expected numbers up to {MOST_SETTING:,}, texts, or "
+                         "lists of such numbers")
 
 
-def check_scheduler(where: str, name: str | None, config: dict | None, other: str, others_config: dict | None) -> None:
-    """Refuses another scheduler than that of a forecaster, or one with other settings; None is any."""
-    if name not in (None, other):
-        raise ValueError(f"{where}its forecaster is for the scheduler {name!r}, this one is {other!r}")
-    mine, theirs = config or {}, others_config or {}
+def check_scheduler(where: str, schedule, name: str, config: dict | None) -> None:
+    """Refuses another scheduler than that of a schedule's forecaster, or one with other settings.
+
+    name, config: of the one in use; see `config_of`.
+    """
+    if schedule.scheduler not in (None, name):
+        raise ValueError(f"{where}its forecaster is for the scheduler {schedule.scheduler!r}, this one is {name!r}")
+    mine, theirs = schedule.scheduler_config or {}, config or {}
     names = [key for key in mine if key in theirs and mine[key] != theirs[key]]  # versions of diffusers know others
     if names:
         wanted, found = (", ".join(f"{key}={of[key]!r}" for key in names) for of in (mine, theirs))

@@ -111,11 +111,22 @@ def test_a_forecasts_own_guidance_and_scheduler_are_used(sample_calls, tmp_path)
                            tmp_path / "x.safetensors")
     assert result.exit_code == 0, result.output
     assert (sample_calls[0]["guidance"], sample_calls[0]["scheduler"]) == (2.0, "ddim")
-    dataclasses.replace(forecast, scheduler="DPMSolverMultistepScheduler",
-                        scheduler_config={"solver_order": 3}).save(tmp_path / "third.safetensors")
-    harmonica("sample", "--labels", "0", "--schedule", tmp_path / "third.safetensors", "--out",
-              tmp_path / "y.safetensors")
-    assert sample_calls[1]["scheduler"].config.solver_order == 3
+
+@pytest.mark.parametrize("command", [["sample"], ["compare", "--samples", 1, "--method", "fora"]])
+def test_a_forecasts_schedulers_settings_are_used(sample_calls, tmp_path, command):
+    """By what it is compared with too; of files that disagree none is chosen."""
+    forecast = Schedule.load("fashion-dit-forecast-2.8x")
+    for order in (2, 3):
+        dataclasses.replace(forecast, scheduler="DPMSolverMultistepScheduler", scheduler_config={"solver_order": order}
+                            ).save(tmp_path / f"{order}.safetensors")
+    out = tmp_path / ("x.safetensors" if command[0] == "sample" else "folder")
+    result = harmonica(*command, "--schedule", tmp_path / "3.safetensors", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert {options["scheduler"].config.solver_order for options in sample_calls} == {3}
+    if command[0] == "compare":
+        result = harmonica(*command, "--schedule", tmp_path / "3.safetensors", "--schedule", tmp_path / "2.safetensors",
+                           "--out", out)
+        assert result.exit_code == 2 and "DPMSolverMultistepScheduler of different settings" in result.stderr
 
 
 def make_router(path, **options):

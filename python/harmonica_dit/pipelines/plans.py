@@ -12,7 +12,7 @@ from harmonica_dit.methods.trunk import trunk_forecast
 from harmonica_dit.methods.uncached import uncached
 from harmonica_dit.sample.schedulers import config_of, scheduler_name
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_fits, shorten
+from harmonica_dit.validate import check_fits, check_scheduler, shorten
 
 from .adapters import adapt, has_fused_adapter, model_name, unwrap
 from .adapters.compiled import refuse_compiled
@@ -91,7 +91,7 @@ class Plans:
         """Refuses another scheduler than a forecaster's; warns where it is not seen."""
         where = self.config.source
         if scheduler is not None:
-            schedule.check_scheduler(where, scheduler_name(scheduler), config_of(scheduler))
+            check_scheduler(where, schedule, scheduler_name(scheduler), config_of(scheduler))
         elif schedule.scheduler is not None:
             self._say(f"{where}its forecaster is for the scheduler {schedule.scheduler!r}; whether this loop steps by "
                       "that one is not seen here")

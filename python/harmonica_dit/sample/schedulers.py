@@ -18,6 +18,9 @@ from harmonica_dit.validate import shorten
 NOISE = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
 LEARNED_VARIANCE = (DDPMScheduler, DDPMParallelScheduler)  # these can use a learned variance
 
+# what diffusers' classes raise of a wrong setting, as a file may have: few look at it before they compute with it
+WRONG_SETTINGS = (ArithmeticError, LookupError, NameError, RuntimeError, TypeError, ValueError)
+
 
 class ReferenceDDIM(DDIMScheduler):
     """DDIM as facebookresearch/DiT and HarmoniCa run it: deterministic, from each timestep to the next in its list.
@@ -84,10 +87,10 @@ def from_record(name: str | None, config: dict | None) -> str | SchedulerMixin |
         return name
     cls = None if name is None else _class(name)
     if cls is None:
-        raise ValueError(f"scheduler: got {name!r}, expected the name of a diffusers scheduler")
+        raise ValueError(f"scheduler: the file's is {name!r}, which diffusers does not have; pass scheduler=")
     try:
         return cls.from_config(config)
-    except Exception as error:  # a file's settings may be anything, and each class checks its own
+    except WRONG_SETTINGS as error:
         raise ValueError(f"scheduler_config: {name} does not take {shorten(config)}: {error}") from None
 
 

@@ -19,7 +19,7 @@ from harmonica_dit.forecaster import taylor
 from harmonica_dit.memory import check_fits_memory
 from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.progress import progress_bar
-from harmonica_dit.sample.schedulers import make_scheduler, scheduler_name
+from harmonica_dit.sample.schedulers import config_of, make_scheduler, scheduler_name
 from harmonica_dit.sample.trajectory import FIRST_IMAGE, Trajectory, check_labels, image_noise
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_denoiser, check_fits, check_whole, is_number
@@ -121,7 +121,8 @@ def train_forecaster(net, schedule: Schedule | float, *, target: str = "accurate
     initial = taylor(compute, min(1, history - 1), adams=target == "accurate" and correct and first_order)
     initial = replace(initial, states=torch.cat([initial.states, torch.zeros(
         len(compute), history - initial.history, 1)], 1))
-    schedule = replace(schedule, forecaster=initial)  # raises now, not after the training, if it can have none
+    schedule = replace(schedule, forecaster=initial, scheduler=scheduler_name(solver),
+                       scheduler_config=config_of(solver))  # raises now, not after the training, if it cannot be so
     check_fits("schedule: ", schedule, net)
     learned = LearnedForecaster(compute, initial, net.width, correct, entering=not runs_by_its_loop(net))
     if not any(p.requires_grad and p.numel() for p in learned.parameters()):
@@ -209,10 +210,8 @@ class _Run:
                   f"{self.settings['iterations']} iterations of {self.settings['batch']} images")
         forecaster = self.learned.freeze(trunk_costs(self.net)[1], origin)
         labels, guidance = self.settings["labels"], self.settings["guidance"]
-        trajectory = self._trajectory(torch.arange(1))
         schedule = replace(self.schedule, forecaster=forecaster, guidance=None if guidance is None else float(guidance),
-                           timesteps=tuple(trajectory.timesteps), scheduler=trajectory.scheduler_name,
-                           scheduler_config=trajectory.scheduler_config,
+                           timesteps=tuple(self._trajectory(torch.arange(1)).timesteps),
                            labels=None if labels is None else tuple(labels),
                            architecture=getattr(self.net, "architecture", None),
                            resolution=resolution_of(self.net), origin=f"{self._computed()}, {origin}")

@@ -1,6 +1,7 @@
 """Every sampler: trajectories against plain loops over diffusers' schedulers, forks, λ and training."""
 
 import json
+import sys
 
 import diffusers
 import numpy as np
@@ -251,10 +252,20 @@ def test_a_scheduler_is_kept_in_a_file_by_name_and_settings(name):
 
 
 @pytest.mark.parametrize("name, config, message", [
-    ("nonsense", {}, "got 'nonsense', expected the name of a diffusers scheduler"), (None, {}, "scheduler: got None"),
+    ("nonsense", {}, "'nonsense', which diffusers does not have; pass scheduler="), (None, {}, "the file's is None"),
     ("DDIMScheduler", {"beta_schedule": "nonsense"}, "scheduler_config: DDIMScheduler does not take .*nonsense"),
     ("DPMSolverMultistepScheduler", {"num_train_timesteps": -1}, "scheduler_config: DPMSolver"),
-    ("DPMSolverMultistepScheduler", {"beta_start": "a"}, "scheduler_config: DPMSolver")])
+    ("DPMSolverMultistepScheduler", {"beta_start": "a"}, "scheduler_config: DPMSolver"),
+    ("DPMSolverSinglestepScheduler", {"solver_order": -1}, "scheduler_config"),  # these raise all kinds of errors
+    ("DPMSolverSinglestepScheduler", {"num_train_timesteps": 0}, "scheduler_config"),
+    ("CMStochasticIterativeScheduler", {"rho": 0}, "scheduler_config")])
 def test_a_files_nonsense_is_no_scheduler(name, config, message):
     with pytest.raises(ValueError, match=message):
         from_record(name, config)
+
+
+def test_a_missing_package_is_not_a_wrong_setting(monkeypatch):
+    module = sys.modules[diffusers.DPMSolverMultistepScheduler.__module__]
+    monkeypatch.setattr(module, "is_scipy_available", lambda: False)
+    with pytest.raises(ImportError, match="scipy"):
+        from_record("DPMSolverMultistepScheduler", {"use_beta_sigmas": True})

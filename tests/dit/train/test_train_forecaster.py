@@ -113,6 +113,13 @@ def test_a_schedulers_settings_belong_to_a_forecaster(net, tmp_path):
     assert not torch.equal(sample(net, labels, schedule=older), wanted)  # of files without settings the name is known
 
 
+def test_a_setting_that_no_file_takes_is_refused_before_the_training(net, tmp_path):
+    large = DPMSolverMultistepScheduler(**NOISE | dict(num_train_timesteps=20_000))
+    with pytest.raises(ValueError, match="scheduler_config: got {'num_train_timesteps': 20000}"):
+        train_forecaster(net, 1.8, scheduler=large, out=tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
 def test_targets_are_kept_part_by_part(net, tmp_path, monkeypatch):
     """An interruption while they are made loses one part at most; a damaged part is named."""
     monkeypatch.setattr("harmonica_dit.train.targets.PART", 4)
