@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,3 +78,14 @@ def test_distances_between_solutions(fashion):
     few = {"a": (2, "ddim"), "b": (3, "ddim"), "again": (2, "ddim")}
     found = convergence.distances(fashion, 2, 0, few)
     assert found["a"]["again"] == 0 and found["a"]["b"] == found["b"]["a"] == found["b"]["again"] > 0
+
+
+def test_spacings_that_are_not_tried_anew_stay(fashion, monkeypatch, tmp_path):
+    kept, old = (dict(solver="UniPC", steps=7, order=2, spacing=spacing, frechet=d)
+                 for spacing, d in (("trailing", 3.0), ("karras", 2.0)))
+    (tmp_path / "chosen.json").write_text(json.dumps(dict(rows=[old, kept])))
+    monkeypatch.setattr(forecasts, "CHOSEN", tmp_path / "chosen.json")
+    monkeypatch.setattr(forecasts, "solver", lambda *_: None)  # has no such spacing
+    forecasts.choose_solvers(fashion, SimpleNamespace(spacings=["karras"], samples=10, folder=tmp_path, seed=0))
+    found = json.loads((tmp_path / "chosen.json").read_text())
+    assert found["rows"] == found["chosen"] == [kept]
