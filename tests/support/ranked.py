@@ -4,11 +4,14 @@ import importlib
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import time
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -18,6 +21,7 @@ for _name in ("cli", "demo", "models.dit", "evaluate.heat_maps", "evaluate.judgi
 importlib.import_module("torch.utils.tensorboard")
 
 LIMIT = 120  # seconds, after which ranks are taken to hang
+IMPORTED_IN = os.getpid()
 
 
 def free_port() -> int:
@@ -33,6 +37,9 @@ def run(world: int, work, *arguments, join: bool = True) -> list:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.ranked"])
+    with pytest.MonkeyPatch.context() as patch:  # the server has this process's sys.path from Python 3.12.8 on
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         ranks = [context.Process(target=_be, args=(rank, world, port, folder, join, work, arguments))
@@ -50,6 +57,7 @@ def run(world: int, work, *arguments, join: bool = True) -> list:
 
 
 def _be(rank: int, world: int, port: int, folder: str, join: bool, work, arguments) -> None:
+    assert os.getpid() != IMPORTED_IN, "the server has not imported this module, so each rank took seconds to do so"
     torch.set_num_threads(1)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="")
