@@ -285,8 +285,8 @@ class FeatureCache(Memory):
         """The state that a recorded forward relies on, buffer addresses included; None before there are buffers."""
         if self._arena is None:
             return None
-        newest = tuple([slots[0].data_ptr() for slots in self._slots])
-        return self._of, self._setting, self._open, tuple(self._filled), newest
+        newest = [self._arena] if self.history == 1 else [slots[0] for slots in self._slots]
+        return self._of, self._setting, self._open, tuple(self._filled), tuple(map(Tensor.data_ptr, newest))
 
     def _restore(self, state: tuple) -> None:
         """Goes to a `_state` of the same buffers; the values in them stay as they are."""

@@ -34,12 +34,15 @@ class Call(NamedTuple):
         names, tensors, caches, key, builders = [], [], [], [], []
         for name, value in (*enumerate(args), *kwargs.items()):
             constant, held, build = _take_apart(value)
+            modules: tuple[int, ...] = ()
             if isinstance(value, FeatureCache):
                 caches.append(value)
-            elif not _is_constant(constant):
+            elif _is_constant(constant):
+                modules = weights(constant)
+            else:
                 raise TypeError(f"{_name_of(name)}: got {type(value).__name__}; an executor takes tensors, each as "
                                 "an argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
-            key.append((name, constant, weights(constant), tuple((t.shape, t.dtype) for t in held)))
+            key.append((name, constant, modules, tuple([(t.shape, t.dtype) for t in held])))
             builders.append((name, build, slice(len(tensors), len(tensors) + len(held))))
             names += [_name_of(name)] * len(held)
             tensors += held
