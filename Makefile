@@ -9,7 +9,7 @@ VENV := .venv
 demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
 
-# Three processes on two cores, as some tests wait for processes of their own.
+# Half as many processes again as cores, as some tests wait for processes of their own.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $$(( ($$(nproc) * 3 + 1) / 2 )) --maxprocesses 8 --dist loadfile
 

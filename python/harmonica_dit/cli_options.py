@@ -35,9 +35,9 @@ Device = Annotated[str | None, typer.Option(help="Device to compute on, such as 
                                             show_default="cuda if there is one, else cpu")]
 FILE = "File of a router or a schedule, or the name of a bundled router, such as fashion-dit-2.0x"
 OwnGuidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale; 1 is none.",
-                                                   show_default="the router's, or the model's own")]
+                                                   show_default="the file's, or the model's own")]
 OwnScheduler = Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the name of a diffusers scheduler.',
-                                                  show_default="the router's, or the model's own")]
+                                                  show_default="the file's, with its settings, or the model's own")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")]
 Batch = Annotated[int, typer.Option(help="How many images to sample at a time.")]
 Threshold = Annotated[float | None, typer.Option(help="Compute a branch where the router's score is above this.",
@@ -120,14 +120,19 @@ def option_value(option: str, given, found: list, default):
 
 def scheduler_value(given: str | None, found: list, net):
     """The value of --scheduler: the given one, else that of what was `found`, with its settings, else the model's.
+
+    A file that names a scheduler without settings, as a router's does, has those that the name has for this model.
     """
-    from harmonica_dit.sample.schedulers import from_record
+    from harmonica_dit.sample.schedulers import config_of, from_record, make_scheduler
+    from harmonica_dit.validate import differing
 
     name = option_value("scheduler", given, found, net.scheduler)
-    records = [config for one in found if (config := getattr(one, "scheduler_config", None)) is not None]
-    if given is not None or not records:
+    records = [getattr(one, "scheduler_config", None) for one in found if one is not None and one.scheduler is not None]
+    if given is not None or not any(records):
         return name
-    if any(config != records[0] for config in records):
+    unsaid = config_of(make_scheduler(name, 1, net)) or {}
+    records = [unsaid if config is None else config for config in records]
+    if any(differing(config, other) for config in records for other in records):
         raise ValueError(f"--scheduler: the files were made for {name} of different settings; give one, or one file at "
                          "a time")
     return from_record(name, records[0])

@@ -121,7 +121,7 @@ class Schedule:
             raise ValueError(f"guidance: got {self.guidance!r}, expected a finite number")
         object.__setattr__(self, "resolution", check_resolution(self.resolution))
         check_architecture(self.architecture)
-        check_scheduler_config(self.scheduler_config)
+        check_scheduler_config(self.scheduler, self.scheduler_config)
         if self.runs is not None:
             object.__setattr__(self, "runs", check_runs(self.runs))
             check_alike_in_runs(self.runs, compute=self.compute, extrapolation=self.extrapolation)

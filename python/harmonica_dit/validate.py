@@ -142,7 +142,7 @@ def check_architecture(architecture) -> None:
         raise TypeError(f"architecture: expected a dict such as an adapter's, got {shorten(architecture)}")
 
 
-def check_scheduler_config(config) -> None:
+def check_scheduler_config(scheduler: str | None, config) -> None:
     """Refuses everything but None and a scheduler's settings as JSON has them, none of them large."""
     def small(value) -> bool:
         if isinstance(value, list):
@@ -161,6 +161,8 @@ def check_scheduler_config(config) -> None:
     if wrong:
         raise ValueError(f"scheduler_config: got {shorten(wrong)}, expected numbers up to {MOST_SETTING:,}, texts, or "
                          "lists of such numbers")
+    if scheduler is None:
+        raise ValueError(f"scheduler_config: got {shorten(config)}, but scheduler is None, which has no settings")
 
 
 def check_scheduler(where: str, schedule, name: str, config: dict | None) -> None:
@@ -171,11 +173,16 @@ def check_scheduler(where: str, schedule, name: str, config: dict | None) -> Non
     if schedule.scheduler not in (None, name):
         raise ValueError(f"{where}its forecaster is for the scheduler {schedule.scheduler!r}, this one is {name!r}")
     mine, theirs = schedule.scheduler_config or {}, config or {}
-    names = [key for key in mine if key in theirs and mine[key] != theirs[key]]  # versions of diffusers know others
+    names = differing(mine, theirs)
     if names:
         wanted, found = (", ".join(f"{key}={of[key]!r}" for key in names) for of in (mine, theirs))
-        raise ValueError(f"{where}its forecaster is for {name} with {wanted}, this one has {found}; "
-                         f"{name}.from_config(scheduler.config, {wanted}) is one that fits")
+        raise ValueError(f"{where}its forecaster is for {name} with {wanted}, this one has {found}; sampling without "
+                         f"scheduler takes the right one, {name}.from_config(scheduler.config, {wanted}) makes it")
+
+
+def differing(mine: dict, theirs: dict) -> list[str]:
+    """The settings that two schedulers have differently. What one alone has, another version of diffusers knows."""
+    return [key for key in mine if key in theirs and mine[key] != theirs[key]]
 
 
 def check_threshold(threshold) -> float:

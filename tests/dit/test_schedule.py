@@ -99,6 +99,7 @@ def test_a_coefficient_without_two_outputs_forecasts_nothing():
     (dict(scheduler_config={"beta_end": float("nan")}), ValueError, "scheduler_config"),
     (dict(scheduler_config={"_class_name": "DDIMScheduler"}), ValueError, "scheduler_config"),
     (dict(scheduler_config={"shift": {"of": 1}}), ValueError, "scheduler_config"),
+    (dict(scheduler_config={"shift": 1}), ValueError, "scheduler_config: .* but scheduler is None"),
 ])
 def test_what_is_no_schedule_is_refused(change, error, message):
     good = dict(compute=table("11", "01"), branches=NAMES, flops=FLOPS)

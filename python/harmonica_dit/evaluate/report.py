@@ -17,7 +17,7 @@ from torch import Tensor
 from harmonica_dit.files import replacement
 from harmonica_dit.progress import progress_bar
 from harmonica_dit.sample import decode
-from harmonica_dit.sample.schedulers import scheduler_name
+from harmonica_dit.sample.schedulers import config_of, make_scheduler, scheduler_name
 
 from .along import errors_along
 from .compare import compare
@@ -118,6 +118,7 @@ def write(out: Path, net, methods: Sequence[Method], labels: Tensor, rows: Seque
     noise.
     """
     settings = dict(model=net.name, steps=steps, guidance=guidance, scheduler=scheduler_name(scheduler),
+                    scheduler_config=config_of(make_scheduler(scheduler, steps, net)),
                     samples=len(labels), dtype=str(next(net.parameters()).dtype).removeprefix("torch."),
                     torch=torch.__version__)
     with replacement(out / "rows.json") as path:

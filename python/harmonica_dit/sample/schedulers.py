@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.utils import DummyObject
 from torch import Tensor
 
 from harmonica_dit.flops import runs_by_its_loop
@@ -82,12 +83,13 @@ def from_record(name: str | None, config: dict | None) -> str | SchedulerMixin |
 
     Raises:
         ValueError: there is no such scheduler, or it does not take these settings.
+        ImportError: it needs a package that is not installed.
     """
-    if config is None:
+    if config is None or name is None:
         return name
-    cls = None if name is None else _class(name)
+    cls = _class(name)
     if cls is None:
-        raise ValueError(f"scheduler: the file's is {name!r}, which diffusers does not have; pass scheduler=")
+        raise ValueError(f"scheduler: the file's is {name!r}, which diffusers {diffusers.__version__} does not have")
     try:
         return cls.from_config(config)
     except WRONG_SETTINGS as error:
@@ -163,9 +165,11 @@ def _by_default(name: str) -> SchedulerMixin | None:
 
 
 def _class(name: str) -> type[SchedulerMixin] | None:
-    """diffusers' scheduler of this name; None if there is none."""
+    """diffusers' scheduler of this name; None if there is none. ImportError if it needs a package that is not there."""
     cls = getattr(diffusers, name, None)
-    return cls if inspect.isclass(cls) and issubclass(cls, SchedulerMixin) else None
+    if isinstance(cls, DummyObject) and name.endswith("Scheduler"):
+        cls()  # stands in for the class, and raises what names the package
+    return cls if inspect.isclass(cls) and issubclass(cls, SchedulerMixin) and issubclass(cls, ConfigMixin) else None
 
 
 def _make_by_name(name: str, own: SchedulerMixin | None) -> SchedulerMixin:

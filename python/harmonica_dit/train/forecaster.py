@@ -165,6 +165,10 @@ class _Run:
         n, batch, lr = self.settings["iterations"], self.settings["batch"], self.settings["lr"]
         images = self.settings["images"]
         path = None if self.out is None else self.out / "checkpoint.safetensors"
+        trajectory = self._trajectory(torch.arange(1))  # refuses what it cannot take
+        if trajectory.steps != self.schedule.steps:
+            raise ValueError(f"scheduler: {trajectory.scheduler_name} calls the model {trajectory.steps} times in "
+                             f"{self.schedule.steps} steps; a forecaster needs a scheduler of one call a step")
         with progress_bar(shown=self.show) as bar:
             try:
                 # Before the targets, which take minutes: the folder may be of another training, or read-only.

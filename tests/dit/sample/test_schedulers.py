@@ -1,6 +1,7 @@
 """Every sampler: trajectories against plain loops over diffusers' schedulers, forks, λ and training."""
 
 import json
+import re
 import sys
 
 import diffusers
@@ -14,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SASolverScheduler,
 )
+from diffusers.utils import DummyObject
 from diffusers.utils.torch_utils import randn_tensor
 
 import harmonica_kernels as hk
@@ -244,7 +246,7 @@ def test_a_scheduler_is_kept_in_a_file_by_name_and_settings(name):
     own = getattr(diffusers, name)(num_train_timesteps=600)
     str(own)  # adds notes
     config = json.loads(json.dumps(config_of(own)))
-    check_scheduler_config(config)
+    check_scheduler_config(name, config)
     made = from_record(name, config)
     assert type(made) is type(own) and config_of(made) == config
     assert config["num_train_timesteps"] == 600 and not any(key.startswith("_") for key in config)
@@ -252,7 +254,8 @@ def test_a_scheduler_is_kept_in_a_file_by_name_and_settings(name):
 
 
 @pytest.mark.parametrize("name, config, message", [
-    ("nonsense", {}, "'nonsense', which diffusers does not have; pass scheduler="), (None, {}, "the file's is None"),
+    ("nonsense", {}, f"'nonsense', which diffusers {re.escape(diffusers.__version__)} does not have"),
+    ("SchedulerMixin", {}, "'SchedulerMixin', which diffusers "),
     ("DDIMScheduler", {"beta_schedule": "nonsense"}, "scheduler_config: DDIMScheduler does not take .*nonsense"),
     ("DPMSolverMultistepScheduler", {"num_train_timesteps": -1}, "scheduler_config: DPMSolver"),
     ("DPMSolverMultistepScheduler", {"beta_start": "a"}, "scheduler_config: DPMSolver"),
@@ -269,3 +272,14 @@ def test_a_missing_package_is_not_a_wrong_setting(monkeypatch):
     monkeypatch.setattr(module, "is_scipy_available", lambda: False)
     with pytest.raises(ImportError, match="scipy"):
         from_record("DPMSolverMultistepScheduler", {"use_beta_sigmas": True})
+
+    class Absent(metaclass=DummyObject):  # as diffusers has it in place of a class
+        _backends = ["torch", "torchsde"]
+
+        def __init__(self):
+            raise ImportError("Absent requires the torchsde library")
+
+    monkeypatch.setattr(diffusers, "AbsentScheduler", Absent, raising=False)
+    for call in (lambda: from_record("AbsentScheduler", {}), lambda: make_scheduler("AbsentScheduler", 3)):
+        with pytest.raises(ImportError, match="torchsde"):
+            call()

@@ -1,5 +1,6 @@
 """Training a forecaster: what it learns, resuming, files, what is refused."""
 
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -105,7 +106,7 @@ def test_a_schedulers_settings_belong_to_a_forecaster(net, tmp_path):
     wanted = sample(net, labels, schedule=path, scheduler=third)
     assert torch.equal(sample(net, labels, schedule=path), wanted)
     assert from_file(path, net).scheduler.config.solver_order == 3
-    fits = r"with solver_order=3, this one has solver_order=2; DPM\w+.from_config\(scheduler.config, solver_order=3"
+    fits = r"with solver_order=3, this one has solver_order=2; .* DPM\w+.from_config\(scheduler.config, solver_order=3"
     for other in (second, "DPMSolverMultistepScheduler"):
         with pytest.raises(ValueError, match=fits):
             sample(net, labels, schedule=path, scheduler=other)
@@ -113,10 +114,19 @@ def test_a_schedulers_settings_belong_to_a_forecaster(net, tmp_path):
     assert not torch.equal(sample(net, labels, schedule=older), wanted)  # of files without settings the name is known
 
 
-def test_a_setting_that_no_file_takes_is_refused_before_the_training(net, tmp_path):
-    large = DPMSolverMultistepScheduler(**NOISE | dict(num_train_timesteps=20_000))
-    with pytest.raises(ValueError, match="scheduler_config: got {'num_train_timesteps': 20000}"):
-        train_forecaster(net, 1.8, scheduler=large, out=tmp_path / "out", **SMALL)
+LARGE = DPMSolverMultistepScheduler(**NOISE | dict(num_train_timesteps=20_000))
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(scheduler=LARGE), "scheduler_config: got {'num_train_timesteps': 20000}"),
+    (dict(scheduler="HeunDiscreteScheduler"), r"HeunDiscreteScheduler calls the model \d+ times in 4 steps"),
+    (dict(guidance=math.inf), "guidance: got inf"), (dict(guidance_channels=0), "guidance_channels: got 0"),
+    (dict(timesteps=(999, 600, 300, 0), scheduler="UniPCMultistepScheduler"), "chooses its own and takes none"),
+    (dict(timesteps=(999.5, 600, 300, 0)), "timesteps: got .999.5, ")])
+def test_what_cannot_be_sampled_or_kept_is_refused_before_the_training(net, tmp_path, options, message):
+    schedule = replace(trunk_forecast(net, 4, every=2), timesteps=options.pop("timesteps", None))
+    with pytest.raises(ValueError, match=message):
+        train_forecaster(net, schedule, out=tmp_path / "out", **SMALL | options)
     assert not (tmp_path / "out").exists()
 
 
