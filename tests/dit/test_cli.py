@@ -6,7 +6,6 @@ import json
 import sys
 import warnings
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from typer.testing import CliRunner
 
 import harmonica_dit.cli
 from harmonica_dit import demo
-from harmonica_dit.cli_options import scheduler_value
 from harmonica_dit.evaluate import compare, read_schedule, samples
 from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import Flops
@@ -133,23 +131,6 @@ def test_a_forecasts_schedulers_settings_are_used(sample_calls, tmp_path, comman
     rows = json.loads((out / "rows.json").read_text()) if command[0] == "compare" else None
     assert rows is None or (rows["scheduler"], rows["scheduler_config"]["solver_order"]) == (
         "DPMSolverMultistepScheduler", 3)
-
-
-def test_files_agree_on_a_scheduler():
-    """One that names no settings has the model's; what one diffusers has set and another has not may differ."""
-    net = harmonica_dit.load("fashion-dit")
-    dpm = dict(scheduler="DPMSolverMultistepScheduler")
-    second, third, older, named = (SimpleNamespace(**dpm, scheduler_config=config) for config in (
-        {"solver_order": 2, "use_lu_lambdas": False}, {"solver_order": 3}, {"solver_order": 2}, None))
-    plain = SimpleNamespace(scheduler=None, scheduler_config=None)
-    assert scheduler_value(None, [named, plain, None], net) == dpm["scheduler"]
-    assert scheduler_value("ddim", [second, third], net) == "ddim"
-    for agreeing in ([second, older], [older, second, plain], [second, named], [third, plain]):
-        order = agreeing[0].scheduler_config["solver_order"]
-        assert scheduler_value(None, agreeing, net).config.solver_order == order
-    for differing in ([second, third], [third, named], [named, older, third]):
-        with pytest.raises(ValueError, match="DPMSolverMultistepScheduler of different settings"):
-            scheduler_value(None, differing, net)
 
 
 def make_router(path, **options):

@@ -99,7 +99,7 @@ def test_a_forecaster_of_other_steps_timesteps_and_models_is_refused(tmp_path):
         call("flux", made, 4)
     pipe = PIPES["sd3"].pipe()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    with pytest.raises(ValueError, match=r"with shift=1.0, this one has shift=3.0; FlowMatchEuler\w+.from_config"):
+    with pytest.raises(ValueError, match=r"with shift=1.0, this one has shift=3.0; .* FlowMatchEuler\w+.from_config"):
         harmonica_dit.enable_cache(pipe, made)
 
 
