@@ -23,21 +23,23 @@ DRAWN = ("comparison-1.4", "comparison-2.0", "comparison-2.8", "comparison-3.8")
 HEADING = "fashion-dit, DDIM, 20 steps"
 
 
-def rows_of(name: str) -> list[dict]:
-    return json.loads((RESULTS / f"{name}-cpu.json").read_text())["rows"]
+def found(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}-cpu.json").read_text())
 
 
-def table(rows: list[dict]) -> str:
+def table(name: str) -> str:
     """In Markdown, from the slowest to the fastest."""
-    rows = sorted(rows, key=lambda row: (row["flops_speedup"], row["name"]))
+    comparison = found(name)
+    rows = sorted(comparison["rows"], key=lambda row: (row["flops_speedup"], row["name"]))
     columns = cells(rows, COLUMNS | MORE)
     columns.pop("wall clock speedup", None)  # of a machine that did other work too; docs/performance.md has times
     lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values()))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([f"{comparison['samples']:,} samples a method:", "",
+                      *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def write_tables(page: str) -> str:
-    return TABLE.sub(lambda found: f"<!-- table of {found[1]} -->\n{table(rows_of(found[1]))}\n<!-- end -->", page)
+    return TABLE.sub(lambda place: f"<!-- table of {place[1]} -->\n{table(place[1])}\n<!-- end -->", page)
 
 
 def main() -> None:
@@ -49,7 +51,7 @@ def main() -> None:
         for picture in re.findall(rf"\({re.escape(folder.name)}-(\w+)\.png\)", PAGE.read_text()):
             shutil.copy(folder / f"{picture}.png", PAGE.parent / f"{folder.name}-{picture}.png")
     PAGE.write_text(write_tables(PAGE.read_text()))
-    drawn = {row["name"]: row for name in DRAWN if (RESULTS / f"{name}-cpu.json").exists() for row in rows_of(name)}
+    drawn = {row["name"]: row for name in DRAWN for row in found(name)["rows"]}
     plot_tradeoff(list(drawn.values()), PAGE.parent / "comparison-tradeoff.png", HEADING)
 
 
