@@ -37,7 +37,7 @@ def run(world: int, work, *arguments, join: bool = True) -> list:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.ranked"])
-    with pytest.MonkeyPatch.context() as patch:  # before Python 3.12.8 it does not get this process's sys.path
+    with pytest.MonkeyPatch.context() as patch:  # before Python 3.12.8 the server lacks this process's sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:

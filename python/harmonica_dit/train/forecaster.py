@@ -165,7 +165,7 @@ class _Run:
         n, batch, lr = self.settings["iterations"], self.settings["batch"], self.settings["lr"]
         images = self.settings["images"]
         path = None if self.out is None else self.out / "checkpoint.safetensors"
-        trajectory = self._trajectory(torch.arange(1))  # refuses what it cannot take
+        trajectory = self._trajectory(torch.arange(1))  # refuses now, before the targets, what it cannot take
         if trajectory.steps != self.schedule.steps:
             raise ValueError(f"scheduler: {trajectory.scheduler_name} calls the model {trajectory.steps} times in "
                              f"{self.schedule.steps} steps; a forecaster needs a scheduler of one call a step")
@@ -207,16 +207,15 @@ class _Run:
                 where = "nothing is kept without out=" if path is None else f"the same call goes on from {self.out}"
                 raise type(stop)(f"{str(stop) or 'stopped'} after {self.done} of {n} iterations; {where}") from None
         self.learned.load_state_dict(self.best)
-        return self._finish()
+        return self._finish(tuple(trajectory.timesteps))
 
-    def _finish(self) -> Schedule:
+    def _finish(self, timesteps: tuple[float, ...]) -> Schedule:
         origin = (f"learned towards the {self.settings['target']} images, held-out error {self.error:.4f}, "
                   f"{self.settings['iterations']} iterations of {self.settings['batch']} images")
         forecaster = self.learned.freeze(trunk_costs(self.net)[1], origin)
         labels, guidance = self.settings["labels"], self.settings["guidance"]
         schedule = replace(self.schedule, forecaster=forecaster, guidance=None if guidance is None else float(guidance),
-                           timesteps=tuple(self._trajectory(torch.arange(1)).timesteps),
-                           labels=None if labels is None else tuple(labels),
+                           timesteps=timesteps, labels=None if labels is None else tuple(labels),
                            architecture=getattr(self.net, "architecture", None),
                            resolution=resolution_of(self.net), origin=f"{self._computed()}, {origin}")
         if self.out is not None:
