@@ -127,10 +127,11 @@ def scheduler_value(given: str | None, found: list, net):
     from harmonica_dit.validate import differing
 
     name = option_value("scheduler", given, found, net.scheduler)
-    records = [getattr(one, "scheduler_config", None) for one in found if one is not None and one.scheduler is not None]
+    naming = [one for one in found if one is not None and one.scheduler is not None]
+    records = [getattr(one, "scheduler_config", None) for one in naming]
     if given is not None or not any(records):
         return name
-    unsaid = config_of(make_scheduler(name, 1, net)) or {}
+    unsaid = config_of(make_scheduler(name, naming[0].steps, net)) or {}
     records = [unsaid if config is None else config for config in records]
     if any(differing(config, other) for config in records for other in records):
         raise ValueError(f"--scheduler: the files were made for {name} of different settings; give one, or one file at "

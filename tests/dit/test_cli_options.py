@@ -11,7 +11,7 @@ from harmonica_dit.cli_options import scheduler_value
 def test_files_agree_on_a_scheduler():
     """One that names no settings has the model's; what one diffusers has set and another has not may differ."""
     net = harmonica_dit.load("fashion-dit")
-    dpm = dict(scheduler="DPMSolverMultistepScheduler")
+    dpm = dict(scheduler="DPMSolverMultistepScheduler", steps=20)
     second, third, older, named = (SimpleNamespace(**dpm, scheduler_config=config) for config in (
         {"solver_order": 2, "use_lu_lambdas": False}, {"solver_order": 3}, {"solver_order": 2}, None))
     plain = SimpleNamespace(scheduler=None, scheduler_config=None)
@@ -23,3 +23,5 @@ def test_files_agree_on_a_scheduler():
     for differing in ([second, third], [third, named], [named, older, third]):
         with pytest.raises(ValueError, match="DPMSolverMultistepScheduler of different settings"):
             scheduler_value(None, differing, net)
+    few = SimpleNamespace(scheduler="PNDMScheduler", scheduler_config={"num_train_timesteps": 1000}, steps=4)
+    assert scheduler_value(None, [few], net).config.num_train_timesteps == 1000  # it has no trajectory of one step
