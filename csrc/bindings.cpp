@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <map>
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "dlpack.h"
 #include "kernels.h"
 #ifdef HARMONICA_CUDA
 #include "cuda/graph.h"
@@ -98,6 +100,33 @@ DecisionRule decision_rule(const std::string& rule) {
     return rule == "scores" ? DecisionRule::scores : rule == "change" ? DecisionRule::change : DecisionRule::always;
 }
 
+// Address and dtype of each tensor, as bytes that are equal if and only if all of these are. `table` is the capsule
+// torch.Tensor.__dlpack_c_exchange_api__.
+py::bytes py_memory_of(const py::capsule& table, const py::list& tensors) {
+    struct Entry {
+        uint64_t address, dtype;
+    };
+    const auto* exchange = table.get_pointer<dlpack::ExchangeTable>();
+    if (exchange->major != 1)
+        throw std::runtime_error("this PyTorch's DLPack is of version " + std::to_string(exchange->major) +
+                                 ", harmonica-kernels knows version 1");
+    std::vector<Entry> found(tensors.size());
+    for (size_t i = 0; i < found.size(); i++) {
+        PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
+        dlpack::Tensor view;
+        if (exchange->view(tensor, &view) == 0) {
+            found[i].address = reinterpret_cast<uintptr_t>(view.data);
+            std::memcpy(&found[i].dtype, &view.dtype, sizeof view.dtype);
+        } else {  // DLPack has no such dtype
+            PyErr_Clear();
+            py::handle object(tensor);
+            found[i] = {object.attr("data_ptr")().cast<uint64_t>(),
+                        reinterpret_cast<uintptr_t>(object.attr("dtype").ptr())};
+        }
+    }
+    return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(Entry));
+}
+
 py::dict py_cuda_build() {
     CudaBuild build = cuda_build();
     py::dict facts;
@@ -143,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("decide", [](const std::map<std::string, uintptr_t>& memory, int first, int last, const std::string& rule) {
         decide(decision_memory(memory), first, last, decision_rule(rule));
     });
+    m.def("memory_of", &py_memory_of);
     m.def("cuda_build", &py_cuda_build);
 #ifdef HARMONICA_CUDA
     bind_graph(m);

@@ -4,6 +4,7 @@
     gated/         one graph for a whole trajectory whose steps the device decides
     recording.py   recording through PyTorch; a failed recording leaves the device usable
     keys.py        the key of a recorded call
+    weights.py     whether a module's weights are still those of the recording
 """
 
 from collections.abc import Callable
@@ -36,9 +37,10 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
             `key` is hashable and says everything else that decides what the object does, and `rebuild(*tensors)`
             returns the same object with other tensors in their places.
         anything else that can be hashed (a row: a tuple of bools; a list counts as a tuple): a constant of the graph.
-            A module or a schedule counts as the same only if it is the same object. A module's weights may change in
-            place; a module whose weights were moved or cast is recorded anew. What else decides what a module does, as
-            hooks and a LoRA's scale do, stays as it was recorded: call the executor's `reset()` after changing it.
+            A module or a schedule counts as the same only if it is the same object. A module's weights and buffers may
+            change in place; where they were moved, cast or replaced, it is recorded anew. What else decides what a
+            module does, as hooks and a LoRA's scale do, stays as it was recorded: call the executor's `reset()` after
+            changing it.
         but no TrunkCache: a graph would read what it held when it was recorded.
 
     Args:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .keys import Call, one_device, tf32, weights
+from .keys import Call, one_device, tf32
 from .recording import record_into, stream_of
+from .weights import weights
 
 
 class Captured:
@@ -41,19 +42,19 @@ class Captured:
             return self._run(call, call.tensors)
         key = (call.key, weights(self.function), device, torch.is_autocast_enabled(device.type),
                torch.get_autocast_dtype(device.type), tf32())
-        if key in self._recordings:
-            self._recordings.move_to_end(key)
-        elif key in self._seen:
+        recording = self._recordings.pop(key, None)  # and back at the end, as the one that was used last
+        if recording is None and key in self._seen:
             while len(self._recordings) >= self._limit:
                 self._drop()
-            self._recordings[key] = self._record(call, recorder)
+            recording = self._record(call, recorder)
             del self._seen[key]
-        else:
+        if recording is None:
             self._seen[key] = None
             if len(self._seen) > self._limit:
                 self._seen.popitem(last=False)
             return self._run_first(call, recorder)
-        return self._recordings[key].replay(call)
+        self._recordings[key] = recording
+        return recording.replay(call)
 
     def reset(self) -> None:
         """Frees every graph; the next calls record anew."""

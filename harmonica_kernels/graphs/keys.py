@@ -1,23 +1,15 @@
 """The key of a recorded call: its constants, its tensors' shapes, and the settings that chose its kernels."""
 
 from collections.abc import Callable, Hashable, Sequence
-from itertools import count
-from operator import attrgetter
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch import Tensor
 
 from ..cache import FeatureCache, Memory
+from .weights import weights
 
 PLAIN = {bool, int, float, str, type(None)}
-LISTS = nn.ModuleList, nn.ModuleDict, nn.Sequential
-DATA_PTR, DTYPE = Tensor.data_ptr, attrgetter("dtype")
 
 
 class Call(NamedTuple):
@@ -37,11 +29,11 @@ class Call(NamedTuple):
             modules: tuple[int, ...] = ()
             if isinstance(value, FeatureCache):
                 caches.append(value)
-            elif _is_constant(constant):
+            elif not _is_plain(constant):
+                if not _is_constant(constant):
+                    raise TypeError(f"{_name_of(name)}: got {type(value).__name__}; an executor takes tensors, each as "
+                                    "an argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
                 modules = weights(constant)
-            else:
-                raise TypeError(f"{_name_of(name)}: got {type(value).__name__}; an executor takes tensors, each as "
-                                "an argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
             key.append((name, constant, modules, tuple([(t.shape, t.dtype) for t in held])))
             builders.append((name, build, slice(len(tensors), len(tensors) + len(held))))
             names += [_name_of(name)] * len(held)
@@ -69,10 +61,14 @@ def _take_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any]
     return tuple(value) if isinstance(value, list) else value, (), lambda: value
 
 
+def _is_plain(constant: Any) -> bool:
+    return PLAIN.issuperset(map(type, constant)) if type(constant) is tuple else type(constant) in PLAIN
+
+
 def _is_constant(constant: Any) -> bool:
     """Whether it can be hashed and holds no tensors: a graph would keep their values."""
     if isinstance(constant, tuple):
-        return PLAIN.issuperset(map(type, constant)) or all(map(_is_constant, constant))
+        return _is_plain(constant) or all(map(_is_constant, constant))
     return isinstance(constant, Hashable) and not isinstance(constant, Tensor)
 
 
@@ -91,53 +87,6 @@ def one_device(call: Call) -> torch.device:
 def tf32() -> tuple[bool, bool]:
     """Whether float32 matrix products and convolutions may use TF32: a graph keeps the kernels that this chose."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
-def weights(constant: Any) -> tuple[int, ...]:
-    """A number for each module in `constant`: another one after its weights have been moved, cast or replaced, since no
-    graph may be replayed then."""
-    parts = constant if isinstance(constant, tuple) else (constant,)
-    return () if PLAIN.issuperset(map(type, parts)) else tuple(
-        _Weights.of(part) for part in parts if isinstance(part, nn.Module))
-
-
-class _Weights:
-    """What a module's weights were when they were last looked at. To walk through all its modules at each call would
-    take longer than a small step: the walk is made anew only after some module, anywhere, was given another part."""
-
-    known: WeakKeyDictionary[nn.Module, "_Weights"] = WeakKeyDictionary()
-    numbers = count()
-    parts_given = -1  # how many modules and parameters were given to modules, since the first look
-
-    def __init__(self):
-        self.walked_at, self.seen, self.number = -1, None, -1
-
-    @classmethod
-    def of(cls, module: nn.Module) -> int:
-        found = cls.known.get(module)
-        if found is None:
-            if cls.parts_given < 0:
-                cls.parts_given = 0
-                register_module_module_registration_hook(cls._count)
-                register_module_parameter_registration_hook(cls._count)
-            found = cls.known[module] = cls()
-        if found.walked_at != cls.parts_given or found._look() != found.seen:
-            found._walk(module)
-        return found.number
-
-    def _look(self) -> tuple:
-        """Addresses and dtypes; and the lists' lengths, for these may lose a part without a word."""
-        return *map(DATA_PTR, self.parameters), *map(DTYPE, self.parameters), *map(len, self.lists)
-
-    def _walk(self, module: nn.Module) -> None:
-        self.walked_at, self.parameters = self.parts_given, list(module.parameters())
-        self.lists = [m._modules for m in module.modules() if isinstance(m, LISTS)]
-        if (seen := self._look()) != self.seen:
-            self.seen, self.number = seen, next(self.numbers)
-
-    @classmethod
-    def _count(cls, *_) -> None:
-        cls.parts_given += 1
 
 
 def _name_of(argument: int | str) -> str:

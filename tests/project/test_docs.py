@@ -36,6 +36,16 @@ def at_work(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def test_files_that_pages_name_are_there():
+    """A figure's file most of all: written beside the page and not committed, it is missing in a clone."""
+    root = DOCS.parent
+    pages = [root / "README.md", root / "bench/results/README.md", *DOCS.glob("*.md")]
+    folders, kinds = "bench|tests|docs|csrc|examples|harmonica_kernels|python", "json|py|md|png|sh|cpp|cu|h"
+    named = {(page.name, path) for page in pages
+             for path in re.findall(rf"\b(?:{folders})/[\w./-]*\.(?:{kinds})\b", page.read_text())}
+    assert len(named) > 50 and not [name for name in named if not (root / name[1]).exists()]
+
+
 def blocks_of(page: str, kind: str = "python") -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", (DOCS / page).read_text(), re.S | re.M)
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..keys import tf32, weights
+from ..keys import tf32
+from ..weights import weights
 from .decision_memory import DecisionMemory, DecisionTables
 from .ends import Ends
 from .norm import norm_on_cpu, norm_on_cuda

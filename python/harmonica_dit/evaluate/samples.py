@@ -15,11 +15,11 @@ from torch import Tensor
 from harmonica_dit import ranks
 from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.files import load_tensors, remove_leftovers, save_tensors
-from harmonica_dit.models.quantized import stored
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.schedulers import make_scheduler
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import is_number
+from harmonica_kernels.graphs.weights import stored
 
 from .named_methods import Method
 

@@ -2,10 +2,12 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from harmonica_kernels.graphs.weights import stored
 
 
 def _int8(width: int):
@@ -85,13 +87,3 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes in which the model's parameters and buffers are stored, scales and zero points of quantized ones included.
     """
     return sum(part.nbytes for tensor in (*model.parameters(), *model.buffers()) for part in stored(tensor))
-
-
-def stored(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor itself; or the plain ones of which one of torchao's is made, whose own bytes are dequantized values'.
-    """
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from stored(getattr(tensor, name))
