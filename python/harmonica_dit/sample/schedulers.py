@@ -110,7 +110,7 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,
 
     Raises:
         TypeError, ValueError: there is no such scheduler, it is for models that predict something else, steps is out
-            of range, or the scheduler takes no timesteps of one's own.
+            of range or not to be had with the scheduler's settings, or it takes no timesteps of one's own.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000:
         raise ValueError(f"steps: got {steps!r}, expected a whole number from 1 to 1000")
@@ -123,12 +123,16 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,
                                                                                               scheduler.config)
     else:
         made = _make_by_name(scheduler, _by_default(own) if isinstance(own, str) else own)
-    if runs_by_its_loop(net):
-        net.set_timesteps(made, steps)
-    elif made.config.get("use_dynamic_shifting"):
-        made.set_timesteps(steps, mu=_shift(made.config, net.tokens))
-    else:
-        made.set_timesteps(steps)
+    try:
+        if runs_by_its_loop(net):
+            net.set_timesteps(made, steps)
+        elif made.config.get("use_dynamic_shifting"):
+            made.set_timesteps(steps, mu=_shift(made.config, net.tokens))
+        else:
+            made.set_timesteps(steps)
+    except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:  # settings come from files too
+        raise ValueError(f"scheduler: {type(made).__name__} with its settings has no trajectory of {steps} steps: "
+                         f"{error}") from error
     if timesteps is not None and list(timesteps) != made.timesteps.tolist():
         _set_own_timesteps(made, steps, list(timesteps))
     return made

@@ -267,6 +267,16 @@ def test_a_files_nonsense_is_no_scheduler(name, config, message):
         from_record(name, config)
 
 
+@pytest.mark.parametrize("name, config, steps, message", [
+    ("DPMSolverMultistepScheduler", {"trained_betas": []}, T, "of 5 steps: array of sample points is empty"),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "nonsense"}, T, "of 5 steps: nonsense"),
+    ("PNDMScheduler", {}, 1, "of 1 steps: ")])
+def test_settings_that_have_no_such_trajectory(name, config, steps, message):
+    """Only the timesteps show it; the error says whose they are."""
+    with pytest.raises(ValueError, match=f"scheduler: {name} with its settings has no trajectory {message}"):
+        make_scheduler(getattr(diffusers, name)(**config), steps)
+
+
 def test_a_missing_package_is_not_a_wrong_setting(monkeypatch):
     module = sys.modules[diffusers.DPMSolverMultistepScheduler.__module__]
     monkeypatch.setattr(module, "is_scipy_available", lambda: False)
