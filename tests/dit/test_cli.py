@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import harmonica_dit.cli
 from harmonica_dit import demo
-from harmonica_dit.evaluate import compare, read_schedule, samples
+from harmonica_dit.evaluate import compare, read_schedule, report, samples
 from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import Flops
 from harmonica_dit.router import Router
@@ -169,8 +169,11 @@ def test_show_draws_routers_and_schedules(router, tmp_path):
 def test_compare_leaves_tables_and_pictures_and_goes_on(router, tmp_path, monkeypatch):
     command = ["compare", "--router", router, "--method", "fora", "--method", "fewer-steps", "--speedup", 1.5,
                "--steps", 3, "--samples", 3, "--seed", 1, "--seeds", 2, "--accurate", "--out", tmp_path]
+    followed, errors = [], report.errors_along
+    monkeypatch.setattr(report, "errors_along", lambda *given, **options: followed.append(options["seed"]) or
+                        errors(*given, **options))
     result = harmonica(*command)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0 and followed == [1], result.output
     names = ["uncached", "DPM-Solver++ 40 steps", router.parent.name, "FORA 1.5×", "fewer steps 1.5×"]
     found = json.loads((tmp_path / "rows.json").read_text())
     assert [row["name"] for row in found["rows"]] == 2 * names and {row["seed"] for row in found["rows"]} == {1, 2}
@@ -181,6 +184,7 @@ def test_compare_leaves_tables_and_pictures_and_goes_on(router, tmp_path, monkey
     page = (tmp_path / "table.md").read_text().splitlines()
     assert page[0] == "# fashion-dit, 3 steps, 3 images a method and seed" and len({line.count("|") for line in page
                                                                                    if "|" in line}) == 1
+    assert page[-3].startswith("| 10,000 real images | – |") and "10,000 real images" in result.output
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"tradeoff.png", "schedules.png", "along.png", "images.png"}
     monkeypatch.setattr(samples, "sample", lambda *_, **__: pytest.fail("it sampled"))

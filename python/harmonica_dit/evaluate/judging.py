@@ -9,7 +9,7 @@ from harmonica_dit.models import VAE_FACTOR
 from harmonica_dit.sample.decoding import vae_of
 
 from .extractors import Inception, load_clip
-from .fashion import fashion_judge
+from .fashion import fashion_floor, fashion_judge
 from .metrics import Judge
 from .reference import cached_reference, data_checksum, image_files, read_images
 
@@ -43,3 +43,8 @@ def judge_of(net, *, inception: str | os.PathLike | None = None, real: str | os.
         size = net.sample_shape[-1] * (1 if vae_of(net) is None else VAE_FACTOR)
         reference = cached_reference(Path(kept), extractor, read_images(files, size), data_checksum(files))
     return partial(Judge, extractor, reference, None if clip is None else load_clip(clip))
+
+
+def floor_of(judge: Callable[[], Judge] | None) -> dict[str, float | None] | None:
+    """What held-out real images score before a judge of `judge_of`; None for others than the bundled model's."""
+    return fashion_floor() if judge is fashion_judge else None

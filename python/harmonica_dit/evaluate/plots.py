@@ -27,6 +27,9 @@ METRICS = (("error", "error against the uncached images\n(RMSE, images in [−1,
            ("accurate_error", "error against the accurate solution\n(RMSE, images in [−1, 1])", "lower is better"),
            ("label_accuracy", "label accuracy", "higher is better"),
            ("frechet", "Fréchet distance\n(features of the bundled classifier)", "lower is better"))
+UNDECODED = (("latent_error", "error of latents against the uncached ones\n(RMSE, unclipped)", "lower is better"),
+             ("accurate_latent_error", "error of latents against the accurate solution\n(RMSE, unclipped)",
+              "lower is better"))
 COLUMNS = 8  # of the legend
 MANY = 10  # families: of more, bars and small differences are lost, and errors go on a logarithmic axis
 ALIKE = 1.02  # settings of a family whose speedups differ by less are one point
@@ -51,7 +54,7 @@ def plot_tradeoff(rows: Sequence[dict], path: str | os.PathLike, title: str = ""
     """
     timed = any(row.get("wall_speedup") is not None for row in rows if row["family"] not in REFERENCES)
     axes = [against for against in SPEEDUPS if against == "flops_speedup" or timed]
-    metrics = [metric for metric in METRICS if any(row.get(metric[0]) is not None for row in rows)]
+    metrics = metrics_of(rows)
     looks = _looks(row["family"] for row in rows)
 
     def draw() -> Figure:
@@ -72,6 +75,12 @@ def plot_tradeoff(rows: Sequence[dict], path: str | os.PathLike, title: str = ""
         return figure
 
     save(draw, path)
+
+
+def metrics_of(rows: Sequence[dict]) -> list[tuple[str, str, str]]:
+    """What the rows can be drawn by: figures of images, or of latents where nothing decodes them."""
+    known = METRICS if any(row.get("error") is not None for row in rows) else UNDECODED
+    return [metric for metric in known if any(row.get(metric[0]) is not None for row in rows)]
 
 
 def plot_along(groups: Mapping[str, Mapping[str, Sequence[float]]], families: Mapping[str, str],

@@ -10,7 +10,7 @@ from .bootstrap import interval, mean_draws
 from .metrics import Judge, rmse
 from .named_methods import Method
 
-MEANS = ("error", "accurate_error", "latent_error", "accurate_latent_error", "ssim", "label_accuracy")
+MEANS = ("error", "accurate_error", "latent_error", "accurate_latent_error", "psnr", "ssim", "label_accuracy")
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from harmonica_dit import methods
 from harmonica_dit.cli_compare import METHODS
 from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file, samples
 from harmonica_dit.evaluate.catalogue import make_methods
-from harmonica_dit.evaluate.fashion import fashion_judge
+from harmonica_dit.evaluate.fashion import fashion_floor, fashion_judge
+from harmonica_dit.evaluate.judging import floor_of
 from harmonica_dit.evaluate.named_methods import name_after
-from harmonica_dit.evaluate.report import print_table
+from harmonica_dit.evaluate.report import cells, markdown, print_table
 from harmonica_dit.files import load_tensors
 from harmonica_dit.flops import count_flops
 from harmonica_dit.methods import uncached
@@ -263,3 +264,17 @@ def test_no_number_of_the_table_is_cut(columns):
         assert cell in shown.getvalue(), shown.getvalue()
     assert "…" not in shown.getvalue() and max(map(len, shown.getvalue().splitlines())) <= columns
     assert shown.getvalue().count(row["name"]) == {80: 1, 60: 2, 40: 6}[columns]  # tables below each other
+
+
+def test_seeds_are_told_apart_and_the_floor_is_the_last_line():
+    """The seed only where there are several; the floor in columns that the rows have."""
+    rows = [dict(name="4 steps", seed=seed, flops_speedup=5.0, frechet=3.5, psnr=20.25, ssim=0.5) for seed in (1, 2)]
+    floor = fashion_floor()
+    assert cells(rows, floor=floor)["seed"] == ["1", "2", "–"] and "seed" not in cells(rows[:1], floor=floor)
+    shown = io.StringIO()
+    print_table(Console(file=shown, width=80), rows, "a title", floor)
+    lines = [line.split() for line in shown.getvalue().splitlines()]
+    assert ["4", "steps", "2", "5.00×", "3.50"] in lines and ["10,000", "real", "images", "–", "–", "0.02"] in lines
+    last = markdown(rows, "a title", floor).splitlines()[-3]
+    assert last == "| 10,000 real images | – | – | 0.02 | – | – |", last
+    assert floor_of(fashion_judge) == floor and floor_of(None) is None

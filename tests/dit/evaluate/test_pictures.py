@@ -7,7 +7,7 @@ from PIL import Image
 
 from harmonica_dit.evaluate.heat_maps import _mark_forecasts, plot, plot_schedule, plot_schedules
 from harmonica_dit.evaluate.pictures import image_grid, image_sheet
-from harmonica_dit.evaluate.plots import COLOURS, _looks, _panel, _points, plot_along, plot_tradeoff
+from harmonica_dit.evaluate.plots import COLOURS, _looks, _panel, _points, metrics_of, plot_along, plot_tradeoff
 from harmonica_dit.flops import Flops
 from harmonica_dit.router import Router
 from harmonica_dit.schedule import Schedule
@@ -121,6 +121,12 @@ def test_tradeoff_has_panels_for_what_was_measured(tmp_path):
     flops, wall, every = "flops_speedup", "wall_speedup", ["uncached", "a", "b"]
     assert drawn == [(flops, "error", ["uncached", "a"]), (flops, "error", every), (flops, "frechet", every),
                      (wall, "error", ["uncached", "b"]), (wall, "frechet", ["uncached", "b"])]
+
+
+def test_latents_that_nothing_decodes_are_drawn_by_their_own_errors():
+    latents = [row("a", "a", 2.0, error=None, latent_error=0.1, accurate_latent_error=0.2)]
+    assert [key for key, *_ in metrics_of(latents)] == ["latent_error", "accurate_latent_error"]
+    assert [key for key, *_ in metrics_of([latents[0] | dict(error=0.1)])] == ["error"]
 
 
 @pytest.mark.parametrize("families", [2, 14])
