@@ -40,6 +40,7 @@ from harmonica_dit.timing import interleave, medians
 from support.loops import Table, Trajectory
 
 from . import models
+from .record import clocks, spin
 
 DEVICE, TRAJECTORIES = torch.device("cuda", 0), 10_000
 LIMITS = dict(smallest=60, dit=150, bodies=60, cublas=60, change=60, memory=60, sanitizer=90)  # seconds
@@ -49,9 +50,14 @@ def report(**facts) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def milliseconds(candidates: dict[str, Callable[[], object]], rounds: int = 20) -> dict[str, float]:
-    """Each one's median time on the device, interleaved, after three calls that warm up and record."""
+def milliseconds(step: str, candidates: dict[str, Callable[[], object]], rounds: int = 20) -> dict[str, float]:
+    """Each one's median time on the device, interleaved, after three calls that warm up and record. The device's clocks
+    are brought up before, and reported after."""
+    for candidate in candidates.values():
+        candidate()  # records, which takes longer than clocks stay up
+    spin(DEVICE)
     found = medians(interleave(candidates, rounds, warmup=3, device=DEVICE))
+    report(step=step, clocks=clocks(DEVICE))
     return {name: 1e3 * seconds for name, seconds in found.items()}
 
 
@@ -113,7 +119,7 @@ def cublas() -> None:
     noise = torch.randn(trajectory.shape, device=DEVICE)
     for share in (1.0, 0.5, 0.0):
         gated.load(Table((torch.rand(T, K) < share).float()))
-        time_ms = milliseconds({"gated": lambda: gated(there, noise)})["gated"]
+        time_ms = milliseconds("cublas", {"gated": lambda: gated(there, noise)})["gated"]
         report(step="cublas", computed=1 - gated.reused.float().mean().item(), ms=time_ms)
 
 
@@ -128,9 +134,9 @@ def dit() -> None:
             found, expected = (executor(trajectory, noise, schedule) for executor in (gated, captured))
             report(step="dit", rows=rows, first_calls_s=time.perf_counter() - begin)
             same = agree(found, expected, 0.02, step="dit", rows=rows, cur=schedule.cur)
-            times = milliseconds({name: partial(executor, trajectory, noise, schedule)
-                                  for name, executor in (("captured", captured), ("gated", gated))})
-            report(step="dit", rows=rows, **times)
+            times = milliseconds("dit", {name: partial(executor, trajectory, noise, schedule)
+                                         for name, executor in (("captured", captured), ("gated", gated))})
+            report(step="dit", rows=rows, valid=same, **times)
             if same:  # or else the ratio would be of something else
                 report(step="dit", rows=rows, gated_by_captured=times["gated"] / times["captured"])
             right &= same
@@ -166,7 +172,7 @@ def change() -> None:
     with torch.no_grad():
         for threshold in (0.0, 0.05, 0.1, 0.2, 1e9):
             gated.threshold = threshold
-            time_ms = milliseconds({"gated": lambda: gated(trajectory, noise)}, 10)["gated"]
+            time_ms = milliseconds("change", {"gated": lambda: gated(trajectory, noise)}, 10)["gated"]
             report(step="change", threshold=threshold, reused=gated.reused.float().mean().item(), ms=time_ms)
         report(step="change", calls_inside=calls(gated._last.run))
 
@@ -210,6 +216,8 @@ def calls(run) -> dict[str, int]:
 
 def run(step: str) -> None:
     faulthandler.enable()
+    random.seed(0)  # of the schedules
+    torch.manual_seed(0)
     if sys.stdin.readline():  # the imports are done, and it is this step's turn
         faulthandler.dump_traceback_later(LIMITS[step] - 1)  # says where it hangs
         globals()[step]()

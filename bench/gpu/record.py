@@ -35,6 +35,7 @@ class Record:
         self.device = torch.device("cpu" if tiny else "cuda")
         self.failed: dict[str, str] = {}
         self._valid = True  # whether all checks of this attempt held; what is measured otherwise says so
+        self._within = 0  # how many attempts
         self.content: dict[str, Any] = dict(
             part=part, finished=False, seconds=0.0, stage="", machine=describe(tiny), ratios=[], rows=[], checks=[],
             samples={}, clocks={}, notes={}, failed=self.failed)
@@ -52,15 +53,22 @@ class Record:
 
     @contextmanager
     def attempt(self, stage: str):
-        """A stage of its own: an exception in it is recorded, and the part goes on."""
+        """A stage of its own: an exception in it is recorded, and the part goes on. Within another one, what that
+        one's checks found holds on, and again afterwards."""
         self.stage(stage)
-        self._valid = True
+        before = self._valid
+        self._valid = before if self._within else True
+        self._within += 1
         try:
             yield
         except Exception:
             self.failed[stage] = traceback.format_exc()
             self._say(f"{stage}: failed\n{self.failed[stage]}")
             self._write()
+        finally:
+            self._within -= 1
+            if self._within:
+                self._valid = before
 
     def stage(self, stage: str) -> None:
         """What is being done now; the last one is in the file of a part that was stopped."""
@@ -86,9 +94,9 @@ class Record:
         self._write()
         return medians(seconds)
 
-    def check(self, what: str, error: float, limit: float) -> None:
-        """Keeps a relative error. Where it is over its limit or no number, the part has failed, and all that is
-        measured until the next attempt is marked as not valid."""
+    def check(self, what: str, error: float, limit: float) -> bool:
+        """Keeps a relative error and returns whether it holds. Where it is over its limit or no number, the part has
+        failed, and all that is measured until the next attempt is marked as not valid."""
         valid = error <= limit
         self.content["checks"].append(dict(what=what, error=error, limit=limit, valid=valid))
         if not valid:
@@ -96,6 +104,7 @@ class Record:
             self.failed[what] = f"relative error {error:.3g}, at most {limit:.3g} was expected"
             self._say(f"{what}: {self.failed[what]}; timed all the same, marked as not valid")
         self._write()
+        return valid
 
     def row(self, **columns: Any) -> None:
         """A line of the part's table."""

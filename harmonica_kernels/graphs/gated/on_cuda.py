@@ -1,6 +1,6 @@
 """Makes a plan one CUDA graph. Only `plan` decides which nodes there are and where they stand.
 
-Not yet run on a GPU: the tests use a stand-in for CUDA that executes the graph built here.
+Without a GPU the tests use a stand-in for CUDA that executes the graph built here.
 """
 
 from collections.abc import Callable, Sequence
