@@ -18,13 +18,14 @@ def test_the_methods_are_what_their_names_say(tmp_path):
     for p in net.parameters():
         p.normal_(std=0.1)
     images, labels = torch.rand(64, 1, 8, 8), torch.arange(64) % 4
-    made = {m.name: m for m in beside_caching.methods(net, images, labels, 10, 1, tmp_path)}
+    made = {m.name: m for m in beside_caching.methods(net, images, labels, 10, 1, tmp_path, fora(net, 20, 4))}
     for speedup in beside_caching.SPEEDUPS:
         for name in ("Learning-to-Cache", "FORA"):
             assert speedup <= made[f"{name}, {speedup}×"].speedup(20) < speedup + 0.3
     assert made["FORA n=2"].schedule.compute.equal(fora(net, 20, 2).compute)
     pruned = made["pruned, 0 iterations"].speedup(20)
     assert 1.5 <= pruned < 1.6 < made["pruned, 1 iterations, FORA n=2 + forecast"].speedup(20)
+    assert made["int8, HarmoniCa"].schedule is made["HarmoniCa"].schedule and made["int8, HarmoniCa"].net is not None
     [alone] = [m for name, m in made.items() if name.startswith("int8 (0.")]
     assert alone.speedup(20) == 1 and alone.schedule is None
     for method in made.values():
