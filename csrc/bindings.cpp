@@ -1,5 +1,5 @@
-// Passes arguments from the Python ops to the kernels, nothing else. Tensors arrive as tuples or None:
-// activations as (pointer, dtype, batch stride, token stride), modulation as (pointer, dtype, stride).
+// Passes arguments from the Python ops to the kernels; only py_memory_of looks at tensors itself. To the kernels they
+// arrive as tuples or None: activations as (pointer, dtype, batch stride, token stride), modulation as (pointer, dtype, stride).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -87,7 +87,7 @@ def compare(
 
     from harmonica_dit import ranks
     from harmonica_dit.demo import ACCURATE
-    from harmonica_dit.evaluate.judging import floor_of, judge_of
+    from harmonica_dit.evaluate.judging import judge_of, judged_floor
     from harmonica_dit.evaluate.named_methods import name_after
     from harmonica_dit.evaluate.report import compare_with_bar, print_table, write
     from harmonica_dit.files import check_folder, remove_leftovers
@@ -120,6 +120,6 @@ def compare(
                             load=make, judge=judge)
     if not ranks.is_main():
         return
-    title, floor = f"{net.name}, {steps} steps, {samples:,} images a method and seed", floor_of(judge)
+    title, floor = f"{net.name}, {steps} steps, {samples:,} images a method and seed", judged_floor(judge)
     write(out, net, methods, labels, rows, title, batch=batch, floor=floor, **options)
     print_table(Console(), rows, title, floor)

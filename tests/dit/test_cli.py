@@ -177,6 +177,7 @@ def test_compare_leaves_tables_and_pictures_and_goes_on(router, tmp_path, monkey
     names = ["uncached", "DPM-Solver++ 40 steps", router.parent.name, "FORA 1.5×", "fewer steps 1.5×"]
     found = json.loads((tmp_path / "rows.json").read_text())
     assert [row["name"] for row in found["rows"]] == 2 * names and {row["seed"] for row in found["rows"]} == {1, 2}
+    assert all(found["rows"][3][f"{mean}_low"] < found["rows"][3][mean] for mean in ("error", "psnr", "ssim"))
     assert (found["model"], found["steps"], found["guidance"], found["scheduler"]) == ("fashion-dit", 3, 1.5, "ddim")
     with open(tmp_path / "table.csv", newline="") as file:
         lines = list(csv.DictReader(file))

@@ -45,6 +45,6 @@ def judge_of(net, *, inception: str | os.PathLike | None = None, real: str | os.
     return partial(Judge, extractor, reference, None if clip is None else load_clip(clip))
 
 
-def floor_of(judge: Callable[[], Judge] | None) -> dict[str, float | None] | None:
+def judged_floor(judge: Callable[[], Judge] | None) -> dict[str, float | None] | None:
     """What held-out real images score before a judge of `judge_of`; None for others than the bundled model's."""
     return fashion_floor() if judge is fashion_judge else None

@@ -124,7 +124,7 @@ def write(out: Path, net, methods: Sequence[Method], labels: Tensor, rows: Seque
           guidance: float, scheduler, batch: int, floor: Mapping | None = None) -> None:
     """Writes a comparison into its folder, whose folder samples holds its samples.
 
-    floor: what real images score, see `judging.floor_of`.
+    floor: what real images score, see `judging.judged_floor`.
 
     rows.json has the rows and the settings, table.csv and table.md the same to read, tradeoff.png quality against
     speedup, schedules.png what is computed when, along.png errors along the trajectory, images.png samples of the same

@@ -17,7 +17,7 @@ from harmonica_dit.cli_compare import METHODS
 from harmonica_dit.evaluate import Method, compare, fewer_steps, fora_methods, from_file, samples
 from harmonica_dit.evaluate.catalogue import make_methods
 from harmonica_dit.evaluate.fashion import fashion_floor, fashion_judge
-from harmonica_dit.evaluate.judging import floor_of
+from harmonica_dit.evaluate.judging import judged_floor
 from harmonica_dit.evaluate.named_methods import name_after
 from harmonica_dit.evaluate.report import cells, markdown, print_table
 from harmonica_dit.files import load_tensors
@@ -277,4 +277,4 @@ def test_seeds_are_told_apart_and_the_floor_is_the_last_line():
     assert ["4", "steps", "2", "5.00×", "3.50"] in lines and ["10,000", "real", "images", "–", "–", "0.02"] in lines
     last = markdown(rows, "a title", floor).splitlines()[-3]
     assert last == "| 10,000 real images | – | – | 0.02 | – | – |", last
-    assert floor_of(fashion_judge) == floor and floor_of(None) is None
+    assert judged_floor(fashion_judge) == floor and judged_floor(None) is None
