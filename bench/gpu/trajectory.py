@@ -6,10 +6,12 @@ trajectory in one graph. The reference's way: see reference_way. For a schedule,
 should take over the time that it takes, captured: should = fixed part + the computed branches' own measured times. A
 branch's own time is that of its kind's bodies, one after the other in a CUDA graph, each with its own weights as in the
 model, over their number; the fixed part is the rest of the uncached captured trajectory. Reused branches are promised
-to cost nothing. Whole steps: every second one is a forecast of the trunk.
+to cost nothing. Whole steps: every second one is a forecast of the trunk. Dependent launches: the norms begin while the
+kernel before them ends.
 """
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from bench.problems import Plain
 from bench.timing import branch_seconds, capture, relative_error, side_stream
 from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.sample import denoise
+from harmonica_kernels.triton_kernels import _launch
 
 from . import models
 from .record import Record
@@ -69,6 +72,11 @@ def measure(record: Record, net, plain: Plain, exact: Plain, images: int,
     whole = trunk_forecast(net, steps, every=2)
     candidates |= {"whole steps, eager": lambda: denoise(ours, noise, whole),
                    "whole steps": lambda: executor(ours, noise, whole)}
+    early = hk.compile(denoise)
+    candidates["ours, dependent launches"] = lambda: early(ours, noise)
+    with patch.object(_launch, "DEPENDENT", True):
+        for _ in range(3):  # runs, records, replays
+            candidates["ours, dependent launches"]()
     with side_stream(device):
         kinds = bodies(net, 2 * images)
     for _ in range(3):
@@ -79,6 +87,9 @@ def measure(record: Record, net, plain: Plain, exact: Plain, images: int,
             replayed = candidates[name]()
         record.check(f"{2 * images} rows, {name}: captured beside eager", relative_error(replayed, eager), 0.02)
 
+    with record.attempt(f"{2 * images} rows, dependent launches"):  # if they are wrong, the others' times still count
+        record.check(f"{2 * images} rows, ours: dependent launches beside others", relative_error(
+            candidates["ours, dependent launches"](), candidates["ours"]()), 0)
     seconds = record.time(f"{2 * images} rows", candidates | kinds, rounds)
     report(record, net, schedules, seconds, images)
     computed = sum(row is not False for row in whole.rows)
@@ -128,7 +139,7 @@ def bodies(net, rows: int) -> dict[str, Callable[[], object]]:
 
 def report(record: Record, net, schedules: dict, seconds: dict[str, float], images: int) -> None:
     rows, reach = 2 * images, REACH[images]
-    ways = ("plain", "plain, in a graph", "ours, eager", "ours")
+    ways = ("plain", "plain, in a graph", "ours, eager", "ours", "ours, dependent launches")
     record.row(rows=rows, **{f"{name}, ms": seconds[name] * 1e3 for name in ways})
     record.ratio(f"{rows} rows, uncached: eager PyTorch / ours", seconds["plain"] / seconds["ours"], reach["plain"])
     each = len(net.branches) // 2

@@ -1,4 +1,4 @@
-"""Shared by the launchers: the tile of a row kernel, the accumulators' type, and the device."""
+"""Shared by the launchers: the tile of a row kernel, the accumulators' type, the device, and how a launch may begin."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 TILE = 2048  # values a program when rows are short; 16 a thread are two 16-byte loads of a 16-bit type
 FUSED = dict(enable_fp_fusion=True)  # fuses multiply-adds; said here because Triton is about to change its default
+DEPENDENT = False  # by programmatic dependent launch? The GPU benchmark times both ways, and decides
 
 
 def tile(width: int) -> dict:
@@ -28,3 +29,10 @@ def accumulator(x: Tensor) -> tl.dtype:
 def device_of(x: Tensor) -> AbstractContextManager:
     """Makes x's device current, since Triton launches there. CPU tensors come from Triton's interpreter."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def dependent_launch() -> dict:
+    """Constants of a launch that may begin while the kernel before it still runs: its programs are placed and compute
+    addresses, then wait. GPUs before sm_90 have no such launches, nor has Triton's interpreter."""
+    dependent = DEPENDENT and triton.runtime.driver.active.get_current_target().arch >= 90
+    return dict(DEPENDENT=dependent, launch_pdl=True) if dependent else dict(DEPENDENT=False)

@@ -18,8 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ._launch import FUSED, accumulator, device_of
+from ._launch import FUSED, accumulator, dependent_launch, device_of
 from ._row import cast, divide, divisor, load_row, modulate, pieces, store_row, warps
 
 GROUP = 8  # terms whose loads are in flight together
@@ -82,10 +83,13 @@ def _add_terms(sum, loaded, at, fresh, score, first, FORECAST: tl.constexpr, HAS
 def _residual_norm(x, x_out, h, first, terms, e, fresh, r, shift, shift_stride, scale, scale_stride, multiplier, bits,
                    count, TERMS: tl.constexpr, CERTAIN: tl.constexpr, GROUP: tl.constexpr, FORECAST: tl.constexpr,
                    HAS_GATE: tl.constexpr, DEVICE_E: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-                   ACC: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
+                   ACC: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, DEPENDENT: tl.constexpr):
     row = tl.program_id(0)
     at = row.to(tl.int64) * D
     batch = divide(row, multiplier, bits)
+    if DEPENDENT:
+        gdc_wait()  # all memory, read and written, may still be in use by the kernel before
+        gdc_launch_dependents()
 
     # What the norm and the first group read is asked for before any of it is used. ptxas would move loads down to where
     # they are used, but not past a barrier; x comes after it, and the sum cannot begin without x.
@@ -158,4 +162,4 @@ def residual_norm(shape: tuple[int, int, int], x: Tensor, x_out: Tensor | None, 
             *(shift or absent), *(scale or absent), multiplier, bits, count, TERMS=padded,
             CERTAIN=count if padded == count else padded // 2, GROUP=GROUP, FORECAST=forecasts,
             HAS_GATE=some_gate is not None, DEVICE_E=e is not None, NORM=normed, EPS=eps, ACC=accumulator(x), D=width,
-            PIECES=pieces(width), num_warps=warps(held * width * x.element_size()), **FUSED)
+            PIECES=pieces(width), num_warps=warps(held * width * x.element_size()), **dependent_launch(), **FUSED)

@@ -3,8 +3,9 @@
 `python -m support.compile_for_gpus [PART OF A CALL'S NAME]` in tests/ prints a JSON list: of each kernel and
 architecture the registers of a thread and the bytes of its stack, as ptxas gives them, and what sm_90's code tells.
 instructions: of all warps of a program together, a loop's counted once; a program of the two norms has one row. early:
-how many of the loads stand before the first use of one. A process of its own, for it replaces Triton's driver and lets
-launches end once they are compiled.
+how many of the loads stand before the first use of one. before_wait: how many loads and stores stand before the wait
+for the kernel before, null without one. A process of its own, for it replaces Triton's driver and lets launches end
+once they are compiled.
 """
 
 import json
@@ -22,6 +23,7 @@ from harmonica_kernels.graphs.gated import Loop
 from harmonica_kernels.graphs.gated.decision_memory import DecisionMemory
 from harmonica_kernels.graphs.gated.norm import norm_on_cuda
 from harmonica_kernels.graphs.gated.parts import Parts
+from harmonica_kernels.triton_kernels import _launch
 from support.sass import instructions, resources
 
 ARCHES = (80, 90, 100)
@@ -68,6 +70,12 @@ def forward(length: int, forecast: bool = False, dtype=torch.bfloat16, store: bo
                           run(length, forecast, dtypes or (dtype,)), None, 0.0, (rows(dtype), rows(dtype), True, 1e-6))
 
 
+def dependent(call) -> None:
+    _launch.DEPENDENT = True
+    call()
+    _launch.DEPENDENT = False
+
+
 def blend(forecast: bool, x_dtype=torch.bfloat16) -> None:
     e = torch.zeros(1) if forecast else None
     term = (activation(), activation() if forecast else None, 0.0, rows())
@@ -104,6 +112,7 @@ CALLS = {
     **{f"gated_norm history={history}": lambda history=history: gated_norm(history) for history in (1, 2)},
     "residual_norm R=31, each term's dtype another": lambda: forward(31, forecast=True, dtypes=(
         torch.bfloat16, torch.float16, torch.float32)),
+    "residual_norm R=1 dependent": lambda: dependent(lambda: forward(1)),
     "residual_norm R=1 store": lambda: forward(1, store=True),
     "residual_norm R=2 forecast": lambda: forward(2, forecast=True),
     "residual_norm R=16 forecast": lambda: forward(16, forecast=True),

@@ -20,7 +20,10 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def instructions(cubin: bytes) -> dict[str, int]:
-    """Instructions of a warp, in the order of the code; its loads, and how many stand before the first use of one."""
+    """Instructions of a warp, in the order of the code; its loads, and how many stand before the first use of one.
+
+    Of a kernel that waits for the one before it: also how many loads and stores stand before that wait.
+    """
     found = INSTRUCTION.findall(_run("nvdisasm", "-c", cubin))
     while found[-1][0] == "NOP":
         found.pop()
@@ -37,7 +40,9 @@ def instructions(cubin: bytes) -> dict[str, int]:
         early = i
         break
     count = lambda part: sum(operation.startswith("LDG") for operation, _ in part)
-    return dict(instructions=len(found), loads=count(found), early=count(found[:early]))
+    waits = [i for i, (operation, _) in enumerate(found) if operation == "ACQBULK"]
+    unordered = sum(operation.startswith(("LDG", "STG")) for operation, _ in found[: waits[0]]) if waits else None
+    return dict(instructions=len(found), loads=count(found), early=count(found[:early]), before_wait=unordered)
 
 
 def _registers(operands: str) -> set[int]:

@@ -54,3 +54,10 @@ def test_the_norms_are_short_and_ask_for_all_before_they_use_any(compiled_kernel
         assert norm[call]["early"] == norm[call]["loads"], norm[call]
     assert norm["residual_norm R=28"]["early"] >= 2 * (1 + 2 + 2 * 8), "x, scale, shift, and eight outputs and gates"
     assert all(norm[f"gated_norm history={history}"]["registers"] <= 96 for history in (1, 2))
+
+
+def test_a_dependent_launch_waits_before_it_touches_memory(compiled_kernels):
+    """The kernel before it may still write what it reads, or read what it writes. Other launches do not wait."""
+    found = {entry["call"]: entry.get("before_wait") for entry in compiled_kernels if entry["arch"] == 90}
+    assert found.pop("residual_norm R=1 dependent") == 0
+    assert set(found.values()) == {None}
