@@ -47,6 +47,7 @@ def test_dry_run(part, tmp_path):
     assert all(sample["median"] > 0 and sample["count"] > 0 for sample in found["samples"].values())
     assert found["checks"], "results are compared before they are timed"
     assert part != "trajectory" or sum("skipped / computed" in row for row in found["rows"]) == 2
+    assert part != "pixart" or sum("gated / captured" in row for row in found["rows"]) == 2
 
 
 def test_the_reference_way_gives_the_same_images():

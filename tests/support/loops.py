@@ -69,7 +69,7 @@ class Trajectory:
 
     def loop(self) -> Loop:
         return Loop(self.branches, self.modulation, self.embed, self.head, self.updates, self.guidance, self.channels,
-                    context=0.01, eps=self.eps)
+                    context=lambda: 0.01, eps=self.eps)
 
     def modulation(self) -> hk.Modulation:
         """[T, B, D] views, as chunks of one matrix are; the unconditional rows are those of label 0."""

@@ -13,7 +13,7 @@ from .plan import Op
 
 
 class Ends:
-    """Modulation, embedding, head and update, and their memory.
+    """Modulation and context, embedding, head and update, and their memory.
 
     sample [n, C, ...] holds the noise before a trajectory and the image after it. tokens [B, N, D] enter a step's first
     branch, h [B, N, D] its head.
@@ -27,6 +27,7 @@ class Ends:
         self.loop, self.memory = loop, memory
         self.sample = noise.clone(memory_format=torch.contiguous_format)
         self.modulation: Modulation = loop.modulation()
+        self.context = loop.context()
         self.updates = loop.updates.to(noise.device, torch.float32).contiguous()
         self.tokens = loop.embed(self.sample).contiguous()
         B, _, D = self.tokens.shape
@@ -39,7 +40,7 @@ class Ends:
         getattr(self, f"_{op.kind}")(*(() if op.branch is None else (op.branch,)))
 
     def _modulation(self) -> None:
-        self.modulation = self.loop.modulation()
+        self.modulation, self.context = self.loop.modulation(), self.loop.context()
 
     def _embed(self) -> None:
         self.tokens = self.loop.embed(self.sample).contiguous()

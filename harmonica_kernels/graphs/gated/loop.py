@@ -24,7 +24,7 @@ class Loop:
         updates: [T, 2] float32, the scheduler's a and b.
         guidance: scale of classifier-free guidance (Ho & Salimans, 2022); 1 where B = n.
         channels: how many leading channels are guided; None for all.
-        context: what the bodies get beside h, see `Branch`.
+        context: `context()` -> what the bodies get beside h, see `Branch`. Called once a trajectory.
         eps: of the final norm.
         condition: [T, D'] that `modulation` reads: what a schedule adds to the steps' conditions. It is written before
             a trajectory. None takes no such schedules.
@@ -37,6 +37,6 @@ class Loop:
     updates: Tensor
     guidance: float = 1.0
     channels: int | None = None
-    context: Any = None
+    context: Callable[[], Any] = lambda: None
     eps: float = 1e-6
     condition: Tensor | None = None

@@ -31,7 +31,7 @@ class Parts(Ends):
         self._norm_before = norm
         B, N, D = self.tokens.shape
         self.x = torch.zeros_like(self.tokens)
-        dtype = loop.branches[0].body(self.h, loop.context).dtype
+        dtype = loop.branches[0].body(self.h, self.context).dtype
         K = memory.branches
         self.arena = torch.zeros(memory.history, K, B, N, D, dtype=dtype, device=noise.device)
         self.scratch = torch.zeros(B, N, D, dtype=dtype, device=noise.device) if memory.history == 2 else None
@@ -42,7 +42,7 @@ class Parts(Ends):
         self.reference = torch.zeros(2, *self.arena.shape[2:], dtype=dtype, device=noise.device)
 
     def _body(self, k: int) -> None:
-        branch, context = self.loop.branches[k], self.loop.context
+        branch, context = self.loop.branches[k], self.context
         h = self.h if self.needs_h(k) else self.x
         if branch.body_out is not None and h.dtype == self.arena.dtype:
             out = self.arena[0, k] if self.scratch is None else self.scratch

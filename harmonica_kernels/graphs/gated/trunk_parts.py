@@ -75,7 +75,7 @@ class TrunkParts(Ends):
 
     def _trunk(self) -> None:
         step, mine = self.memory.step, self._of_step(final=False)
-        state = trunk_state(self.loop.branches, self.tokens, mine, self.loop.context)
+        state = trunk_state(self.loop.branches, self.tokens, mine, self.context)
         places = self.places.index_select(0, step)[0]
         self.states.index_copy_(0, places[:1], state[None])
         self.entered.index_copy_(0, places[1:], self.tokens[None])

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -283,11 +284,16 @@ class DiT(nn.Module):
             for modulation in self.modulations(times[:, None] + embedded, rows[part]):
                 yield {"modulation": modulation}
 
-    def modulation_table(self, t: Tensor, y: Tensor, condition: Tensor) -> hk.Modulation:
-        """The modulation rows of all T steps stacked, [T, B, D], for t [T] and y [B].
+    def loop_parts(self, t: Tensor, y: Tensor, condition: Tensor) -> dict[str, Any]:
+        """Of the arguments of a `harmonica_kernels.graphs.gated.Loop`, those that the model answers for.
 
-        A device-gated trajectory takes each step's rows from them. condition: [T, D], as in `hoist`.
+        t: [T]. y: [B]. condition: [T, D], as in `hoist`; read whenever the loop's modulation is computed.
         """
+        return dict(branches=self.branches, modulation=lambda: self._modulation_table(t, y, condition),
+                    embed=self.embed, head=self.head)
+
+    def _modulation_table(self, t: Tensor, y: Tensor, condition: Tensor) -> hk.Modulation:
+        """The modulation rows of all T steps stacked, [T, B, D]."""
         embedded = (self.t_embedder(t) + condition)[:, None] + self.y_embedder(y)
         activated, *layers = F.silu(embedded), *self._adaln()
         made = [layer(embedded) if (linear := linear_of(layer)) is None else linear(activated) for layer in layers]

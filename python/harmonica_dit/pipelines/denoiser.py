@@ -74,6 +74,19 @@ class PipelineDenoiser(nn.Module):
         text = self.conditions(y) if encoder_hidden_states is None else text
         return self.adapter(x, timestep=t, return_dict=False, **text, **self._micro_conditions(len(y), x), **run)[0]
 
+    def loop_parts(self, t: Tensor, y: Tensor, condition: Tensor, **text: Tensor) -> dict[str, Any]:
+        """Of the arguments of a `harmonica_kernels.graphs.gated.Loop`, those that the model answers for.
+
+        t: [T]. y: [B], as in `forward`. condition: [T, D], added to the embedded timesteps; read whenever the loop's
+        modulation is computed. text: from `conditions`.
+        """
+        given = dict(class_labels=y) if self.prompts is None else dict(
+            batch=len(y), **text, **self._micro_conditions(len(t) * len(y), condition.to(self.transformer.dtype)))
+        return self.adapter.loop_parts(t, condition, **given) | dict(
+            branches=self.branches, eps=self.transformer.norm_out.eps,
+            embed=lambda x: self.transformer.pos_embed(x.to(self.transformer.dtype)),
+            head=lambda x: self.adapter.head(x, self.sample_shape))
+
     def _micro_conditions(self, B: int, x: Tensor) -> dict:
         """The image's size and aspect ratio, which PixArt-α at 1024 pixels is conditioned on."""
         if not self.transformer.use_additional_conditions:

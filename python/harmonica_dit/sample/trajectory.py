@@ -225,21 +225,22 @@ class Trajectory:
         """The trajectory's parts for a device-gated executor, see `harmonica_kernels.compile`.
 
         Raises:
-            TypeError: the scheduler's step is not linear in x and the output alone, or the model has no
-                `modulation_table`.
+            TypeError: the scheduler's step is not linear in x and the output alone, or the model has no `loop_parts`.
         """
         if not self._linear:
             raise TypeError(f'scheduler: got {type(self.scheduler).__name__}; a device-gated trajectory needs "ddim", '
                             "whose step is a·x + b·ε")
-        if not hasattr(self.net, "modulation_table"):
-            raise TypeError(f"net: {type(self.net).__name__} has no modulation_table, which a device-gated trajectory "
-                            'indexes; use mode="captured"')
+        if not hasattr(self.net, "loop_parts"):
+            raise TypeError(f"net: {type(self.net).__name__} has no loop_parts, of which a device-gated trajectory is "
+                            'made; use mode="captured"')
         net, guided = self.net, self.model.scale != 1
         weight = next(net.parameters())
         condition = torch.zeros(self.steps, net.width, dtype=weight.dtype, device=weight.device)
-        return Loop(net.branches, lambda: net.modulation_table(self._t, self._model_labels, condition),
-                    lambda x: net.embed(torch.cat([x, x]) if guided else x), net.head, self.scheduler.updates(),
-                    self.model.scale, self.model.channels, condition=condition)
+        parts = net.loop_parts(self._t, self._model_labels, condition, **self.conditions)
+        embed = parts.pop("embed")
+        return Loop(**parts, embed=lambda x: embed(torch.cat([x, x]) if guided else x),
+                    updates=self.scheduler.updates(), guidance=self.model.scale, channels=self.model.channels,
+                    condition=condition)
 
     def graph_parts(self) -> tuple[tuple, tuple[Tensor, ...], Callable[[Tensor], "Trajectory"]]:
         """Key, tensors and a copying function for an executor, see `harmonica_kernels.compile`.

@@ -14,7 +14,16 @@ from harmonica_dit.models.adaln import add_block
 from harmonica_dit.models.dit import HOISTED
 from harmonica_dit.models.plain_modules import is_plain_linear, is_steady
 
-from .fused import AttentionBody, Context, FeedForwardBody, FusedAdapter, attention_options, finish, unpatchify
+from .fused import (
+    AttentionBody,
+    Context,
+    FeedForwardBody,
+    FusedAdapter,
+    attention_options,
+    each_step,
+    finish,
+    unpatchify,
+)
 
 
 class DiTAdapter(FusedAdapter):
@@ -34,7 +43,6 @@ class DiTAdapter(FusedAdapter):
         """
         self._check_blocks()
         model = self.transformer
-        height, width = (side // model.patch_size for side in hidden_states.shape[-2:])
         x = model.pos_embed(hidden_states)
         if modulation is None:
             # all of it for scores, for a function, and for a row of runs, whose entries are not those of branches
@@ -46,7 +54,7 @@ class DiTAdapter(FusedAdapter):
                               cache=cache, threshold=threshold, model=model,
                               context=Context(options=attention_options(cross_attention_kwargs)),
                               eps=model.norm_out.eps)
-        return finish(unpatchify(model.proj_out_2(x), height, width, model.patch_size), return_dict)
+        return finish(self.head(x, hidden_states.shape), return_dict)
 
     def hoist(self, rows: Sequence[Sequence[bool] | bool | None], timesteps: Sequence[float], hidden_states: Tensor,
               timestep: Tensor | None = None, class_labels: Tensor | None = None, *,
@@ -73,6 +81,26 @@ class DiTAdapter(FusedAdapter):
             yield from (dict(modulation=modulation) for modulation in
                         self._modulations(times[part].repeat_interleave(B), labels, dtype, rows[part],
                                           None if condition is None else condition[part]))
+
+    def loop_parts(self, timesteps: Tensor, condition: Tensor, class_labels: Tensor) -> dict[str, Any]:
+        """The modulation of a device-gated trajectory, see `PipelineDenoiser.loop_parts`.
+
+        timesteps, condition: [T], [T, D]. class_labels: [B].
+        """
+        T, dtype = len(timesteps), self.transformer.dtype
+
+        def modulation() -> hk.Modulation:
+            made = self._modulations(each_step(timesteps, len(class_labels)), class_labels.repeat(T), dtype, [None] * T,
+                                     condition)
+            return hk.Modulation(*([torch.stack(rows) for rows in zip(*part)] for part in zip(*made)))
+
+        return dict(modulation=modulation, context=Context)
+
+    def head(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The output [B, C_out, H, W] of what the final norm returned; shape [..., H, W]."""
+        patch = self.transformer.patch_size
+        height, width = (side // patch for side in shape[-2:])
+        return unpatchify(self.transformer.proj_out_2(x), height, width, patch)
 
     def _branches(self, i: int):
         block = self._blocks[i]

@@ -123,9 +123,9 @@ class FusedAdapter:
     What is put on the modules that it calls is honoured: LoRA, quantization and hooks on attentions, feed-forwards,
     embedders, adaLN's linear layers and what is inside them, and other modules or blocks in their places.
 
-    Subclasses define `hoist`, `__call__`, `_branches(i)` (block i's branches with their names), `_bypassed` (the
-    submodules of a block that fused calls replace, and their classes), the blocks' `_norm_type`, and `_parts` (the
-    branches that a block may have).
+    Subclasses define `hoist`, `loop_parts`, `__call__`, `_branches(i)` (block i's branches with their names),
+    `_bypassed` (the submodules of a block that fused calls replace, and their classes), the blocks' `_norm_type`, and
+    `_parts` (the branches that a block may have).
     """
 
     _bypassed: dict[str, type[nn.Module]]
@@ -289,6 +289,11 @@ def _is_linear_gelu(module: nn.Module) -> bool:
     """Whether this is exactly a linear layer with bias and the tanh form of the GELU."""
     return (type(module) is GELU and module.approximate == "tanh" and has_own_forward(module) and is_own(GELU)
             and is_plain_linear(module.proj) and module.proj.bias is not None)
+
+
+def each_step(values: Tensor, batch: int) -> Tensor:
+    """values [T, ...], each for a batch of its step: [T·B, ...], step after step."""
+    return values[:, None].expand(-1, batch, *values.shape[1:]).flatten(0, 1)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:

@@ -18,6 +18,7 @@ from .fused import (
     FeedForwardBody,
     FusedAdapter,
     attention_options,
+    each_step,
     finish,
     keys_values_of,
     unpatchify,
@@ -51,22 +52,16 @@ class PixArtAdapter(FusedAdapter):
             raise ValueError("added_cond_kwargs: got None, but this model is conditioned on resolution and aspect "
                              "ratio as well")
         batch = len(hidden_states)
-        patch = model.config.patch_size
-        height, width = (side // patch for side in hidden_states.shape[-2:])
         mask, text_mask = (bias(m, hidden_states.dtype) for m in (attention_mask, encoder_attention_mask))
         x = model.pos_embed(hidden_states)
-        shared, embedded = model.adaln_single(timestep, added_cond_kwargs, batch_size=batch, hidden_dtype=x.dtype)
-        if condition is not None:
-            embedded = embedded + condition.to(embedded.dtype)
-            shared = model.adaln_single.linear(model.adaln_single.silu(embedded))
+        modulation = self._modulation(timestep, added_cond_kwargs, batch, x.dtype, condition)
         if text is None:
             text = self._text(encoder_hidden_states, batch)
-        x = hk.cached_forward(self.branches, x, self._modulation(shared, embedded), row=row,
-                              forecast_weights=forecast_weights, cache=cache, threshold=threshold,
-                              eps=model.norm_out.eps, model=model,
+        x = hk.cached_forward(self.branches, x, modulation, row=row, forecast_weights=forecast_weights, cache=cache,
+                              threshold=threshold, eps=model.norm_out.eps, model=model,
                               context=Context(mask, text, text_mask, attention_options(cross_attention_kwargs),
                                               keys_values or {}))
-        return finish(unpatchify(model.proj_out(x), height, width, patch), return_dict)
+        return finish(self.head(x, hidden_states.shape), return_dict)
 
     def hoist(self, rows: Sequence[Sequence[bool] | bool | None], timesteps: Sequence[float], hidden_states: Tensor,
               encoder_hidden_states: Tensor | None = None, *_, condition: Tensor | None = None,
@@ -82,11 +77,43 @@ class PixArtAdapter(FusedAdapter):
             yield from added
             return
         text = self._text(encoder_hidden_states, len(hidden_states))
-        bodies = [branch.body for k, branch in enumerate(self.branches)
-                  if any(row is None or (row is not False and row[k]) for row in rows)]
-        hoisted = [body.hoistable(text) for body in bodies if isinstance(body, AttentionBody)]
-        made = {attn: keys_values_of(attn, text) for attn in hoisted if attn is not None}
+        made = self._keys_values(text, [any(row is None or (row is not False and row[k]) for row in rows)
+                                        for k in range(len(self.branches))])
         yield from (dict(text=text, keys_values=made) | one for one in added)
+
+    def loop_parts(self, timesteps: Tensor, condition: Tensor, batch: int, encoder_hidden_states: Tensor,
+                   encoder_attention_mask: Tensor | None, added_cond_kwargs: dict[str, Tensor]) -> dict[str, Any]:
+        """Modulation and context of a device-gated trajectory, see `PipelineDenoiser.loop_parts`.
+
+        timesteps, condition: [T], [T, D]. batch: B. added_cond_kwargs: of T·B rows, step after step. The others are as
+        in the transformer's forward.
+        """
+        dtype = self.transformer.dtype
+
+        def modulation() -> hk.Modulation:
+            made = self._modulation(each_step(timesteps, batch), added_cond_kwargs, len(timesteps) * batch, dtype,
+                                    each_step(condition, batch))
+            return hk.Modulation(*([None if rows is None else rows.unflatten(0, (-1, batch)) for rows in part]
+                                   for part in made))
+
+        def context() -> Context:
+            text = self._text(encoder_hidden_states, batch)
+            return Context(text=text, text_mask=bias(encoder_attention_mask, dtype),
+                           keys_values=self._keys_values(text, [True] * len(self.branches)))
+
+        return dict(modulation=modulation, context=context)
+
+    def head(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The output [B, C_out, H, W] of what the final norm returned; shape [..., H, W]."""
+        patch = self.transformer.config.patch_size
+        height, width = (side // patch for side in shape[-2:])
+        return unpatchify(self.transformer.proj_out(x), height, width, patch)
+
+    def _keys_values(self, text: Tensor, computed: Sequence[bool]) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """The text's keys and values in these branches' cross-attentions, where they are the same at every step."""
+        bodies = [branch.body for branch, its in zip(self.branches, computed, strict=True) if its]
+        hoisted = [body.hoistable(text) for body in bodies if isinstance(body, AttentionBody)]
+        return {attn: keys_values_of(attn, text) for attn in hoisted if attn is not None}
 
     def _text(self, states: Tensor | None, batch: int) -> Tensor | None:
         """The text states [B, tokens, D] that cross-attention takes."""
@@ -103,12 +130,17 @@ class PixArtAdapter(FusedAdapter):
             branches.insert(1, ("attn2", hk.Branch(cross, cross.write, norm=False, gate=False)))
         return branches
 
-    def _modulation(self, shared: Tensor, embedded: Tensor) -> hk.Modulation:
+    def _modulation(self, timestep: Tensor, micro: dict[str, Tensor] | None, batch: int, dtype: torch.dtype,
+                    condition: Tensor | None) -> hk.Modulation:
         """adaLN-single: all blocks share a step's values `shared` [B, 6·D], and each block adds its own table [6, D].
 
-        The final norm adds its table [2, D] to `embedded` [B, D], the embedded timestep.
+        The final norm adds its table [2, D] to `embedded` [B, D], the embedded timestep. condition: [D] or [B, D].
         """
-        blocks = self._blocks
+        single, blocks = self.transformer.adaln_single, self._blocks
+        shared, embedded = single(timestep, micro, batch_size=batch, hidden_dtype=dtype)
+        if condition is not None:
+            embedded = embedded + condition.to(embedded.dtype)
+            shared = single.linear(single.silu(embedded))
         tables = torch.stack([block.scale_shift_table for block in blocks])
         shift, scale, gate = [], [], []
         for block, six in zip(blocks, (tables[:, None] + shared.unflatten(1, (6, -1))).unbind()):  # [B, 6, D] each
