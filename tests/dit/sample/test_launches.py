@@ -4,12 +4,14 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
+from harmonica_dit.methods import trunk_forecast
 from harmonica_dit.models import DiT
-from harmonica_dit.sample import Trajectory
+from harmonica_dit.sample import Trajectory, denoise
 from harmonica_kernels.graphs.gated.decision_memory import DecisionMemory
 from harmonica_kernels.graphs.gated.parts import Parts
 from harmonica_kernels.graphs.gated.plan import Capture, If, While, plan
 from harmonica_kernels.graphs.gated.trunk_parts import TrunkParts
+from support.cpu_recorder import CpuRecorder
 from support.launches import Launches, as_on_a_gpu, one_launch
 
 DEPTH, T = 28, 20
@@ -95,3 +97,14 @@ def test_a_gated_step(trajectory):
     memory.step.zero_()
     found = counted(trunk, plan(1, unit="trunk"), {})
     assert found["embedding"] + found["head"] == 10 and found["trunk"] == 7 * DEPTH + 5, found
+
+
+@torch.no_grad()
+def test_a_trajectory_of_whole_steps_is_one_graph(trajectory, monkeypatch):
+    """And another schedule is another one."""
+    CpuRecorder.install(monkeypatch)
+    executor, noise = hk.compile(denoise), torch.randn(1, *trajectory.net.sample_shape).to(torch.bfloat16)
+    for count, every in ((1, 2), (2, 3)):
+        whole = trunk_forecast(trajectory.net, T, every=every)
+        images = [executor(trajectory, noise, whole) for _ in range(3)]  # runs, records, replays
+        assert executor.graphs == count and torch.equal(images[0], images[2])
