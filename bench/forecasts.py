@@ -2,7 +2,7 @@
 
     python -m bench.forecasts sample --only '*2.8x*' 'DDIM, 7*'    makes samples, in build/samples; goes on there
     python -m bench.forecasts table                                judges them; writes bench/results/forecasts-cpu.json
-    python -m bench.forecasts solvers --seed 1 --samples 1000      chooses the rivals' order and spacing
+    python -m bench.forecasts solvers --seed 2 --samples 500       chooses the rivals' order and spacing
 
 Several processes may sample at once. Judges: the bundled classifiers; precision and recall against the test images
 (Debian's package dataset-fashion-mnist) in the second one's features. Forecasters in --files beside the bundled ones
