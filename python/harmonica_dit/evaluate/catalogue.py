@@ -28,7 +28,7 @@ class Scheduled:
     @property
     def whole_steps(self) -> bool:
         """Whether it also takes every n-th step, and an order of its forecasts."""
-        return self.function in ("fora", "trunk_forecast")
+        return self.function in ("fora", "taylorseer", "trunk_forecast")
 
     def make(self, net, steps: int, **how):
         """The schedule."""
@@ -70,9 +70,9 @@ class Quantized:
 # name -> function(net, steps of the uncached trajectory, speedup, dict of guidance and scheduler) -> Method
 CATALOGUE: dict[str, Callable[..., "Method"]] = {
     "fora": Scheduled("FORA", "fora"),
-    "taylorseer-1": Scheduled("TaylorSeer-1", "fora", dict(order=1)),
-    "taylorseer-2": Scheduled("TaylorSeer-2", "fora", dict(order=2)),
-    "taylorseer-3": Scheduled("TaylorSeer-3", "fora", dict(order=3)),
+    "taylorseer-1": Scheduled("TaylorSeer-1", "taylorseer", dict(order=1)),
+    "taylorseer-2": Scheduled("TaylorSeer-2", "taylorseer", dict(order=2)),
+    "taylorseer-3": Scheduled("TaylorSeer-3", "taylorseer", dict(order=3)),
     "trunk": Scheduled("trunk forecast", "trunk_forecast"),
     "adams": Scheduled("Adams forecast", "trunk_forecast", dict(adams=True)),
     "step-search": Scheduled("steps searched", "step_search", calibrated=True),

@@ -11,7 +11,7 @@ from diffusers import SchedulerMixin
 from harmonica_dit.adaptive import AdaptiveSchedule
 from harmonica_dit.fashion import find
 from harmonica_dit.flops import count_flops
-from harmonica_dit.methods import fora
+from harmonica_dit.methods import fora, taylorseer
 from harmonica_dit.router import Router, read, schedule_of
 from harmonica_dit.sample.sampling import own_scheduler
 from harmonica_dit.schedule import Schedule
@@ -63,7 +63,7 @@ def fewer_steps(steps: int, speedup: float) -> Method:
 def fora_methods(net, steps: int, every: int) -> list[Method]:
     """FORA at every n-th step: once repeating, once with first-order forecasts as in TaylorSeer."""
     return [Method(f"FORA n={every}", "FORA", steps, fora(net, steps, every)),
-            Method(f"FORA n={every} + forecast", "FORA + forecast", steps, fora(net, steps, every, 1))]
+            Method(f"FORA n={every} + forecast", "FORA + forecast", steps, taylorseer(net, steps, every))]
 
 
 def read_schedule(path: str | os.PathLike, net=None, threshold: float | None = None) -> Schedule:

@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from .fora import fora
     from .smoothcache import smoothcache
     from .step_search import step_search
+    from .taylorseer import taylorseer
     from .trunk import trunk_forecast
     from .uncached import uncached
 
-__all__ = ["delta_dit", "first_block", "fora", "smoothcache", "step_search", "trunk_forecast", "uncached"]
+__all__ = ["delta_dit", "first_block", "fora", "smoothcache", "step_search", "taylorseer", "trunk_forecast",
+           "uncached"]
 
 import_when_used(__name__)

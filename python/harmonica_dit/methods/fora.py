@@ -1,45 +1,22 @@
 """FORA: recompute everything at every n-th step."""
 
-import torch
-
 from harmonica_dit.costs import Costs
-from harmonica_dit.flops import count_flops
-from harmonica_dit.forecaster import BranchForecaster, check_order, describe_order
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_costs
 
-from .spacing import space
+from .taylorseer import taylorseer
 
 
 def fora(net, steps: int, every: int | None = None, order: int = 0, *, speedup: float | None = None,
          costs: Costs | None = None) -> Schedule:
-    """Computes every branch at the steps 0, n, 2n, … and reuses every branch at the others.
+    """Computes every branch at the steps 0, n, 2n, … and repeats every branch's last output at the others.
 
     Args:
-        net: a denoiser, or a traced adapter.
-        steps: T.
-        every, speedup: exactly one. every: n ≥ 1; 1 caches nothing. speedup: in place of every n-th step as few as it
-            takes for at least this speedup, as evenly spaced as they can be.
-        costs: what the speedup is in: None is FLOPs; measured seconds, see `harmonica_dit.measure_costs`.
-        order: of the forecast of each branch, 0 to 3; 0 repeats (FORA), the others are TaylorSeer's. It is lower where
-            too few steps have been computed.
+        net, steps, every, speedup, costs: as in `taylorseer`.
+        order: 0 repeats; above it is `taylorseer`, of which this is the order 0.
 
     Raises:
-        TypeError: net is neither. ValueError: an argument is out of range, or the adapter has not been traced; the
-            message names it.
+        TypeError, ValueError: as in `taylorseer`.
 
-    Source: FORA (Selvaraju et al., 2024, arXiv 2407.01425); TaylorSeer (Liu et al., 2025, arXiv 2503.06923).
+    Source: FORA (Selvaraju et al., 2024, arXiv 2407.01425).
     """
-    check_order(order)
-    flops, K = count_flops(net), len(net.branch_names)
-    if costs is not None:
-        check_costs("costs", costs, K)
-
-    def make(computed: list[bool], which: str) -> Schedule:
-        coefficients = torch.full((steps, K), float(order == 1))  # which every executor knows; they are the first order
-        forecast = f", forecast of {describe_order(computed, order)}" if order else ""
-        return Schedule(torch.tensor(computed)[:, None].repeat(1, K), net.branch_names, flops, coefficients,
-                        model=net.name, origin=f"FORA, {which}{forecast}",
-                        forecaster=BranchForecaster(order) if order > 1 else None)
-
-    return space(steps, flops if costs is None else costs, make, every=every, speedup=speedup)
+    return taylorseer(net, steps, every, order, speedup=speedup, costs=costs)

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from harmonica_dit.methods.fora import fora
+from harmonica_dit.methods.taylorseer import taylorseer
 from harmonica_dit.methods.trunk import trunk_forecast
 from harmonica_dit.methods.uncached import uncached
 from harmonica_dit.sample.schedulers import config_of, scheduler_name
@@ -187,7 +187,7 @@ class Plans:
             return uncached(adapter, 1)
         try:
             if adapter.trunk_size is None:
-                return fora(adapter, steps, speedup=self.config.speedup, order=1)
+                return taylorseer(adapter, steps, speedup=self.config.speedup)
             return trunk_forecast(adapter, steps, speedup=self.config.speedup)
         except ValueError:
             if not first:

@@ -72,12 +72,12 @@ def test_branches_are_spaced_by_a_speedup_as_the_trunk_is(net, speedup):
     m = sum(computed)
     assert computed == spread(20, m) and made.compute.all(1).equal(made.compute.any(1)) and made.speedup >= speedup
     assert m == 20 or 20 * flops.total / (20 * flops.fixed + (m + 1) * sum(flops.branches)) < speedup
-    assert made.origin == f"FORA, {m} of 20 steps, forecast of order 2" and made.forecaster.order == 2
+    assert made.origin == f"TaylorSeer of order 2, {m} of 20 steps" and made.forecaster.order == 2
 
 
 @pytest.mark.parametrize("every, order, origin", [
-    (20, 1, "FORA, every 20, forecast of order 0 (1 asked for)"), (3, 1, "FORA, every 3, forecast of order 1"),
-    (3, 3, "FORA, every 3, forecast of order 2 (3 asked for)"), (20, 0, "FORA, every 20")])
+    (20, 1, "TaylorSeer of order 0 (1 asked for), every 20"), (3, 1, "TaylorSeer of order 1, every 3"),
+    (3, 3, "TaylorSeer of order 2 (3 asked for), every 3"), (20, 0, "FORA, every 20")])
 def test_the_origin_tells_the_order_that_is_reached(net, every, order, origin):
     assert fora(net, 8, every, order).origin == origin
 
