@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from harmonica_dit.evaluate.catalogue import CATALOGUE, RIVALS, make_methods
+from harmonica_dit.evaluate.catalogue import CATALOGUE, RIVALS, WEIGHTS, make_methods, quantizer, split_weights
 
 from .cli_options import (
     FILE,
@@ -47,7 +47,9 @@ def compare(
     schedule: Annotated[list[Path] | None, typer.Option("--schedule", "--router", help=f"{FILE}; may be given "
                                                         "again.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"What else to compare, at each --speedup: "
-                                                     f"{', '.join(METHODS)}; may be given again.",
+                                                     f"{', '.join(METHODS)}; or the model with quantized weights: "
+                                                     f"{', '.join(WEIGHTS)}, alone or before any of these and any "
+                                                     "--schedule, as in int8+fora; may be given again.",
                                                      show_default=", ".join(RIVALS))] = None,
     speedup: Annotated[list[float] | None, typer.Option(help="FLOPs speedup of these; may be given again.",
                                                         show_default="1.9 and 2.7, half and a third of the "
@@ -88,7 +90,7 @@ def compare(
     from harmonica_dit import ranks
     from harmonica_dit.demo import ACCURATE
     from harmonica_dit.evaluate.judging import judge_of, judged_floor
-    from harmonica_dit.evaluate.named_methods import name_after
+    from harmonica_dit.evaluate.named_methods import name_after, on_weights
     from harmonica_dit.evaluate.report import compare_with_bar, print_table, write
     from harmonica_dit.files import check_folder, remove_leftovers
     from harmonica_dit.router import read
@@ -100,10 +102,12 @@ def compare(
     ranks.on_main(remove_leftovers, out)
     make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae, attention, call)
     net = make()
-    found = [read(path, net) for path in schedule or ()]
+    kinds = [split_weights(str(path)) for path in schedule or ()]
+    found = [read(path or kind, net) for kind, path in kinds]
     guidance = option_value("guidance", guidance, found, net.guidance)
     scheduler = scheduler_value(scheduler, found, net)
-    methods = [name_after(path, one) for path, one in zip(schedule or (), found)]
+    quantized = quantizer(net)
+    methods = [on_weights(name_after(path, one), kind, quantized(kind)) for (kind, path), one in zip(kinds, found)]
     options = dict(steps=steps, guidance=guidance, scheduler=scheduler)
     for one in methods:
         if one.steps != steps:
@@ -111,7 +115,7 @@ def compare(
                        "(--steps)", err=True)
     # once, not by every rank: what some of them sample to calibrate may differ in rounding
     methods += ranks.on_main(partial(make_methods, net, method or RIVALS, speedup or (1.9, 2.7), **options,
-                                      catalogue=METHODS))
+                                      catalogue=METHODS, quantized=quantized))
     labels = torch.arange(samples) % net.num_classes
     judge = judge_of(net, inception=inception, real=real, clip=clip,
                      kept=out / "real-images.safetensors") if ranks.is_main() else None

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from harmonica_dit import methods
 
@@ -53,20 +53,6 @@ def _solver(name: str, net, steps: int, speedup: float, options: dict) -> "Metho
     return best_solver(net, name, _fewer_steps(net, steps, speedup, options).steps, steps)
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """Sampling with quantized weights, see `harmonica_dit.quantize`: as many FLOPs, whatever speedup is asked for."""
-
-    kind: str
-
-    def __call__(self, net, steps: int, speedup: float, options: dict) -> "Method":
-        from harmonica_dit.models import quantize
-
-        from .named_methods import with_net
-
-        return with_net(self.kind, f"{self.kind} weights", steps, net, quantize(net, self.kind))
-
-
 # name -> function(net, steps of the uncached trajectory, speedup, dict of guidance and scheduler) -> Method
 CATALOGUE: dict[str, Callable[..., "Method"]] = {
     "fora": Scheduled("FORA", "fora"),
@@ -82,33 +68,56 @@ CATALOGUE: dict[str, Callable[..., "Method"]] = {
     "fewer-steps": _fewer_steps,
     "dpm-solver++": partial(_solver, "DPM-Solver++"),
     "unipc": partial(_solver, "UniPC"),
-    **{kind: Quantized(kind) for kind in ("int8", "int8-dynamic", "int4")},
 }
 RIVALS = ("fora", "taylorseer-1", "fewer-steps", "dpm-solver++")  # compared where nothing else is asked for
+WEIGHTS = ("int8", "int8-dynamic", "int4", "int4-packed", "fp8-dynamic")  # the kinds of `harmonica_dit.quantize`
+
+
+def split_weights(name: str) -> tuple[str | None, str]:
+    """The kind of quantized weights that a name begins with, None without, and what follows: "int8+fora", "int8"."""
+    kind, plus, rest = name.partition("+")
+    return (kind, rest) if kind in WEIGHTS and bool(plus) == bool(rest) else (None, name)
+
+
+def quantizer(net) -> Callable[[str | None], Any]:
+    """Gives net's copy with quantized weights of a kind, one for all methods that take it; net itself for None."""
+    from harmonica_dit.models import quantize
+
+    return cache(lambda kind: net if kind is None else quantize(net, kind))
 
 
 def make_methods(net, names: Iterable[str], speedups: Iterable[float], steps: int, *, guidance: float = 1.5,
-                 scheduler="ddim", catalogue: Mapping[str, Callable[..., "Method"]] = CATALOGUE) -> list["Method"]:
+                 scheduler="ddim", catalogue: Mapping[str, Callable[..., "Method"]] = CATALOGUE,
+                 quantized: Callable[[str | None], Any] | None = None) -> list["Method"]:
     """Each of the methods at each of the speedups, named after both.
 
     Args:
-        names: of the catalogue. steps: of the uncached trajectory. speedups: in FLOPs; a method has the nearest that it
-            can reach and that is not below. Quantized weights are one method, at 1×.
+        names: of the catalogue; or a kind of quantized weights, alone ("int8": one method, at 1×, for it has as many
+            FLOPs) or before a method ("int8+fora").
+        steps: of the uncached trajectory. speedups: in FLOPs; a method has the nearest that it can reach and that is
+            not below.
         guidance, scheduler: of the comparison, for methods that sample to calibrate; they do so now.
         catalogue: the methods that there are, each a function as in CATALOGUE.
+        quantized: the `quantizer` of net, if it serves others too.
 
     Raises:
-        ValueError: there is no such method, or it cannot reach such a speedup; the message names it.
+        ValueError: there is no such method, it cannot reach such a speedup, or the device does not allow such weights;
+            the message names it. ImportError: quantized weights need torchao.
     """
-    made = []
+    from .named_methods import Method, on_weights
+
+    made, quantized, options = [], quantized or quantizer(net), dict(guidance=guidance, scheduler=scheduler)
     for name in names:
-        if name not in catalogue:
-            raise ValueError(f"method: got {name!r}, expected one of {', '.join(catalogue)}")
-        make = catalogue[name]
-        for speedup in [1.0] if isinstance(make, Quantized) else speedups:
+        kind, method_name = split_weights(name)
+        if method_name and method_name not in catalogue:
+            raise ValueError(f"method: got {name!r}, expected one of {', '.join([*catalogue, *WEIGHTS])}, or weights "
+                             "and a method such as int8+fora")
+        for speedup in speedups if method_name else [1.0]:
             try:
-                method = make(net, steps, speedup, dict(guidance=guidance, scheduler=scheduler))
+                own = quantized(kind)
+                method = catalogue[method_name](own, steps, speedup, options) if method_name else Method("", "", steps)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"method: {name} at {speedup:g}×: {error}") from None
+            method = on_weights(method, kind, own)
             made.append(replace(method, name=f"{method.family} {speedup:g}×"))
     return made

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers import SchedulerMixin
@@ -52,6 +52,17 @@ def with_net(name: str, family: str, steps: int, original, net, schedule: Schedu
     """Sampling with a quantized or pruned copy `net` of the comparison's model, `original`; both are denoisers."""
     return Method(name, family, steps, schedule, net=net,
                   net_speedup=count_flops(original).total / count_flops(net).total)
+
+
+def on_weights(method: Method, kind: str | None, net) -> Method:
+    """The same method where it samples with `net`, a copy of the comparison's model with quantized weights of a kind.
+
+    It has as many FLOPs. kind: None leaves the method as it is. A method without a name is the uncached trajectory.
+    """
+    if kind is None:
+        return method
+    name, family = (f"{kind} + {of}" if of else f"{kind} weights" for of in (method.name, method.family))
+    return replace(method, name=name, family=family, net=net)
 
 
 def fewer_steps(steps: int, speedup: float) -> Method:

@@ -60,8 +60,8 @@ def quantize(model: nn.Module, kind: str) -> nn.Module:
             devices that have kernels for them).
 
     Raises:
-        ImportError: torchao is not installed. ValueError: there is no such kind, or torchao left a linear of the blocks
-            as it was. Whatever else torchao raises where the device or the model's dtype does not allow a kind.
+        ImportError: torchao is not installed. ValueError: there is no such kind, the device or the model's dtype does
+            not allow it, or torchao left a linear of the blocks as it was.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
@@ -74,7 +74,11 @@ def quantize(model: nn.Module, kind: str) -> nn.Module:
     chosen = {name: module for name, module in model.named_modules()
               if isinstance(module, nn.Linear) and name.startswith(tuple(blocks))}
     width = math.gcd(*(linear.in_features for linear in chosen.values()))
-    quantize_(model, KINDS[kind](width), lambda module, name: name in chosen)
+    try:
+        quantize_(model, KINDS[kind](width), lambda module, name: name in chosen)
+    except (AssertionError, NotImplementedError) as error:  # torchao asks for a device or a dtype
+        weight = next(iter(chosen.values())).weight
+        raise ValueError(f"kind: {kind!r} does not run in {weight.dtype} on {weight.device}: {error}") from error
     for name in chosen:
         module = model.get_submodule(name)
         vars(module).pop("extra_repr", None)  # torchao's, which no other process could be sent
