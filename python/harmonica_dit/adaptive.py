@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit.costs import Costs
 from harmonica_dit.flops import Flops
 from harmonica_dit.validate import check_branches, check_costs, check_fits, check_whole, is_number
 
@@ -77,9 +78,14 @@ class AdaptiveSchedule:
         """What may be computed at each of the T steps: everything."""
         return (None,) * self.steps
 
-    def forecast_weights_on(self, device: torch.device) -> tuple[None, ...]:
+    @property
+    def forecast_weights(self) -> tuple[None, ...]:
         """Nothing is forecast."""
         return (None,) * self.steps
+
+    def forecast_weights_on(self, device: torch.device) -> tuple[None, ...]:
+        """Nothing is forecast."""
+        return self.forecast_weights
 
     def condition_on(self, device: torch.device) -> None:
         """Nothing is added to the conditions."""
@@ -114,7 +120,11 @@ class AdaptiveSchedule:
     @property
     def speedup(self) -> float:
         """FLOPs of the uncached trajectory / FLOPs as run. Raises as `compute` does."""
-        return self.flops.speedup(self.compute)
+        return self.speedup_by(self.flops)
+
+    def speedup_by(self, costs: Costs) -> float:
+        """`speedup` in other costs, such as the seconds that `measure_costs` found. Raises as `compute` does."""
+        return self.steps * costs.uncached / costs.of_trajectory(self)
 
     @property
     def extrapolation(self) -> Tensor:

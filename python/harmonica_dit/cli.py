@@ -35,7 +35,9 @@ from .cli_options import (
     describe,
     load,
     option_value,
+    read_costs,
     scheduler_value,
+    table_of,
 )
 from .cli_schedule import schedule
 from .launcher import started
@@ -151,7 +153,6 @@ def train(
     More --trajectories than before, with the same --out, extend a training. The exit status is 1 if the router's
     schedule is further than 2 % from its target.
     """
-    import harmonica_dit
     from harmonica_dit import ranks
     from harmonica_dit.costs import Seconds
     from harmonica_dit.files import check_folder
@@ -160,24 +161,21 @@ def train(
     from harmonica_dit.train.budget import TargetMissed, how_missed
 
     ranks.on_main(check_folder, out)
-    table = Seconds.load(costs) if costs and costs.endswith(".json") else None
     if forecast is not None:
         given = [name for name in ROUTERS_OWN if context.get_parameter_source(name).name == "COMMANDLINE"]
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')}: is a router's; a forecaster (--forecast) has none")
-        if costs not in (None, "flops", "time") and table is None:
-            raise ValueError(f'--costs: got {costs!r}, for a forecaster expected "flops", "time" or a .json file')
+        wanted = read_costs(costs or "flops")
         net = load(model, checkpoint, prompts, dtype, image_size, device, out, attention=attention, call=call)
         batch = 10 if batch is None else batch
-        if costs == "time":
-            table = ranks.on_main(lambda: harmonica_dit.measure_costs(net, batch=batch, guidance=guidance,
-                                                                      scheduler=scheduler))
+        table = table_of(wanted, net, batch, guidance, scheduler)
         whole = trunk_forecast(net, steps, speedup=2.7 if target_speedup is None else target_speedup, costs=table)
         schedule = train_forecaster(net, whole, target=forecast, steps=steps, iterations=iterations, batch=batch,
                                     lr=4e-3 if lr is None else lr, guidance=guidance, scheduler=scheduler, seed=seed,
                                     out=out)
         console.print(describe(schedule, out / "forecast.safetensors", table), soft_wrap=True)
         return
+    table = Seconds.load(costs) if costs and costs.endswith(".json") else None
     if recipe == "recommended" and target_speedup is None and target_cur is None and beta is None:
         target_speedup = 1.6
     settings = {name: context.params[name] for name in RECIPES["paper"]}

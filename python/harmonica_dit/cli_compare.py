@@ -23,10 +23,13 @@ from .cli_options import (
     OwnScheduler,
     Prompts,
     Seed,
+    SpeedupCosts,
     Vae,
     load,
     option_value,
+    read_costs,
     scheduler_value,
+    table_of,
 )
 
 
@@ -35,6 +38,8 @@ def pruned(net, steps: int, speedup: float, options: dict):
     from harmonica_dit.evaluate.named_methods import with_net
     from harmonica_dit.train import prune
 
+    if options["costs"]:
+        raise ValueError("costs: what a narrower copy takes is in no table; leave them out, for a speedup in FLOPs")
     return with_net("pruned", "pruned, not retrained", steps, net, prune(net, speedup, progress=False))
 
 
@@ -51,9 +56,10 @@ def compare(
                                                      f"{', '.join(WEIGHTS)}, alone or before any of these and any "
                                                      "--schedule, as in int8+fora; may be given again.",
                                                      show_default=", ".join(RIVALS))] = None,
-    speedup: Annotated[list[float] | None, typer.Option(help="FLOPs speedup of these; may be given again.",
+    speedup: Annotated[list[float] | None, typer.Option(help="Speedup of these; may be given again.",
                                                         show_default="1.9 and 2.7, half and a third of the "
                                                         "steps")] = None,
+    costs: SpeedupCosts = "flops",
     accurate: Annotated[bool, typer.Option("--accurate", help="Also measure errors against a more accurate solution: "
                                            "40 steps of DPM-Solver++ from the same noise.")] = False,
     samples: Annotated[int, typer.Option(help="Images per method; the Fréchet distance needs 2,000.")] = 200,
@@ -98,6 +104,7 @@ def compare(
     for name, value in (("--samples", samples), ("--seeds", seeds), ("--processes", processes)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
+    wanted = read_costs(costs)
     ranks.on_main(check_folder, out)
     ranks.on_main(remove_leftovers, out)
     make = partial(load, model, checkpoint, prompts, dtype, image_size, device, out, vae, attention, call)
@@ -115,7 +122,8 @@ def compare(
                        "(--steps)", err=True)
     # once, not by every rank: what some of them sample to calibrate may differ in rounding
     methods += ranks.on_main(partial(make_methods, net, method or RIVALS, speedup or (1.9, 2.7), **options,
-                                      catalogue=METHODS, quantized=quantized))
+                                      catalogue=METHODS, quantized=quantized,
+                                      costs=table_of(wanted, net, batch, guidance, scheduler)))
     labels = torch.arange(samples) % net.num_classes
     judge = judge_of(net, inception=inception, real=real, clip=clip,
                      kept=out / "real-images.safetensors") if ranks.is_main() else None

@@ -40,6 +40,9 @@ OwnScheduler = Annotated[str | None, typer.Option(help='"ddim", "iddpm", or the 
                                                   show_default="the file's, with its settings, or the model's own")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the starting noise.")]
 Batch = Annotated[int, typer.Option(help="How many images to sample at a time.")]
+SpeedupCosts = Annotated[str, typer.Option("--costs", help='What --speedup is in: "flops"; "time", which is measured '
+                                           "on this device for --batch images at a time and kept; or a file of such "
+                                           "costs, .json.")]
 Threshold = Annotated[float | None, typer.Option(help="Compute a branch where the router's score is above this.",
                                                  show_default="the router's own threshold")]
 
@@ -106,6 +109,26 @@ def denoiser_of(model: str, given: list[str], dtype: str, device: str):
     net = make()
     check_denoiser(net)
     return net.eval().requires_grad_(False).to(device, dtype)
+
+
+def read_costs(costs: str) -> "str | Seconds":
+    """What --costs names: "flops", "time", or the table in a file; said before the model is loaded."""
+    from harmonica_dit.costs import Seconds
+
+    if costs not in ("flops", "time") and not costs.endswith(".json"):
+        raise ValueError(f'--costs: got {costs!r}, expected "flops", "time" or a .json file')
+    return Seconds.load(costs) if costs.endswith(".json") else costs
+
+
+def table_of(costs: "str | Seconds", net, batch: int, guidance=None, scheduler=None) -> "Seconds | None":
+    """The table that a speedup is in, by what `read_costs` found, measured now if need be; None is FLOPs."""
+    import harmonica_dit
+    from harmonica_dit import ranks
+
+    if costs == "time":  # once, not by every rank
+        return ranks.on_main(lambda: harmonica_dit.measure_costs(net, batch=batch, guidance=guidance,
+                                                                 scheduler=scheduler))
+    return None if costs == "flops" else costs
 
 
 def option_value(option: str, given, found: list, default):

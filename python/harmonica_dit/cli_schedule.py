@@ -8,7 +8,22 @@ from rich.console import Console
 
 from harmonica_dit.evaluate.catalogue import CATALOGUE, Scheduled
 
-from .cli_options import Attention, Call, Checkpoint, Device, Dtype, ImageSize, Model, Prompts, describe, load
+from .cli_options import (
+    Attention,
+    Batch,
+    Call,
+    Checkpoint,
+    Device,
+    Dtype,
+    ImageSize,
+    Model,
+    Prompts,
+    SpeedupCosts,
+    describe,
+    load,
+    read_costs,
+    table_of,
+)
 
 METHODS = {name: one for name, one in CATALOGUE.items() if isinstance(one, Scheduled) and one.kept}
 SPACED = ", ".join(name for name, one in METHODS.items() if one.whole_steps)
@@ -21,7 +36,9 @@ def schedule(
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}. step-search and smoothcache sample a few "
                                              "images to calibrate.")] = "fora",
     every: Annotated[int | None, typer.Option(help=f"Compute every n-th step: {SPACED}.")] = None,
-    speedup: Annotated[float | None, typer.Option(help="FLOPs speedup to reach, in place of --every.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Speedup to reach, in place of --every.")] = None,
+    costs: SpeedupCosts = "flops",
+    batch: Batch = 64,
     forecast: Annotated[int | None, typer.Option(help=f"Order of what is forecast, 0 to 3, where 0 repeats: {ORDERED}.",
                                                  show_default="fora: 0, the others: 1")] = None,
     steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
@@ -46,9 +63,13 @@ def schedule(
     for name, value, those in (("--every", every, SPACED), ("--forecast", forecast, ORDERED)):
         if value is not None and method not in those.split(", "):
             raise ValueError(f"{name}: {method} has none, these have: {those}")
+    if every is not None and costs != "flops":
+        raise ValueError("--costs: is what --speedup is in; --every has none")
+    table = read_costs(costs)
     check_file(out)
     net = load(model, checkpoint, prompts, dtype, image_size, device, attention=attention, call=call)
-    wanted = dict(every=every, order=forecast, speedup=speedup)
+    table = table_of(table, net, batch)
+    wanted = dict(every=every, order=forecast, speedup=speedup, costs=table)
     made = METHODS[method].make(net, steps, **{name: value for name, value in wanted.items() if value is not None})
     made.save(out)
-    Console().print(describe(made, out), soft_wrap=True)
+    Console().print(describe(made, out, table), soft_wrap=True)

@@ -88,12 +88,12 @@ class Seconds(Costs):
 
     def beside(self, schedule) -> float:
         """What mixed steps and forecasts take longer than their computed and repeated branches do."""
-        whole, some = schedule.compute.all(1), schedule.compute.any(1)
+        whole, some = schedule.compute.double().aminmax(dim=1)  # the shares of forwards that compute all, and any
         if schedule.unit == "trunk":
-            return (self.trunk - self.fixed) * (~whole).sum().item()
+            return (self.trunk - self.fixed) * (1 - whole).sum().item()
         entries = [e for step in schedule.forecast_weights if step for e in step]
         read = sum(len(e) - 1 if isinstance(e, tuple) else e != 0 for e in entries)
-        return self.forecast * read + self.mixed * (some & ~whole).sum().item()
+        return self.forecast * read + self.mixed * (some - whole).sum().item()
 
     def of_router(self, forecasts: bool) -> "Seconds":
         """The same where every step is mixed and, with forecasts, each branch that is not computed is forecast."""

@@ -1,5 +1,6 @@
-"""`harmonica train --costs`: speedups in time, by a made-up table."""
+"""`--costs` of `harmonica train`, `schedule` and `compare`: speedups in time, by a made-up table."""
 
+import json
 from functools import partial
 
 import pytest
@@ -48,9 +49,49 @@ def test_a_speedup_in_time(tmp_path, monkeypatch, seconds, kept):
     assert f"measured {schedule.speedup_by(seconds):.2f}×" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_schedules_and_comparisons_at_a_speedup_in_time(tmp_path, seconds, kept):
+    file = tmp_path / "measured.json"
+    seconds.save(file)
+    in_time = ["--speedup", 1.5, "--costs", file if kept else "time", "--steps", 4]
+    result = harmonica("schedule", "--method", "trunk", *in_time, "--out", tmp_path / "trunk.safetensors")
+    assert result.exit_code == 0, result.output
+    schedule = Schedule.load(tmp_path / "trunk.safetensors")
+    assert schedule.compute[:, 0].sum() == 2 and schedule.speedup_by(seconds) == 288 / 150  # 3 steps: 288 / 221
+    assert "in time by what was measured 1.92×" in " ".join(result.output.split())
+    result = harmonica("compare", "--method", "trunk", *in_time, "--samples", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    row = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"][1]
+    assert (row["name"], row["cur"]) == ("trunk forecast 1.5× in time", 0.5)
+
+
+def test_what_is_measured_is_what_is_sampled(tmp_path, monkeypatch, seconds):
+    """As many images at a time, with the same guidance and scheduler."""
+    asked = []
+    monkeypatch.setattr("harmonica_dit.measure_costs", lambda net, **how: asked.append(how) or seconds)
+    harmonica("schedule", "--speedup", 1.5, "--costs", "time", "--batch", 3, "--out", tmp_path / "s.safetensors")
+    harmonica("compare", "--method", "fora", "--speedup", 1.5, "--costs", "time", "--batch", 5, "--guidance", 2,
+              "--samples", 1, "--steps", 4, "--out", tmp_path / "out")
+    assert asked == [dict(batch=3, guidance=None, scheduler=None), dict(batch=5, guidance=2.0, scheduler="ddim")]
+
+
+@pytest.mark.parametrize("command", [["schedule", "--speedup", 2, "--out", "x.safetensors"], ["compare", "--out", "x"]])
+@pytest.mark.parametrize("costs, said", [("much", "--costs: got 'much', expected"), ("no.json", "no file at no.json")])
+def test_other_costs_of_methods_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch, command, costs, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harmonica_dit, "load", lambda *_, **__: pytest.fail("the work began"))
+    result = harmonica(*command, "--costs", costs)
+    assert result.exit_code == 2 and said in result.stderr
+
+
+def test_costs_are_a_speedups(tmp_path):
+    result = harmonica("schedule", "--every", 2, "--costs", "time", "--out", tmp_path / "x.safetensors")
+    assert result.exit_code == 2 and "--costs: is what --speedup is in; --every has none" in result.stderr
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["--costs", "much"], "costs: got 'much'"), (["--costs", "nowhere.json"], "no file at nowhere.json"),
-    (["--forecast", "accurate", "--costs", "ones"], "--costs: got 'ones', for a forecaster")])
+    (["--forecast", "accurate", "--costs", "ones"], "--costs: got 'ones', expected")])
 def test_other_costs_are_refused(tmp_path, monkeypatch, arguments, said):
     monkeypatch.setattr(harmonica_dit, "load", lambda *_: pytest.fail("the work began"))
     result = harmonica("train", "--out", tmp_path, *arguments)

@@ -1,4 +1,4 @@
-"""Ways to skip work by name, each at a FLOPs speedup: what `harmonica compare` can compare without a file."""
+"""Ways to skip work by name, each at a speedup: what `harmonica compare` can compare without a file."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from harmonica_dit import methods
 
 if TYPE_CHECKING:  # the command line names the methods in its help, which should not wait for all of this
+    from harmonica_dit.costs import Costs
+
     from .named_methods import Method
 
 
@@ -37,7 +39,8 @@ class Scheduled:
     def __call__(self, net, steps: int, speedup: float, options: dict) -> "Method":
         from .named_methods import Method
 
-        schedule = self.make(net, steps, speedup=speedup, **(options if self.calibrated else {}))
+        how = options if self.calibrated else dict(costs=options["costs"])
+        schedule = self.make(net, steps, speedup=speedup, **how)
         return Method(self.title, self.title, steps, schedule)
 
 
@@ -53,7 +56,7 @@ def _solver(name: str, net, steps: int, speedup: float, options: dict) -> "Metho
     return best_solver(net, name, _fewer_steps(net, steps, speedup, options).steps, steps)
 
 
-# name -> function(net, steps of the uncached trajectory, speedup, dict of guidance and scheduler) -> Method
+# name -> function(net, steps of the uncached trajectory, speedup, dict of guidance, scheduler and costs) -> Method
 CATALOGUE: dict[str, Callable[..., "Method"]] = {
     "fora": Scheduled("FORA", "fora"),
     "taylorseer-1": Scheduled("TaylorSeer-1", "taylorseer", dict(order=1)),
@@ -88,17 +91,19 @@ def quantizer(net) -> Callable[[str | None], Any]:
 
 def make_methods(net, names: Iterable[str], speedups: Iterable[float], steps: int, *, guidance: float = 1.5,
                  scheduler="ddim", catalogue: Mapping[str, Callable[..., "Method"]] = CATALOGUE,
-                 quantized: Callable[[str | None], Any] | None = None) -> list["Method"]:
+                 quantized: Callable[[str | None], Any] | None = None,
+                 costs: "Costs | None" = None) -> list["Method"]:
     """Each of the methods at each of the speedups, named after both.
 
     Args:
         names: of the catalogue; or a kind of quantized weights, alone ("int8": one method, at 1×, for it has as many
             FLOPs) or before a method ("int8+fora").
-        steps: of the uncached trajectory. speedups: in FLOPs; a method has the nearest that it can reach and that is
-            not below.
+        steps: of the uncached trajectory. speedups: in FLOPs or by `costs`; a method has the nearest that it can reach
+            and that is not below.
         guidance, scheduler: of the comparison, for methods that sample to calibrate; they do so now.
         catalogue: the methods that there are, each a function as in CATALOGUE.
         quantized: the `quantizer` of net, if it serves others too.
+        costs: measured seconds of net, see `harmonica_dit.measure_costs`, on quantized weights too; None is FLOPs.
 
     Raises:
         ValueError: there is no such method, it cannot reach such a speedup, or the device does not allow such weights;
@@ -106,7 +111,8 @@ def make_methods(net, names: Iterable[str], speedups: Iterable[float], steps: in
     """
     from .named_methods import Method, on_weights
 
-    made, quantized, options = [], quantized or quantizer(net), dict(guidance=guidance, scheduler=scheduler)
+    options = dict(guidance=guidance, scheduler=scheduler, costs=costs)
+    made, quantized = [], quantized or quantizer(net)
     for name in names:
         kind, method_name = split_weights(name)
         if method_name and method_name not in catalogue:
@@ -119,5 +125,6 @@ def make_methods(net, names: Iterable[str], speedups: Iterable[float], steps: in
             except (ValueError, TypeError) as error:
                 raise ValueError(f"method: {name} at {speedup:g}×: {error}") from None
             method = on_weights(method, kind, own)
-            made.append(replace(method, name=f"{method.family} {speedup:g}×"))
+            unit = "× in time" if costs and method_name else "×"
+            made.append(replace(method, name=f"{method.family} {speedup:g}{unit}"))
     return made

@@ -2,15 +2,17 @@
 
 import torch
 
+from harmonica_dit.costs import Costs
 from harmonica_dit.flops import count_flops
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_one, check_speedup, check_whole
 
 from .blocks import block_sizes
+from .spacing import costs_of
 
 
-def delta_dit(net, steps: int, blocks: int | None = None, *, speedup: float | None = None, every: int | None = None,
-              boundary: int | None = None) -> Schedule:
+def delta_dit(net, steps: int, blocks: int | None = None, *, speedup: float | None = None, costs: Costs | None = None,
+              every: int | None = None, boundary: int | None = None) -> Schedule:
     """Computes the steps 0, n, 2n, … whole, and the others without some blocks, whose offset is added again.
 
     In the outline stage, the steps before `boundary`, the rear blocks are left out; in the detail stage, from there on,
@@ -20,7 +22,8 @@ def delta_dit(net, steps: int, blocks: int | None = None, *, speedup: float | No
         net: a denoiser, or a traced adapter of the fused path.
         steps: T.
         blocks, speedup: exactly one. blocks: how many are left out, 1 to all but one. speedup: as few as it takes for
-            at least this speedup in FLOPs.
+            at least this speedup. costs: what it is in: None is FLOPs; measured seconds, in which the runs' own passes
+            are not.
         every: n ≥ 2. None is 2, or with a speedup the least n that allows for it.
         boundary: 0 to T; None is T // 2. The paper tunes it for each model and number of steps.
 
@@ -62,10 +65,11 @@ def delta_dit(net, steps: int, blocks: int | None = None, *, speedup: float | No
             raise ValueError(f"blocks: got {blocks}, expected at most {N - 1} of the {N} blocks")
         return make(blocks, every or 2)
     check_speedup(speedup)
+    costs = costs_of(flops, costs)
     for n in [every] if every else range(2, max(steps, 2) + 1):
         for left_out in range(1, N):
             made = make(left_out, n)
-            if made.speedup >= speedup * (1 - 1e-9):  # FLOPs are sums of floats
+            if made.speedup_by(costs) >= speedup * (1 - 1e-9):  # costs are sums of floats
                 return made
-    raise ValueError(f"speedup: got {speedup}, expected at most {made.speedup:.4g}, which is that of {N - 1} of {N} "
-                     f"blocks left out at all steps but every {n}")
+    raise ValueError(f"speedup: got {speedup}, expected at most {made.speedup_by(costs):.4g}, which is that of "
+                     f"{N - 1} of {N} blocks left out at all steps but every {n}")

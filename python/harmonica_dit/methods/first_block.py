@@ -1,8 +1,7 @@
 """First-block caching: the first block is computed at every step, and the others where its output has changed."""
 
-import torch
-
 from harmonica_dit.adaptive import AdaptiveSchedule
+from harmonica_dit.costs import Costs
 from harmonica_dit.flops import count_flops
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.trajectory import FIRST_IMAGE
@@ -10,12 +9,14 @@ from harmonica_dit.validate import check_one, check_speedup, check_whole
 
 from .blocks import block_sizes
 from .calibration import calibration_labels
+from .spacing import costs_of
 
 HALVINGS = 8  # of the interval in which a threshold lies
 
 
-def first_block(net, steps: int, threshold: float | None = None, *, speedup: float | None = None, images: int = 16,
-                guidance: float | None = None, scheduler=None, seed: int = 0) -> AdaptiveSchedule:
+def first_block(net, steps: int, threshold: float | None = None, *, speedup: float | None = None,
+                costs: Costs | None = None, images: int = 16, guidance: float | None = None, scheduler=None,
+                seed: int = 0) -> AdaptiveSchedule:
     """Computes the first block at every step, and the others if what it adds has changed by more than the threshold.
 
     The change, which decides for a batch as a whole, is that of `AdaptiveSchedule`, which is given to `sample` in place
@@ -25,7 +26,8 @@ def first_block(net, steps: int, threshold: float | None = None, *, speedup: flo
         net: a denoiser, or (with a threshold) a traced adapter.
         steps: T.
         threshold, speedup: exactly one. threshold: ≥ 0. speedup: the least threshold, found by bisection, that gives at
-            least this speedup in FLOPs on calibration images; on others it is near it.
+            least this speedup on calibration images; on others it is near it. costs: what it is in: None is FLOPs;
+            measured seconds, in which the runs' own passes and the decisions are not.
         images: to calibrate on, in one batch; they start from noise that no sampled image has.
         guidance, scheduler, seed: of the calibration; as in `harmonica_dit.sample`.
 
@@ -47,17 +49,18 @@ def first_block(net, steps: int, threshold: float | None = None, *, speedup: flo
     if threshold is not None:
         return make(threshold)
     check_speedup(speedup)
-    labels, least = calibration_labels(net, images, seed), speedup * (1 - 1e-9)  # FLOPs are sums of floats
+    costs = costs_of(flops, costs)
+    labels, least = calibration_labels(net, images, seed), speedup * (1 - 1e-9)  # costs are sums of floats
 
     def reaches(threshold: float) -> bool:
         trial = make(threshold)
         sample(net, labels, steps=steps, schedule=trial, guidance=guidance, scheduler=scheduler, seed=seed,
                first=FIRST_IMAGE, batch=images, latents=True)
-        return trial.speedup >= least
+        return trial.speedup_by(costs) >= least
 
-    alone = torch.ones(steps, len(net.branch_names))
-    alone[1:, first:] = 0
-    most = flops.speedup(alone)
+    alone = make(0.0)
+    alone.ran = [[(False, 1)] * (steps - 1)]
+    most = alone.speedup_by(costs)
     if most < least:
         raise ValueError(f"speedup: got {speedup}, expected at most {most:.4g}, which is that of the first block alone "
                          "from step 1 on")

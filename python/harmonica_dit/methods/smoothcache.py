@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import harmonica_kernels as hk
+from harmonica_dit.costs import Costs
 from harmonica_dit.flops import count_flops, runs_by_its_loop
 from harmonica_dit.sample import Trajectory, image_noise
 from harmonica_dit.sample.trajectory import FIRST_IMAGE
@@ -14,10 +15,12 @@ from harmonica_dit.validate import check_one, check_speedup, check_whole, is_num
 from harmonica_kernels.cache import HISTORY
 
 from .calibration import calibration_labels
+from .spacing import costs_of
 
 
-def smoothcache(net, steps: int, alpha: float | None = None, *, speedup: float | None = None, longest: int = 3,
-                images: int = 10, guidance: float | None = None, scheduler=None, seed: int = 0) -> Schedule:
+def smoothcache(net, steps: int, alpha: float | None = None, *, speedup: float | None = None,
+                costs: Costs | None = None, longest: int = 3, images: int = 10, guidance: float | None = None,
+                scheduler=None, seed: int = 0) -> Schedule:
     """Decides for all branches of a type together: reused where their calibrated error since they were computed is ≤ α.
 
     A branch's type is the last part of its name. The error between a step and an earlier one is the L1 norm of the
@@ -29,8 +32,9 @@ def smoothcache(net, steps: int, alpha: float | None = None, *, speedup: float |
         net: a denoiser. It is sampled, uncached, to calibrate; one image after the other, so that the memory is that of
             longest + 1 outputs of each branch.
         steps: T.
-        alpha, speedup: exactly one. alpha: α ≥ 0. speedup: the least α for at least this speedup in FLOPs; of the
-            calibrated errors, for between two of them nothing changes.
+        alpha, speedup: exactly one. alpha: α ≥ 0. speedup: the least α for at least this speedup; of the calibrated
+            errors, for between two of them nothing changes. costs: what it is in: None is FLOPs; measured seconds, see
+            `harmonica_dit.measure_costs`.
         longest: steps in a row that a type is reused at most, 1 to 3.
         images: to calibrate on, ≥ 1; they start from noise that no sampled image has.
         guidance, scheduler, seed: of the calibration; as in `harmonica_dit.sample`.
@@ -50,6 +54,7 @@ def smoothcache(net, steps: int, alpha: float | None = None, *, speedup: float |
     if check_whole("longest", longest, 1) >= HISTORY:
         raise ValueError(f"longest: got {longest}, expected at most {HISTORY - 1}")
     labels, flops = calibration_labels(net, images, seed), count_flops(net)
+    costs = costs_of(flops, costs)
     labels = labels.to(next(net.parameters()).device)
     errors = torch.zeros(steps, longest, len(net.branch_names), dtype=torch.float64)
     for i, noise in enumerate(image_noise(seed, FIRST_IMAGE, images, net.sample_shape)):
@@ -60,22 +65,21 @@ def smoothcache(net, steps: int, alpha: float | None = None, *, speedup: float |
     of_type = {kind: errors[..., [k for k, other in enumerate(types) if other == kind]].mean(-1) / images
                for kind in dict.fromkeys(types)}
 
-    def table(alpha: float) -> Tensor:
+    def make(alpha: float) -> Schedule:
         computed = {kind: decide(of_type[kind].tolist(), alpha) for kind in of_type}
-        return torch.tensor([computed[kind] for kind in types]).T
+        return Schedule(torch.tensor([computed[kind] for kind in types]).T, net.branch_names, flops, model=net.name,
+                        timesteps=tuple(trajectory.timesteps), guidance=float(trajectory.model.scale),
+                        origin=f"SmoothCache, α = {alpha:.4g}, at most {longest} steps in a row, {images} images")
 
-    if alpha is None:
-        within = [e[s, : min(s, longest)] for e in of_type.values() for s in range(1, steps)]  # there are no others
-        found = torch.cat([torch.zeros(1, dtype=torch.float64), *within]).unique().tolist()
-        least = speedup * (1 - 1e-9)  # FLOPs are sums of floats
-        alpha = next((a for a in found if flops.speedup(table(a)) >= least), None)
-        if alpha is None:
-            most = flops.speedup(table(found[-1]))
-            raise ValueError(f"speedup: got {speedup}, expected at most {most:.4g}, which is that of {longest} "
-                             "steps reused for each that is computed")
-    return Schedule(table(alpha), net.branch_names, flops, model=net.name, timesteps=tuple(trajectory.timesteps),
-                    guidance=float(trajectory.model.scale),
-                    origin=f"SmoothCache, α = {alpha:.4g}, at most {longest} steps in a row, {images} images")
+    if alpha is not None:
+        return make(alpha)
+    within = [e[s, : min(s, longest)] for e in of_type.values() for s in range(1, steps)]  # there are no others
+    for alpha in torch.cat([torch.zeros(1, dtype=torch.float64), *within]).unique().tolist():
+        made = make(alpha)
+        if made.speedup_by(costs) >= speedup * (1 - 1e-9):  # costs are sums of floats
+            return made
+    raise ValueError(f"speedup: got {speedup}, expected at most {made.speedup_by(costs):.4g}, which is that of "
+                     f"{longest} steps reused for each that is computed")
 
 
 @torch.no_grad()

@@ -3,8 +3,17 @@
 from collections.abc import Callable
 
 from harmonica_dit.costs import Costs
+from harmonica_dit.flops import Flops
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_one, check_speedup, check_whole
+from harmonica_dit.validate import check_costs, check_one, check_speedup, check_whole
+
+
+def costs_of(flops: Flops, costs: Costs | None) -> Costs:
+    """What a speedup is in: the costs that were given, of as many branches, or FLOPs where none were."""
+    if costs is None:
+        return flops
+    check_costs("costs", costs, len(flops.branches))
+    return costs
 
 
 def space(steps: int, costs: Costs, make: Callable[[list[bool], str], Schedule], *, every: int | None,

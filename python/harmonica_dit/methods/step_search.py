@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+from harmonica_dit.costs import Costs
 from harmonica_dit.flops import trunk_costs
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.trajectory import FIRST_IMAGE
@@ -14,8 +15,9 @@ from .spacing import spread
 from .trunk import forecast_between, whole_steps
 
 
-def step_search(net, steps: int, computed: int | None = None, *, speedup: float | None = None, order: int = 1,
-                images: int = 16, guidance: float | None = None, scheduler=None, seed: int = 0) -> Schedule:
+def step_search(net, steps: int, computed: int | None = None, *, speedup: float | None = None,
+                costs: Costs | None = None, order: int = 1, images: int = 16, guidance: float | None = None,
+                scheduler=None, seed: int = 0) -> Schedule:
     """Computes some steps whole and forecasts the trunk at the others; a search on calibration images says which.
 
     It begins with evenly spaced steps, and goes from one choice to a neighbour whose final images are nearer to the
@@ -26,7 +28,7 @@ def step_search(net, steps: int, computed: int | None = None, *, speedup: float 
         net: a denoiser.
         steps: T.
         computed, speedup: exactly one. computed: how many steps, 1 to T. speedup: as many as `trunk_forecast` computes
-            for it.
+            for it. costs: what it is in, as there.
         order: of the forecast, 0 to 3, as in `trunk_forecast`.
         images: to calibrate on, in one batch; they start from noise that no sampled image has.
         guidance, scheduler, seed: of the calibration; as in `harmonica_dit.sample`.
@@ -41,7 +43,7 @@ def step_search(net, steps: int, computed: int | None = None, *, speedup: float 
     check_one(computed=computed, speedup=speedup)
     labels, (flops, size) = calibration_labels(net, images, seed), trunk_costs(net)
     if speedup is not None:
-        evenly = whole_steps(steps, flops, size, speedup=speedup, order=order, names=net.branch_names)
+        evenly = whole_steps(steps, flops, size, speedup=speedup, costs=costs, order=order, names=net.branch_names)
         computed = int(evenly.compute[:, 0].sum())
     elif check_whole("computed", computed, 1) > steps:
         raise ValueError(f"computed: got {computed}, expected at most {steps}, the number of steps")

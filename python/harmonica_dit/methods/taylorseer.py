@@ -6,9 +6,8 @@ from harmonica_dit.costs import Costs
 from harmonica_dit.flops import count_flops
 from harmonica_dit.forecaster import BranchForecaster, check_order, describe_order
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_costs
 
-from .spacing import space
+from .spacing import costs_of, space
 
 
 def taylorseer(net, steps: int, every: int | None = None, order: int = 1, *, speedup: float | None = None,
@@ -35,8 +34,6 @@ def taylorseer(net, steps: int, every: int | None = None, order: int = 1, *, spe
     """
     check_order(order)
     flops, K = count_flops(net), len(net.branch_names)
-    if costs is not None:
-        check_costs("costs", costs, K)
 
     def make(computed: list[bool], which: str) -> Schedule:
         coefficients = torch.full((steps, K), float(order == 1))  # which every executor knows; they are the first order
@@ -45,4 +42,4 @@ def taylorseer(net, steps: int, every: int | None = None, order: int = 1, *, spe
                         model=net.name, origin=f"{name}, {which}",
                         forecaster=BranchForecaster(order) if order > 1 else None)
 
-    return space(steps, flops if costs is None else costs, make, every=every, speedup=speedup)
+    return space(steps, costs_of(flops, costs), make, every=every, speedup=speedup)

@@ -10,7 +10,7 @@ from harmonica_dit.forecaster import taylor
 from harmonica_dit.schedule import Schedule
 from harmonica_dit.validate import check_costs
 
-from .spacing import space
+from .spacing import costs_of, space
 
 
 def trunk_forecast(net, steps: int, *, every: int | None = None, speedup: float | None = None,
@@ -52,11 +52,8 @@ def whole_steps(steps: int, flops: Flops, size: int, *, every: int | None = None
         ValueError: an argument is out of range; the message names it. So few steps may have no such speedup.
     """
     check_costs("flops", flops, len(names), Flops)
-    if costs is not None:
-        check_costs("costs", costs, len(names))
-
     make = partial(forecast_between, flops=flops, size=size, order=order, adams=adams, names=names, model=model)
-    return space(steps, flops if costs is None else costs, make, every=every, speedup=speedup)
+    return space(steps, costs_of(flops, costs), make, every=every, speedup=speedup)
 
 
 def forecast_between(computed: list[bool], which: str, *, flops: Flops, size: int, order: int, adams: bool = False,

@@ -12,7 +12,7 @@ from harmonica_dit.methods.trunk import trunk_forecast
 from harmonica_dit.methods.uncached import uncached
 from harmonica_dit.sample.schedulers import config_of, scheduler_name
 from harmonica_dit.schedule import Schedule
-from harmonica_dit.validate import check_fits, check_scheduler, shorten
+from harmonica_dit.validate import check_costs, check_fits, check_scheduler, shorten
 
 from .adapters import adapt, has_fused_adapter, model_name, unwrap
 from .adapters.compiled import refuse_compiled
@@ -66,6 +66,8 @@ class Plans:
         adapter, _ = self._adapter(transformer)
         schedule, where = self.config.loaded, self.config.source
         if schedule is None:
+            if self.config.costs is not None:
+                check_costs("costs", self.config.costs, len(adapter.branch_names))
             return
         if schedule.unit == "trunk":
             self._check_scheduler(schedule, scheduler)
@@ -186,9 +188,8 @@ class Plans:
         if steps == 1:
             return uncached(adapter, 1)
         try:
-            if adapter.trunk_size is None:
-                return taylorseer(adapter, steps, speedup=self.config.speedup)
-            return trunk_forecast(adapter, steps, speedup=self.config.speedup)
+            make = taylorseer if adapter.trunk_size is None else trunk_forecast  # both forecast to first order
+            return make(adapter, steps, speedup=self.config.speedup, costs=self.config.costs)
         except ValueError:
             if not first:
                 raise

@@ -7,6 +7,7 @@ import torch
 
 import harmonica_kernels as hk
 from harmonica_dit.adaptive import AdaptiveSchedule
+from harmonica_dit.costs import Seconds
 from harmonica_dit.evaluate import Method, compare
 from harmonica_dit.evaluate.report import write
 from harmonica_dit.evaluate.samples import Samples
@@ -79,6 +80,8 @@ def test_what_was_computed_is_weighed_by_the_batches():
     made(far, zero)  # an interrupted trajectory does not count
     assert made.compute.tolist() == [[1, 1, 1], [1, 1, pytest.approx(2 / 3)], [1, 1, pytest.approx(1 / 3)]]
     assert made.cur == pytest.approx(1 / 9) and made.speedup == pytest.approx(30 / (6 + 6 + 6 + 6))
+    seconds = Seconds((1.0, 2.0, 3.0), 1.0, 0.1, 0.5, 0.5, 8.0)  # a third and two thirds of two steps are mixed
+    assert made.speedup_by(seconds) == pytest.approx(3 * 8 / (3 * (1 + 1 + 2) + 2 * 3 + 0.5))
     with pytest.raises(RuntimeError, match="no trajectory has ended yet"):
         _ = replace(made, ran=[]).compute
 
