@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 if TYPE_CHECKING:
     from harmonica_dit.costs import Seconds
     from harmonica_dit.router import Router
     from harmonica_dit.schedule import Schedule
+
+console = Console()  # of the commands that many processes run: one of these writes
 
 Model = Annotated[str, typer.Option(help="The bundled fashion-dit, a DiT configuration such as DiT-XL/2, the folder or "
                                          "repository of a diffusers pipeline, of any class, or module:function, a "

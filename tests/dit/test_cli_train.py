@@ -64,7 +64,8 @@ def test_a_forecaster_has_no_recipe(tmp_path, name):
 def test_an_unknown_recipe_is_refused(tmp_path):
     result = harmonica("train", "--out", tmp_path, "--recipe", "best")
     assert result.exit_code == 2
-    assert result.stderr == "harmonica: --recipe: got 'best', expected 'recommended' or 'paper'\n"
+    assert result.stderr == ("harmonica: --recipe: got 'best', expected one of recommended, paper, "
+                             "learning-to-cache\n")
 
 
 def test_show_says_how_soft_a_router_is_and_its_recipe(tmp_path):

@@ -19,7 +19,7 @@ PACKAGES = {"harmonica_kernels": ROOT / "harmonica_kernels", "harmonica_dit": RO
 ORDER = {
     "harmonica_kernels": (("__main__", "_command"), ("__init__",), ("graphs",), ("forward",), ("checks",),
                           ("cache", "trunk"), ("ops", "_info"), ("triton_kernels", "_lazy")),
-    "harmonica_dit": (("cli",), ("cli_compare", "cli_schedule"), ("cli_errors", "cli_options"), ("demo",),
+    "harmonica_dit": (("cli",), ("cli_compare", "cli_schedule", "cli_train"), ("cli_errors", "cli_options"), ("demo",),
                       ("__init__",), ("published_routers",), ("load",), ("train",), ("evaluate",), ("pipelines",),
                       ("methods",), ("sample",), ("router",), ("adaptive", "schedule"), ("resample",),
                       ("fashion",), ("forecaster",), ("validate",), ("models",), ("flops",), ("costs",),

@@ -30,6 +30,19 @@ def decode(net, latents: Tensor) -> Tensor:
     return torch.cat([vae.decode(part, return_dict=False)[0].float() for part in scaled.split(AT_ONCE)])
 
 
+@torch.no_grad()
+def encode(net, images: Tensor) -> Tensor:
+    """Scaled latents [n, C, h, w], float32, of images [n, 3, H, W] in [-1, 1]: the means that `net.vae` gives.
+
+    Without a VAE they are the images themselves.
+    """
+    vae = vae_of(net)
+    if vae is None:
+        return images
+    parts = [vae.encode(part).latent_dist.mode() for part in images.to(vae.device, vae.dtype).split(AT_ONCE)]
+    return ((torch.cat(parts) - (vae.config.shift_factor or 0)) * vae.config.scaling_factor).float()
+
+
 def vae_of(net) -> "AutoencoderKL | None":
     """The VAE that decodes a denoiser's samples; None if they are images, or if it has none."""
     return getattr(net, "vae", None)

@@ -73,15 +73,8 @@ def train_learning_to_cache(net, images: Tensor, labels, *, steps: int = 20, bet
 
     Source: Learning-to-Cache (Ma et al., NeurIPS 2024, arXiv 2406.01733), and its published code.
     """
-    for name, value, least in (("steps", steps, 2), ("iterations", iterations, 1), ("batch", batch, 1),
-                               ("seed", seed, 0)):
-        check_whole(name, value, least)
-    if steps % 2:
-        raise ValueError(f"steps: got {steps}, expected an even number: every second step is learned")
-    if not is_number(beta) or beta < 0:
-        raise ValueError(f"beta: got {beta!r}, expected a number ≥ 0")
-    if not is_number(lr) or lr <= 0:
-        raise ValueError(f"lr: got {lr!r}, expected a number above 0")
+    check_settings(steps=steps, beta=beta, target_speedup=target_speedup, target_cur=target_cur, iterations=iterations,
+                   batch=batch, lr=lr, threshold=threshold, seed=seed)
     check_weights(next(net.parameters()).dtype)
     pairs = Pairs(net, images, labels, steps, batch, seed)
     budget = _make_budget(net, steps, target_speedup, target_cur)
@@ -90,7 +83,7 @@ def train_learning_to_cache(net, images: Tensor, labels, *, steps: int = 20, bet
     logits[::2] = ALWAYS
     device = next(net.parameters()).device
     router = Router(logits, net.branch_names, count_flops(net), tuple(pairs.scheduler.timesteps.tolist()),
-                    threshold=check_threshold(threshold), model=net.name, guidance=None, seed=seed,
+                    threshold=threshold, model=net.name, guidance=None, seed=seed,
                     resolution=net.sample_shape[1:], architecture=getattr(net, "architecture", None)).to(device)
     optimizer = torch.optim.AdamW(list(router.logits)[::2], lr, weight_decay=0)  # logits[0] is row 1's
     training = Training(router, optimizer, torch.ones(steps, device=device), None, float(beta))
@@ -103,6 +96,29 @@ def train_learning_to_cache(net, images: Tensor, labels, *, steps: int = 20, bet
         return run_training(training, iterations, lambda: _train_pair(net, pairs, training, executor, cache),
                             out=None if out is None else Path(out), record=record, budget=budget, progress=progress,
                             of="iterations")
+
+
+def check_settings(*, steps: int = 20, beta: float = 0.0, target_speedup: float | None = None,
+                   target_cur: float | None = None, iterations: int = 1, batch: int = 1, lr: float = 1.0,
+                   threshold: float = 0.1, seed: int = 0) -> None:
+    """Refuses arguments of `train_learning_to_cache` that are wrong for every model, before images are read.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message names it.
+    """
+    for name, value, least in (("steps", steps, 2), ("iterations", iterations, 1), ("batch", batch, 1),
+                               ("seed", seed, 0)):
+        check_whole(name, value, least)
+    if steps % 2:
+        raise ValueError(f"steps: got {steps}, expected an even number: every second step is learned")
+    if not is_number(beta) or beta < 0:
+        raise ValueError(f"beta: got {beta!r}, expected a number ≥ 0")
+    if not is_number(lr) or lr <= 0:
+        raise ValueError(f"lr: got {lr!r}, expected a number above 0")
+    check_threshold(threshold)
+    if target_speedup is not None and target_cur is not None:
+        raise ValueError(f"target_speedup, target_cur: give at most one of them, got {target_speedup!r} and "
+                         f"{target_cur!r}")
 
 
 class Pairs:
@@ -140,8 +156,6 @@ class Pairs:
 
 def _make_budget(net, steps: int, speedup: float | None, cur: float | None) -> Budget | None:
     """The target's budget, None without a target."""
-    if speedup is not None and cur is not None:
-        raise ValueError(f"target_speedup, target_cur: give at most one of them, got {speedup!r} and {cur!r}")
     if speedup is None and cur is None:
         return None
     most = fora(net, steps, 2)  # reuses everything that is learned
