@@ -29,6 +29,7 @@ parts="
     attention         25   # 9: before the parts that use the fastest back end
     trajectory       150   # 113
     gated            140   # 86
+    gemm              50   # (25): a graph for each candidate of each product
     tests            220   # (150): pytest -m gpu, most of it Triton compiling
     sdt               90   # 63: at 64 rows, and at 32 where the published loop does not fit
     pixart           200   # (130): quantized weights, which need torchao, PixArt-α 1024 (50) and Σ 2K

@@ -13,7 +13,7 @@ from .record import Record
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 PARTS = {"build": "commands", "tests": "commands", "sanitizer": "commands", "gated": "commands", "kernels": "kernels",
-         "trajectory": "trajectory", "attention": "attention", "pixart": "pixart", "sdt": "sdt",
+         "trajectory": "trajectory", "attention": "attention", "gemm": "gemm", "pixart": "pixart", "sdt": "sdt",
          "compiled2": "compiled", "compiled16": "compiled"}
 
 

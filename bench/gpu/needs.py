@@ -17,7 +17,7 @@ EVERY = ("torch", "triton",
          "huggingface_hub", "regex", "requests", "sklearn", "scipy")
 TESTS = "pytest", "hypothesis", "transformers", "sentencepiece"
 NEEDS: dict[str, tuple[str, ...]] = dict(build=("pybind11",), tests=TESTS, sanitizer=TESTS) | dict.fromkeys(
-    ("kernels", "attention", "trajectory", "gated", "pixart", "sdt", "compiled2", "compiled16"), ())
+    ("kernels", "attention", "gemm", "trajectory", "gated", "pixart", "sdt", "compiled2", "compiled16"), ())
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where its name is another
 TOOLS = {"build": ("cmake", "ninja"), "sanitizer": ("compute-sanitizer", "nvcc"), "gated": ("nvcc",)}
 

@@ -23,7 +23,7 @@ from bench.problems import Plain
 from harmonica_dit.sample import denoise
 from harmonica_dit.timing import interleave
 
-MEASURED = ("kernels", "trajectory", "compiled2", "attention", "sdt", "pixart")
+MEASURED = ("kernels", "trajectory", "compiled2", "attention", "gemm", "sdt", "pixart")
 
 
 @pytest.mark.parametrize("part", [*MEASURED, "gated"])
