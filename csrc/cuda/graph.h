@@ -38,6 +38,8 @@ class GatedGraph {
     // Adds an IF node (with one body) or, with `loop`, a WHILE node. Returns the number of its body.
     int conditional(int graph, uint64_t condition, bool loop, const std::string& name);
 
+    cudaGraph_t made(int graph) const { return chains_.at(graph).graph; }  // to read it back
+
     void instantiate(uintptr_t stream);  // also uploads the executable, on the stream
     void launch(uintptr_t stream);
 
