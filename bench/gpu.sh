@@ -2,9 +2,10 @@
 # What only a GPU can show, in one command: builds, tests and times everything, in about 20 minutes on an H100.
 #
 #   bench/gpu.sh [--tiny] [PART ...]        all parts, or those named, in the order below
-#   bench/gpu.sh a | b2 | b16 | c           the same for calls that are short: a is build, kernels, attention, trajectory
-#                                           and gated, in 330 s; b2 and b16 are build and a compiled part, in 450 s; c is
-#                                           build, tests, sdt, pixart and sanitizer, in 540 s
+#   bench/gpu.sh a | k | b2 | b16 | c       the same for calls that are short: a is build, attention, trajectory and gated,
+#                                           in 300 s; k build, kernels and gemm, in 180 s; b2 and b16 build, attention and
+#                                           a compiled part, in 400 s; c build, attention, tests, sdt, pixart and
+#                                           sanitizer, in 540 s
 #   bench/gpu.sh --wheels                   what is missing on this machine, and the command that fetches its wheels
 #
 # A part is a process of its own with its own time-out, and writes its results as it goes: one that fails or hangs
@@ -20,22 +21,22 @@
 #   HARMONICA_WHEELS     a folder of wheels that are missing there, installed into build/ first (.whl, if it exists)
 #   HARMONICA_COMMIT     the commit, where the tree came without .git
 #   OUT                  a folder that receives copies: <gpu>.json, plots, gpu.log
-#   HARMONICA_BENCH_SECONDS   all parts together end by then (1500, or what a, b2, b16 and c have)
+#   HARMONICA_BENCH_SECONDS   all parts together end by then (1500, or what a, k, b2, b16 and c have)
 #
 #   part         limit, s   taken on an H100, s; (in brackets) an estimate, where it was not run to its end
 parts="
     build            200   # (60): C++ for three instruction sets, nvcc for three architectures; or again without nvcc
-    kernels           70   # 25
-    attention         25   # 9: before the parts that use the fastest back end
+    attention         25   # (12): 9 with shorter samples; before the parts that use the fastest back end
     trajectory       150   # 113
     gated            140   # 86
+    kernels           70   # 25
     gemm              50   # (25): a graph for each candidate of each product
     tests            220   # (150): pytest -m gpu, most of it Triton compiling
     sdt               90   # 63: at 64 rows, and at 32 where the published loop does not fit
     pixart           200   # (130): quantized weights, which need torchao, PixArt-α 1024 (50) and Σ 2K
     sanitizer         90   # (60): memcheck and racecheck side by side
-    compiled2        400   # (200): max-autotune of 28 unrolled blocks; had not ended after 100
-    compiled16       400   # (200)
+    compiled2        300   # (200): max-autotune of 28 unrolled blocks; had not ended after 100
+    compiled16       300   # (200)
 "
 # What everything else needs and what matters most stands first. No part outlasts HARMONICA_BENCH_SECONDS, counted from the
 # start: the last ones get what is left, and can be run by themselves, `bench/gpu.sh build sanitizer`.
@@ -49,10 +50,11 @@ if [ "${1:-}" = --tiny ]; then tiny=--tiny; shift; fi
 known=$(echo "$parts" | sed 's/#.*//' | awk 'NF { print $1 }')
 seconds_of_all=1500
 case "${1:-}" in
-    a) set -- build kernels attention trajectory gated; seconds_of_all=330 ;;
-    b2) set -- build compiled2; seconds_of_all=450 ;;
-    b16) set -- build compiled16; seconds_of_all=450 ;;
-    c) set -- build tests sdt pixart sanitizer; seconds_of_all=540 ;;
+    a) set -- build attention trajectory gated; seconds_of_all=300 ;;
+    k) set -- build kernels gemm; seconds_of_all=180 ;;
+    b2) set -- build attention compiled2; seconds_of_all=400 ;;
+    b16) set -- build attention compiled16; seconds_of_all=400 ;;
+    c) set -- build attention tests sdt pixart sanitizer; seconds_of_all=540 ;;
     --wheels) exec "$python" -m bench.gpu.needs ;;
 esac
 for part in "$@"; do

@@ -222,7 +222,7 @@ def test_the_command(tmp_path):
 
 def test_an_unknown_part_is_refused():
     done = subprocess.run(["bash", ROOT / "bench/gpu.sh", "--tiny", "kernel"], capture_output=True, text=True)
-    assert done.returncode == 2 and "there are: build kernels" in done.stderr
+    assert done.returncode == 2 and "there are: build attention" in done.stderr
 
 
 def test_the_limits_name_the_parts():
