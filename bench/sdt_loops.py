@@ -33,14 +33,15 @@ class Problem:
     """One model with random weights, one batch of noise, one set of scores, for every loop alike.
 
     model, depth: as in `build`. images: the model sees twice as many rows. steps: T. dtype: "bfloat16" is
-    autocast. device: "cpu" or "cuda".
+    autocast. device: "cpu" or "cuda". attention: of a DiT's own loops, its back end.
     """
 
-    def __init__(self, model: str, images: int, steps: int, depth: int | None, dtype: str, device: str):
+    def __init__(self, model: str, images: int, steps: int, depth: int | None, dtype: str, device: str,
+                 attention: str = "sdpa"):
         self.steps, self.autocast, self.device = steps, None if dtype == "float32" else dtype, torch.device(device)
         torch.manual_seed(0)
         with self.device:
-            self.net, self.plain = build(model, depth)
+            self.net, self.plain = build(model, depth, attention)
         self.flops = count_flops(self.net)
         self.labels = (torch.arange(images) % self.net.num_classes).to(self.device)
         self.noise = image_noise(0, 0, images, self.net.sample_shape).to(self.device)

@@ -42,17 +42,18 @@ def take(k: int, o: Tensor) -> Tensor:
     return o
 
 
-def build(model: str, depth: int | None) -> tuple[nn.Module, nn.Module]:
+def build(model: str, depth: int | None, attention: str = "sdpa") -> tuple[nn.Module, nn.Module]:
     """The denoiser and the plain model, with random weights that they share.
 
-    model: PIXART or a DiT's configuration. depth: blocks, None for the model's own.
+    model: PIXART or a DiT's configuration. depth: blocks, None for the model's own. attention: a DiT's back end; the
+    plain model has PyTorch's choice.
     """
     if model == PIXART:
         net = pixart(DEPTH if depth is None else depth)
         plain: nn.Module = BlendingPixArt(net)
     else:
         config = CONFIGS[model] | DITS | ({} if depth is None else dict(depth=depth))
-        net = DiT(**config, name=model)
+        net = DiT(**config, name=model, attention=attention)
         with torch.device("meta"):
             plain = BlendingDiT(**config)
     net, plain = net.eval().requires_grad_(False), plain.eval()

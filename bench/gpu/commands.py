@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from bench import ROOT
 
+from . import models
 from .record import Record
 
 TAIL = 400  # lines of a command's output that are kept
@@ -88,7 +89,8 @@ def gated(record: Record) -> None:
     arguments = ["-c", "from bench.gpu import gated; print('imported:', *gated.LIMITS)"] if record.tiny else [
         "-m", "bench.gpu.gated", *GATED]
     try:
-        call(record, {"gated": [sys.executable, *arguments]})
+        call(record, {"gated": [sys.executable, *arguments]},
+             environment={"HARMONICA_ATTENTION": models.attention(record.path.parent)})
     finally:  # stopped as well
         for finding in findings(record.content["notes"].get("gated", dict(output=[]))["output"]):
             record.row(**finding)

@@ -16,6 +16,7 @@ that fails half-way says where.
 
 import faulthandler
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -43,6 +44,7 @@ from . import models
 from .record import clocks, spin
 
 DEVICE, TRAJECTORIES = torch.device("cuda", 0), 10_000
+ATTENTION = os.environ.get("HARMONICA_ATTENTION", "sdpa")  # the back end, as the part `gated` knows it
 LIMITS = dict(smallest=60, dit=150, bodies=60, cublas=60, change=60, memory=60, sanitizer=90)  # seconds
 
 
@@ -124,7 +126,7 @@ def cublas() -> None:
 
 
 def dit() -> None:
-    net, right = models.model(False, DEVICE), True
+    net, right = models.model(False, DEVICE, ATTENTION), True
     for images in (1, 8):
         trajectory, noise = dit_trajectory(net, images)
         schedule, rows = new_schedule(trajectory, 0.375), 2 * images
@@ -167,7 +169,7 @@ def switch(gated, trajectory, noise) -> None:
 
 
 def change() -> None:
-    trajectory, noise = dit_trajectory(models.model(False, DEVICE), 1)
+    trajectory, noise = dit_trajectory(models.model(False, DEVICE, ATTENTION), 1)
     gated = hk.compile(denoise, mode="gated", rule="change")
     with torch.no_grad():
         for threshold in (0.0, 0.05, 0.1, 0.2, 1e9):

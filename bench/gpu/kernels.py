@@ -22,8 +22,7 @@ from harmonica_kernels.ops import Term, reference
 from .record import Record
 
 ROTATE = 256 << 20
-# Launches of a graph, at least: so many that the graph's own 10 µs are little beside them, and what they leave fits.
-LAUNCHES, OF_LARGE, LARGE = 64, 16, 200e6
+LAUNCHES = 64  # of a graph, at least: so many that the graph's own 10 µs are little beside them
 ROUNDS = 25
 BF16 = torch.bfloat16
 FULL = dict(inference=(16, 256, 1152), parts=(2, 4, 8), training=(64, 256, 1152), hidden=4608, images=(8, 4096),
@@ -95,7 +94,7 @@ def measure(record: Record, name: str, case: Case) -> None:
     with torch.no_grad():
         for what, ours, exact in case.check():
             record.check(f"{name}: {what}", relative_error(ours, exact), TOLERANCE)
-    launches = max(case.sets, 2 if record.tiny else LAUNCHES if case.bytes < LARGE else OF_LARGE)
+    launches = max(case.sets, 2 if record.tiny else LAUNCHES)
 
     def each(f: Callable[[int], object]) -> Callable[[], object]:
         return capture(lambda: [f(i % case.sets) for i in range(launches)], record.device)

@@ -34,7 +34,7 @@ def attention(folder: Path) -> str:
     return json.loads(path.read_text())["notes"].get("fastest", "sdpa") if path.exists() else "sdpa"
 
 
-def model(tiny: bool, device: torch.device, attention: str = "sdpa") -> DiT:
+def model(tiny: bool, device: torch.device, attention: str) -> DiT:
     """Random weights in bfloat16 under which every branch counts: products keep the size of what they are given, and
     gates and modulation are not zero, as they are before a training."""
     return with_weights(device, lambda: DiT(**config(tiny), name="DiT-XL/2", attention=attention))

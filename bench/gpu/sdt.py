@@ -14,6 +14,7 @@ import torch
 from bench.sdt_loops import Problem
 from bench.timing import relative_error
 
+from . import models
 from .record import Record
 from .reference_way import tf32
 
@@ -65,7 +66,8 @@ def measure(record: Record, images: int) -> bool:
 
 def problem(record: Record, dtype: str, images: int, steps: int) -> Problem:
     model, depth = ("DiT-S/8", 1) if record.tiny else ("DiT-XL/2", None)
-    return Problem(model, images, steps, depth, dtype, record.device.type)
+    attention = models.attention(record.path.parent) if dtype == "bfloat16" else "sdpa"  # most take no float32
+    return Problem(model, images, steps, depth, dtype, record.device.type, attention)
 
 
 def runner(problem: Problem, loop: str) -> Callable[[], list[float]]:

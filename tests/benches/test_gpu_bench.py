@@ -52,7 +52,7 @@ def test_dry_run(part, tmp_path):
 
 def test_the_reference_way_gives_the_same_images():
     cpu = torch.device("cpu")
-    net = models.model(True, cpu).float()
+    net = models.model(True, cpu, "sdpa").float()
     noise, steps = models.noise(net, 2, cpu), 4
     for schedule in models.schedules(net, steps).values():
         ours = models.trajectory(net, 2, cpu, steps)
@@ -113,7 +113,7 @@ def test_the_tests_of_a_gpu_are_found():
 def reported(monkeypatch):
     """bench/gpu/gated.py on the CPU, with a tiny model and one round; a list of what it reports."""
     model, found = models.model, []
-    monkeypatch.setattr(models, "model", lambda tiny, device: model(True, device))
+    monkeypatch.setattr(models, "model", lambda tiny, device, attention: model(True, device, attention))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 2))
     monkeypatch.setattr(gated, "DEVICE", torch.device("cpu"))
