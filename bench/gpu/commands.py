@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from bench import ROOT
 
 from . import models
+from .needs import program
 from .record import Record
 
 TAIL = 400  # lines of a command's output that are kept
@@ -40,11 +41,12 @@ def compile_extension(record: Record, folder: str, option: str = "", name: str =
     from pybind11 import get_cmake_dir
 
     started = time.monotonic()
+    cmake, ninja = (program(name) or name for name in ("cmake", "ninja"))
     commands = {
-        "configure": ["cmake", "-S", ".", "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-                      f"-Dpybind11_DIR={get_cmake_dir()}", *filter(None, [option])],
-        "compile": ["ninja", "-C", folder],  # which ends its compilers when it is ended
-        "install": ["cmake", "--install", folder, "--prefix", "harmonica_kernels"]}
+        "configure": [cmake, "-S", ".", "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
+                      f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-Dpybind11_DIR={get_cmake_dir()}", *filter(None, [option])],
+        "compile": [ninja, "-C", folder],  # which ends its compilers when it is ended
+        "install": [cmake, "--install", folder, "--prefix", "harmonica_kernels"]}
     return all(call(record, {f"{step}{name}": command}, limit=limit and limit - (time.monotonic() - started))
                for step, command in commands.items())
 

@@ -3,10 +3,13 @@
 Ends with 1, and names what is missing and how its wheels are fetched, before anything is built. Imports none of them.
 """
 
+import os
 import re
 import shutil
 import sys
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 from bench import ROOT
 
@@ -19,14 +22,26 @@ TESTS = "pytest", "hypothesis", "transformers", "sentencepiece"
 NEEDS: dict[str, tuple[str, ...]] = dict(build=("pybind11",), tests=TESTS, sanitizer=TESTS) | dict.fromkeys(
     ("kernels", "attention", "gemm", "trajectory", "gated", "pixart", "sdt", "compiled2", "compiled16"), ())
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where its name is another
-TOOLS = {"build": ("cmake", "ninja"), "sanitizer": ("compute-sanitizer", "nvcc"), "gated": ("nvcc",)}
+WHEELS = "cmake", "ninja"  # programs that packages of the same name bring
+TOOLS = {"build": WHEELS, "sanitizer": ("compute-sanitizer", "nvcc"), "gated": ("nvcc",)}
 
 
 def missing(parts: list[str]) -> tuple[list[str], list[str]]:
     """The packages and the programs that these parts need and that are not there."""
     packages = {name: None for part in parts for name in (*EVERY, *NEEDS[part]) if find_spec(name) is None}
-    tools = {name: None for part in parts for name in TOOLS.get(part, ()) if shutil.which(name) is None}
+    tools = {name: None for part in parts for name in TOOLS.get(part, ()) if program(name) is None}
     return list(packages), list(tools)
+
+
+def program(name: str) -> str | None:
+    """Its path: from PATH, or else from the environment of this interpreter, whose programs need not be on PATH."""
+    if found := shutil.which(name):
+        return found
+    folders = [Path(sysconfig.get_path("scripts"))]
+    if name in WHEELS and (spec := find_spec(name)) and spec.origin:
+        package = Path(spec.origin).parent
+        folders += [package / "data" / "bin", package.parent / "bin"]  # the latter of `pip install --target`
+    return shutil.which(name, path=os.pathsep.join(map(str, folders)))
 
 
 def wheels(packages: list[str]) -> str:
@@ -42,11 +57,12 @@ def main() -> None:
     parts = sys.argv[1:] or list(NEEDS)
     packages, tools = missing(parts)
     if tools:
-        print(f"not on the PATH: {', '.join(tools)}")
+        print(f"neither on PATH nor in Python's environment: {', '.join(tools)}")
+    packages += [tool for tool in tools if tool in WHEELS]
     if packages:
         print(f"missing: {', '.join(packages)}. Fetch the wheels into .whl/ where there is a network:\n"
               f"    {wheels(packages)}")
-    sys.exit(bool(packages or [tool for tool in tools if tool in TOOLS["build"]]))
+    sys.exit(bool(packages))
 
 
 if __name__ == "__main__":
