@@ -14,7 +14,7 @@ from bench.gpu.record import Record
 
 @pytest.fixture
 def launches(monkeypatch, tmp_path):
-    """launches(part, measure, count): of each candidate that is timed, how often it adds to count, and launches said."""
+    """launches(part, measure, count): how often each timed candidate adds to count, and launches said."""
     def run(part, measure, count):
         found = []
 

@@ -10,18 +10,26 @@ from harmonica_kernels import ops
 ALLOCATE = ("empty", "empty_strided", "empty_like", "new_empty", "detach", "_unsafe_view")
 
 
+def name_of(op) -> str:
+    return op._schema.name.partition("::")[2]
+
+
+def starts_a_kernel(op) -> bool:
+    """All but views and what only allocates."""
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
+    return not view and name_of(op) not in ALLOCATE
+
+
 class Launches(TorchDispatchMode):
-    """The ops in its block that start a kernel, by name: all but views and what only allocates."""
+    """The ops in its block that start a kernel, by name."""
 
     def __init__(self):
         super().__init__()
         self.found = Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
-        name = op._schema.name.partition("::")[2]
-        if not view and name not in ALLOCATE:
-            self.found[name] += 1
+        if starts_a_kernel(op):
+            self.found[name_of(op)] += 1
         return op(*args, **(kwargs or {}))
 
     @property
