@@ -1,10 +1,12 @@
-"""How much more a forecast learns with matrices beside its weights a channel: an ablation, on the bundled model.
+"""What a forecast learns with more beside its weights a channel, and with less: ablations, on the bundled model.
 
-    python -m bench.matrix_forecasts --form none    writes its row into bench/results/matrix-forecasts-cpu.json
+    python -m bench.forecast_forms --form none    writes its row into bench/results/forecast-forms-cpu.json
 
-At a forecast step the newest state c_0 is replaced by c_0 + M·(c_0 - c_1), by c_0 + M·c_0 where there is no c_1, before
-the weights a channel are applied. M [D, D] starts at 0. Forms: none; one M for all forecast steps; one of rank 4 a
-step; one a step. Seven of 20 steps are computed; towards the accurate images, otherwise by the trainer's defaults.
+Seven of 20 steps are computed; towards the accurate images, otherwise by the trainer's defaults, which are "none". Less:
+"states", neither tokens nor conditions are weighed, as on the generic path; "no-features", no error in the model's own
+features in the loss. More, matrices: at a forecast step the newest state c_0 is replaced by c_0 + M·(c_0 - c_1), by
+c_0 + M·c_0 where there is no c_1, before the weights a channel are applied; M [D, D] starts at 0. "shared": one M for
+all forecast steps; "low-rank": one of rank 4 a step; "matrix": one a step.
 """
 
 import argparse
@@ -34,22 +36,22 @@ from harmonica_dit.train.forecaster import SLOWER, _Run
 from harmonica_dit.train.frozen_model import freeze
 from harmonica_dit.train.unrolled import LearnedForecaster, unroll
 
-FORMS = ("none", "shared", "low-rank", "matrix")
-RANK, HISTORY = 4, 3
-OUT = RESULTS / "matrix-forecasts-cpu.json"
+FORMS = ("none", "states", "no-features", "shared", "low-rank", "matrix")
+RANK, HISTORY, PERCEPTUAL = 4, 3, 0.5
+OUT = RESULTS / "forecast-forms-cpu.json"
 
 
-class MatrixForecaster(LearnedForecaster):
+class Forecaster(LearnedForecaster):
     """Weights a channel, and matrices at the forecast steps."""
 
     def __init__(self, form: str, compute: Sequence[bool], initial: TrunkForecaster, width: int):
-        super().__init__(compute, initial, width, correct=True)
+        super().__init__(compute, initial, width, correct=True, entering=form != "states")
         self.form, self.matrices = form, nn.ParameterList()
         count = 1 if form == "shared" else len(compute)
         if form == "low-rank":
             begun = torch.randn(count, width, RANK, generator=torch.Generator().manual_seed(0)) * width**-0.5
             self.matrices.extend([begun, torch.zeros(count, RANK, width)])
-        elif form != "none":
+        elif form in ("shared", "matrix"):
             self.matrices.append(torch.zeros(count, width, width))
 
     def times_matrix(self, s: int, state: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class MatrixForecaster(LearnedForecaster):
 class Mixed(Trajectory):
     """A trajectory whose forecast steps are given other states than the cache's."""
 
-    def __init__(self, learned: MatrixForecaster, *args, **kwargs):
+    def __init__(self, learned: Forecaster, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.learned = learned
 
@@ -85,7 +87,7 @@ class Mixed(Trajectory):
 class Run(_Run):
     """The trainer's, with matrices."""
 
-    def __init__(self, net, schedule: Schedule, learned: MatrixForecaster, settings: dict, *options):
+    def __init__(self, net, schedule: Schedule, learned: Forecaster, settings: dict, *options):
         super().__init__(net, schedule, learned, settings, *options)
         if len(learned.matrices):
             scale = SLOWER if learned.form == "low-rank" else SLOWER / 10  # all D entries of a row move the same way
@@ -96,22 +98,22 @@ class Run(_Run):
 
 
 def train(net, form: str, iterations: int, seed: int, images: int = 1200) -> Run:
-    """A finished training with matrices of this form, otherwise by `train_forecaster`'s defaults."""
+    """A finished training of this form, otherwise by `train_forecaster`'s defaults."""
     schedule = trunk_forecast(net, STEPS, every=3, adams=True)
     compute = schedule.compute[:, 0].tolist()
     initial = taylor(compute, 1, adams=True)
     initial = replace(initial, states=torch.cat([initial.states, torch.zeros(STEPS, HISTORY - initial.history, 1)], 1))
-    run = Run(net, schedule, MatrixForecaster(form, compute, initial, net.width), dict(
+    run = Run(net, schedule, Forecaster(form, compute, initial, net.width), dict(
         target="accurate", history=HISTORY, iterations=iterations, images=images, held_out=40, batch=10, lr=4e-3,
-        perceptual=0.5, labels=None, guidance=GUIDANCE, guidance_channels=None, scheduler="ddim", autocast=None,
-        seed=seed), False, None, True)
+        perceptual=0.0 if form == "no-features" else PERCEPTUAL, labels=None, guidance=GUIDANCE,
+        guidance_channels=None, scheduler="ddim", autocast=None, seed=seed), False, None, True)
     with freeze(net):
         run.train()
     return run
 
 
 @torch.no_grad()
-def draw(net, learned: MatrixForecaster, labels: Tensor, seed: int) -> Tensor:
+def draw(net, learned: Forecaster, labels: Tensor, seed: int) -> Tensor:
     """Images of the sampler's noise."""
     made = []
     for first, part in track([*zip(range(0, len(labels), BATCH), labels.split(BATCH))], "sampling"):
