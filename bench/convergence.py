@@ -2,7 +2,8 @@
 
     python -m bench.convergence    writes bench/results/convergence-cpu.json; five minutes on one core
 
-DPM-Solver++ in 20 to 160 steps and the reference's DDIM in 20 and 1000: the mean RMSE between the images of each two.
+DPM-Solver++ in 20 to 160 steps, the reference's DDIM in 20 and 1000, and diffusers' own DDIM, which steps by a fixed
+stride, in 20 of each of its spacings: the mean RMSE between the images of each two.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from diffusers import DDIMScheduler
 from rich.progress import track
 
 import harmonica_dit
@@ -19,10 +21,13 @@ from bench.forecasts import GUIDANCE
 from bench.record import machine, moment
 from harmonica_dit.evaluate import rmse
 from harmonica_dit.files import replacement
+from harmonica_dit.sample.schedulers import NOISE
 
 DPM = "DPMSolverMultistepScheduler"
 SOLUTIONS = {"DDIM 20": (20, "ddim"), "DPM-Solver++ 20": (20, DPM), "DPM-Solver++ 40": (40, DPM),
-             "DPM-Solver++ 80": (80, DPM), "DPM-Solver++ 160": (160, DPM), "DDIM 1000": (1000, "ddim")}
+             "DPM-Solver++ 80": (80, DPM), "DPM-Solver++ 160": (160, DPM), "DDIM 1000": (1000, "ddim")} | {
+    f"diffusers' DDIM 20, {spacing}": (20, DDIMScheduler(**NOISE, clip_sample=False, timestep_spacing=spacing))
+    for spacing in ("trailing", "linspace", "leading")}
 
 
 def distances(net, images: int, seed: int, solutions: dict) -> dict[str, dict[str, float]]:

@@ -2,11 +2,11 @@
 
     python -m bench.forecast_forms --form none    writes its row into bench/results/forecast-forms-cpu.json
 
-Seven of 20 steps are computed; towards the accurate images, otherwise by the trainer's defaults, which are "none". Less:
-"states", neither tokens nor conditions are weighed, as on the generic path; "no-features", no error in the model's own
-features in the loss. More, matrices: at a forecast step the newest state c_0 is replaced by c_0 + M·(c_0 - c_1), by
-c_0 + M·c_0 where there is no c_1, before the weights a channel are applied; M [D, D] starts at 0. "shared": one M for
-all forecast steps; "low-rank": one of rank 4 a step; "matrix": one a step.
+Seven of 20 steps are computed; towards the accurate images, otherwise by the trainer's defaults, which are "none".
+Less: "states", neither tokens nor conditions are weighed, as on the generic path; "no-features", no error in the
+model's own features in the loss. More, matrices: at a forecast step the newest state c_0 is replaced by
+c_0 + M·(c_0 - c_1), by c_0 + M·c_0 where there is no c_1, before the weights a channel are applied; M [D, D] starts at
+0. "shared": one M for all forecast steps; "low-rank": one of rank 4 a step; "matrix": one a step.
 """
 
 import argparse

@@ -18,7 +18,7 @@ import torch
 
 import harmonica_dit
 from bench import RESULTS
-from bench.paired import BATCH, STEPS, difference, judged
+from bench.paired import BATCH, COLUMNS, STEPS, difference, judged
 from bench.record import machine, moment
 from harmonica_dit.evaluate import Method
 from harmonica_dit.evaluate.samples import Samples
@@ -112,11 +112,10 @@ def main() -> None:
         found = judged(samples, Method(way, way, STEPS, schedule))
         usual = usual or found
         rows.append(dict(way=way, soft_share=router.soft_share, flops_speedup=schedule.speedup) | {
-            column: dict(value=found[0][column]) | {key: value for key, value in difference(
-                [found], [usual], column).items() if key in ("above", "low", "high")} for column in ("error", "frechet")})
+            column: dict(value=found[0][column]) | difference([found], [usual], column) for column in COLUMNS})
         print("| {way} | {soft_share:.2f} | {flops_speedup:.2f}× |".format_map(rows[-1]), *(
             "{value:.4f}, {above:+.4f} ({low:+.4f} … {high:+.4f}) |".format_map(rows[-1][column])
-            for column in ("error", "frechet")), flush=True)
+            for column in COLUMNS), flush=True)
     importance = raw_means(args.folder / "as-before")
     print("λ's raw mean:", importance)
     with replacement(RESULTS / "last-phase-cpu.json") as path:

@@ -1,11 +1,13 @@
 """What ranks tell each other in a training of the bundled model, and how much less each has to compute.
 
-    torchrun --nproc-per-node 2 -m bench.ranks    prints a table; under a minute on one core, also without torchrun
+    torchrun --nproc-per-node 2 -m bench.ranks    its row of bench/results/ranks-cpu.json; under a minute on one core
 
-Seconds are a rank's own on the processor, so that ranks that share cores do not slow each other down in them; waiting
-is not among them. λ is measured in the first trajectory alone, which is not in the table's other lines.
+Also without torchrun, as one rank, to which the others' seconds compare. Seconds are a rank's own on the processor, so
+that ranks that share cores do not slow each other down in them; waiting is not among them. λ is measured in the first
+trajectory alone, which is not in the table's other lines.
 """
 
+import json
 import time
 import warnings
 from contextlib import contextmanager
@@ -13,9 +15,13 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 import harmonica_dit
+from bench import RESULTS
+from bench.record import machine, moment
 from harmonica_dit import ranks
+from harmonica_dit.files import replacement
 from harmonica_dit.train.log import Log
 
+OUT = RESULTS / "ranks-cpu.json"
 STEPS, BATCH, TRAJECTORIES, ITERATIONS = 10, 8, 4, 4
 warnings.simplefilter("ignore")  # so short trainings meet no target
 
@@ -62,10 +68,20 @@ def measure() -> list[tuple[str, int, int, float]]:
     return found
 
 
+def write(rows: list[tuple[str, int, int, float]]) -> None:
+    """This number of ranks' row of the file; the others stay."""
+    kept = json.loads(OUT.read_text()) if OUT.exists() else {}
+    kept[str(ranks.world())] = moment() | machine() | dict(steps=STEPS, batch=BATCH, rows=[
+        dict(what=what, means=messages, bytes=size, seconds=seconds) for what, messages, size, seconds in rows])
+    with replacement(OUT) as path:
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     with ranks.launched():
         rows = measure()
         if ranks.is_main():
+            write(rows)
             print(f"ranks: {ranks.world()}, steps: {STEPS}, batch: {BATCH}")
             print(f"{'':20}{'means':>8}{'bytes':>10}{'seconds':>10}")
             for what, messages, size, seconds in rows:

@@ -1,6 +1,6 @@
 """Which 7 of 20 steps to compute: evenly spaced, searched by swaps, or by dynamic programming; errors of the images.
 
-    python -m bench.step_search    prints a table; about two minutes on one core
+    python -m bench.step_search    writes bench/results/step-search-cpu.json; about two minutes on one core
 
 Dynamic programming takes the errors of the uncached trajectory's guided outputs: those of the first-order forecast of
 each step from each pair of earlier ones, root mean squared over the images that `step_search` calibrates on, and finds
@@ -9,13 +9,17 @@ an output there in the final image, if nothing else changes.
 """
 
 import argparse
+import json
 import math
 
 import torch
 
 import harmonica_dit
+from bench import RESULTS
 from bench.forecasts import GUIDANCE, STEPS
+from bench.record import machine, moment
 from harmonica_dit.evaluate import Method, compare
+from harmonica_dit.files import replacement
 from harmonica_dit.flops import trunk_costs
 from harmonica_dit.methods import step_search, trunk_forecast
 from harmonica_dit.methods.calibration import calibration_labels
@@ -80,10 +84,16 @@ def main() -> None:
     methods = [Method(name, name, STEPS, schedule) for name, schedule in schedules.items()]
     rows = compare(net, methods, torch.arange(args.samples) % net.num_classes, steps=STEPS, guidance=GUIDANCE,
                    seeds=[args.seed])
+    found = [dict(method=row["name"], computed=schedule.compute[:, 0].nonzero().flatten().tolist(),
+                  flops_speedup=row["flops_speedup"], error=row["error"])
+             for row, schedule in zip(rows[1:], schedules.values(), strict=True)]
+    with replacement(RESULTS / "step-search-cpu.json") as path:
+        path.write_text(json.dumps(moment() | machine() | dict(samples=args.samples, seed=args.seed, rows=found),
+                                   indent=1) + "\n")
     print("| method | computed steps | FLOPs speedup | error to uncached |\n|---|---|---|---|")
-    for row, schedule in zip(rows[1:], schedules.values(), strict=True):
-        steps = ", ".join(map(str, schedule.compute[:, 0].nonzero().flatten().tolist()))
-        print(f"| {row['name']} | {steps} | {row['flops_speedup']:.2f}× | {row['error']:.4f} |")
+    for row in found:
+        print(f"| {row['method']} | {', '.join(map(str, row['computed']))} | {row['flops_speedup']:.2f}× "
+              f"| {row['error']:.4f} |")
 
 
 if __name__ == "__main__":

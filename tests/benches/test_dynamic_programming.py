@@ -1,11 +1,14 @@
 """bench/step_search.py: dynamic programming finds what trying every choice finds."""
 
+import json
 import random
+import sys
 from itertools import combinations
 
 import pytest
 
 from bench import step_search
+from harmonica_dit.methods import trunk_forecast
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -25,3 +28,17 @@ def test_dynamic_programming_finds_the_least_sum(monkeypatch, seed):
 
     best = min(((0, *rest) for rest in combinations(range(1, 7), 3)), key=total)
     assert step_search.least_sum(errors, weights, 4) == best
+
+
+def test_every_choice_has_its_row(monkeypatch, tmp_path):
+    monkeypatch.setattr(step_search, "RESULTS", tmp_path)
+    draw, steps = random.Random(0), range(step_search.STEPS)
+    errors = {(a, b, s): draw.random() for b in steps for a in (range(b) if b else (None,)) for s in steps if s > b}
+    monkeypatch.setattr(step_search, "forecast_errors", lambda net: (errors, [1.0] * len(steps)))
+    monkeypatch.setattr(step_search, "step_search", lambda net, T, *_, **__: trunk_forecast(net, T, every=4))
+    monkeypatch.setattr(sys, "argv", ["step_search.py", "--samples", "2"])
+    step_search.main()
+    rows = {row["method"]: row for row in json.loads((tmp_path / "step-search-cpu.json").read_text())["rows"]}
+    assert rows["every third"]["computed"] == [0, 3, 6, 9, 12, 15, 18] and rows["searched"]["computed"][1] == 4
+    assert tuple(rows["dynamic programming"]["computed"]) == step_search.least_sum(errors, [1.0] * len(steps), 7)
+    assert all(row["error"] > 0 and row["flops_speedup"] > 2 for row in rows.values()) and len(rows) == 4

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+import harmonica_kernels as hk
+from harmonica_dit import load
 from harmonica_dit.methods import fora
 from harmonica_dit.published_routers import load_published_router
 from harmonica_dit.router import Router
-from harmonica_dit.sample import sample
+from harmonica_dit.sample import image_noise, make_scheduler, sample
+from harmonica_dit.sample.trajectory import Guided
 from harmonica_dit.train import train_learning_to_cache
 from support.blending_dit import BlendingDiT
 
@@ -153,3 +156,19 @@ def test_wrong_arguments_are_refused_by_name(nets, arguments, message):
 def test_other_images_are_refused(nets, images):
     with pytest.raises(TypeError, match=r"images: got .*, expected floating-point images \[N, 2, 8, 8\]"):
         train(nets[0], images=images)
+
+
+def test_the_last_pairs_loss_says_little():
+    """Its output moves the image by a hundredth of itself, and its error with half cached is far above all others'."""
+    net, labels = load("fashion-dit"), torch.arange(4)
+    images = sample(net, labels, steps=7, scheduler="DPMSolverMultistepScheduler", guidance=1.0, batch=4)
+    noise, scheduler = image_noise(0, 0, 4, net.sample_shape), make_scheduler("ddim", 20)
+    model, half, t, errors = Guided(net, 1.0, 1), (True, False) * (len(net.branches) // 2), scheduler.timesteps, []
+    with torch.no_grad():
+        for s in range(0, 20, 2):
+            x, cache = scheduler.add_noise(images, noise, t[s : s + 1]), hk.FeatureCache()
+            x = scheduler.step(model(x, t[s], labels, cache=cache), t[s], x).prev_sample
+            target = model(x, t[s + 1], labels)
+            errors.append((model(x, t[s + 1], labels, row=half, cache=cache) - target).square().mean().item())
+    assert errors[-1] > 20 * max(errors[:-1])
+    assert abs(scheduler.updates()[-1, 1]) < 0.011
