@@ -2,7 +2,7 @@
 
 Counted on the CPU, from the ops of a whole trajectory, T = 20, as a GPU is given them: each reads its arguments once
 and writes its results once. What is large is neither computed nor touched. The floor is the time in which a copy moves
-as many bytes, on that GPU. A gated graph also copies what it computes into the cache; its tables are not counted.
+as many bytes, on that GPU. A gated graph also writes x in the first norm of a step; its tables are not counted.
 """
 
 import json
@@ -86,9 +86,8 @@ def count(net: DiT, config: dict, images: int, steps: int) -> dict[str, Counter]
             with Bytes(net.parameters()) as counted:
                 denoise(trajectory, noise, schedule)
             found[way] = Counter({kind: moved / steps for kind, moved in counted.moved.items()})
-    copies = (1 - schedules["37.5 % CUR"].cur) * len(net.branches) + 1  # and x, in the first norm of a step
-    output = 2 * images * net.tokens * net.width * torch.bfloat16.itemsize
-    return found | dict(gated=found["37.5 % CUR"] + Counter(activations=copies * output))
+    x = 2 * images * net.tokens * net.width * torch.bfloat16.itemsize
+    return found | dict(gated=found["37.5 % CUR"] + Counter(activations=x))
 
 
 def measured(parts: dict, rows: int, steps: int) -> dict[str, float]:
