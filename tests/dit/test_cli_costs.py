@@ -50,19 +50,21 @@ def test_a_speedup_in_time(tmp_path, monkeypatch, seconds, kept):
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_schedules_and_comparisons_at_a_speedup_in_time(tmp_path, seconds, kept):
-    file = tmp_path / "measured.json"
-    seconds.save(file)
+def test_schedules_and_comparisons_at_a_speedup_in_time(tmp_path, monkeypatch, kept):
+    """Which one computed step reaches, where in FLOPs two do."""
+    slow, file = Seconds((8.0, 1.0) * 8, 40.0, 0.1, 40.0, 0.5, 112.0), tmp_path / "measured.json"
+    monkeypatch.setattr("harmonica_dit.measure_costs", lambda net, **_: slow)
+    slow.save(file)
     in_time = ["--speedup", 1.5, "--costs", file if kept else "time", "--steps", 4]
     result = harmonica("schedule", "--method", "trunk", *in_time, "--out", tmp_path / "trunk.safetensors")
     assert result.exit_code == 0, result.output
     schedule = Schedule.load(tmp_path / "trunk.safetensors")
-    assert schedule.compute[:, 0].sum() == 2 and schedule.speedup_by(seconds) == 288 / 150  # 3 steps: 288 / 221
-    assert "in time by what was measured 1.92×" in " ".join(result.output.split())
+    assert schedule.compute[:, 0].sum() == 1 and schedule.speedup_by(slow) == 448 / 232  # two steps: 448 / 304
+    assert schedule.speedup > 2.5 and "in time by what was measured 1.93×" in " ".join(result.output.split())
     result = harmonica("compare", "--method", "trunk", *in_time, "--samples", 1, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     row = json.loads((tmp_path / "out" / "rows.json").read_text())["rows"][1]
-    assert (row["name"], row["cur"]) == ("trunk forecast 1.5× in time", 0.5)
+    assert (row["name"], row["cur"]) == ("trunk forecast 1.5× in time", 0.75)
 
 
 def test_what_is_measured_is_what_is_sampled(tmp_path, monkeypatch, seconds):
