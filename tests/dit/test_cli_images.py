@@ -99,6 +99,7 @@ def test_what_is_not_of_this_training_is_refused_before_the_model_is_loaded(tmp_
 
 @pytest.mark.parametrize("option", ["--images", "--vae"])
 @pytest.mark.parametrize("other", [[], ["--forecast", "accurate"]])
-def test_other_trainings_take_no_images(tmp_path, option, other):
+def test_other_trainings_take_no_images(tmp_path, monkeypatch, option, other):
+    monkeypatch.setattr(harmonica_dit, "load", lambda *_, **__: pytest.fail("it was loaded"))
     result = harmonica("train", *other, option, tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 2 and f"{option}: is for --recipe learning-to-cache" in result.stderr
