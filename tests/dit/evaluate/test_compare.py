@@ -232,7 +232,7 @@ def test_what_calibrates_samples_as_the_comparison_does(net, monkeypatch):
     given = []
     monkeypatch.setattr(methods, "step_search", lambda net, steps, **how: given.append(how) or uncached(net, steps))
     make_methods(net, ["step-search", "fora"], [1.5], 4, guidance=3.0, scheduler="iddpm")
-    assert given == [dict(speedup=1.5, guidance=3.0, scheduler="iddpm")]
+    assert given == [dict(speedup=1.5, guidance=3.0, scheduler="iddpm", costs=None)]
 
 
 @pytest.mark.parametrize("file, family", [("fashion-dit-forecast-2.8x", "learned forecast"),
