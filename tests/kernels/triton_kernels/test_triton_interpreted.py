@@ -38,11 +38,13 @@ def test_compiles_for_every_gpu(compiled_kernels):
 
 
 def test_no_kernel_spills(compiled_kernels):
-    """At D = 1152, forward and backward, on every GPU; but one of training's, by two values on sm_100."""
+    """At D = 1152, forward and backward, on every GPU; but one of training's, and by Triton 3.6 another, by two values
+    on sm_100."""
     assert all(entry["registers"] > 0 for entry in compiled_kernels)
     spilling = [entry for entry in compiled_kernels if entry["stack"] > 0]
-    assert {entry["call"] for entry in spilling} <= {"blend_residual_norm_backward modulation"}
-    assert all(entry["stack"] <= 8 for entry in spilling), spilling
+    assert {entry["call"] for entry in spilling} <= {"blend_residual_norm_backward modulation",
+                                                     "blend_residual_norm forecast, float32 x"}
+    assert all(entry["stack"] <= 8 and entry["arch"] == 100 for entry in spilling), spilling
 
 
 def test_the_norms_are_short_and_ask_for_all_before_they_use_any(compiled_kernels):
