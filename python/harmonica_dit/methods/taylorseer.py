@@ -30,7 +30,8 @@ def taylorseer(net, steps: int, every: int | None = None, order: int = 1, *, spe
 
     Source: TaylorSeer (Liu et al., 2025, arXiv 2503.06923). What differs, from the second order on: u pauses after the
     newest output the paper weighs the i-th difference of the outputs by uⁱ/i!; here it is u(u + 1)…(u + i - 1)/i!
-    (Lagrange, Newton), with which the polynomial goes through the outputs.
+    (Lagrange, Newton), with which the polynomial goes through the outputs. That is the better one on the bundled model
+    (`python -m bench.taylor_weights`).
     """
     check_order(order)
     flops, K = count_flops(net), len(net.branch_names)
