@@ -113,11 +113,11 @@ class CuBlasLt:
 
     def facts(self, its: Found) -> dict[str, Any]:
         facts = {}
-        for name, (number, kind) in CONFIG.items():
+        for name, (number, kind) in CONFIG.items():  # None where it has no such attribute
             value, written = kind(), c_size_t()
-            self.call("cublasLtMatmulAlgoConfigGetAttribute", ctypes.addressof(its.algo), number, byref(value),
-                      ctypes.sizeof(value), byref(written))
-            facts[name] = value.value
+            refused = self.library.cublasLtMatmulAlgoConfigGetAttribute(
+                ctypes.addressof(its.algo), number, byref(value), ctypes.sizeof(value), byref(written))
+            facts[name] = None if refused else value.value
         return facts | dict(workspace=its.workspace, waves=its.waves)
 
 

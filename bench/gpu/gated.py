@@ -45,7 +45,7 @@ from .record import clocks, spin
 
 DEVICE, TRAJECTORIES = torch.device("cuda", 0), 10_000
 ATTENTION = os.environ.get("HARMONICA_ATTENTION", "sdpa")  # the back end, as the part `gated` knows it
-LIMITS = dict(smallest=60, dit=150, bodies=60, cublas=60, change=60, memory=60, sanitizer=90)  # seconds
+LIMITS = dict(smallest=60, dit=90, bodies=60, cublas=60, change=60, memory=60, sanitizer=90)  # seconds
 
 
 def report(**facts) -> None:
@@ -238,16 +238,20 @@ def main() -> None:
         raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; the steps are {', '.join(LIMITS)}")
     processes = {step: begin(step) for step in steps}  # so that imports take place side by side
     failed = False
-    for step, process in processes.items():
-        started, hangs = time.perf_counter(), ""
-        try:
-            process.communicate("go\n", timeout=LIMITS[step])
-        except subprocess.TimeoutExpired:
-            hangs = f"no end within {LIMITS[step]} s"
+    try:
+        for step, process in processes.items():
+            started, hangs = time.perf_counter(), ""
+            try:
+                process.communicate("go\n", timeout=LIMITS[step])
+            except subprocess.TimeoutExpired:
+                hangs = f"no end within {LIMITS[step]} s"
+                process.kill()
+                process.wait(5)
+            report(step=step, ended=hangs or process.returncode, seconds=round(time.perf_counter() - started, 1))
+            failed = failed or process.returncode != 0
+    finally:  # interrupted as well: a step that waits for the GPU would outlive this process, beside later parts
+        for process in processes.values():
             process.kill()
-            process.wait(5)
-        report(step=step, ended=hangs or process.returncode, seconds=round(time.perf_counter() - started, 1))
-        failed = failed or process.returncode != 0
     raise SystemExit(failed)
 
 

@@ -1,7 +1,7 @@
 """Merges the parts' files into bench/results/<gpu>.json: `python -m bench.gpu.merge [--tiny] [--plots] FOLDER`.
 
-A part that was not run again keeps what the file had. A dry run is merged into FOLDER alone. $OUT, where it is set,
-receives a copy of all. No torch is imported here: it runs after each part.
+A part that was not run again, or not to its end, keeps what the file had, if that is whole. A dry run is merged into
+FOLDER alone. $OUT, where it is set, receives a copy of all. No torch is imported here: it runs after each part.
 """
 
 import argparse
@@ -38,7 +38,10 @@ def merge(folder: Path, results: Path, tiny: bool) -> list[Path]:
     gpu = parts[0]["machine"]["gpu"]
     path = results / f"{'dry-run' if tiny else re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
     merged = json.loads(path.read_text()) if path.exists() else dict(gpu=gpu, dry_run=tiny, parts={})
-    merged["parts"] |= {part["part"]: part for part in parts}
+    for part in parts:
+        kept = merged["parts"].get(part["part"])
+        if part["finished"] or not (kept and kept["finished"]):
+            merged["parts"][part["part"]] = part
     path.write_text(json.dumps(merged, indent=1))
     print(f"\n{gpu}")
     for name, part in merged["parts"].items():

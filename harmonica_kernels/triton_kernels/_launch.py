@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 TILE = 2048  # values a program when rows are short; 16 a thread are two 16-byte loads of a 16-bit type
 FUSED = dict(enable_fp_fusion=True)  # fuses multiply-adds; said here because Triton is about to change its default
@@ -33,6 +34,8 @@ def device_of(x: Tensor) -> AbstractContextManager:
 
 def dependent_launch() -> dict:
     """Constants of a launch that may begin while the kernel before it still runs: its programs are placed and compute
-    addresses, then wait. GPUs before sm_90 have no such launches, nor has Triton's interpreter."""
-    dependent = DEPENDENT and triton.runtime.driver.active.get_current_target().arch >= 90
+    addresses, then wait. GPUs before sm_90 have no such launches, nor has Triton's interpreter. Recorded graphs stay as
+    they are."""
+    target = triton.runtime.driver.active.get_current_target() if DEPENDENT and not knobs.runtime.interpret else None
+    dependent = target is not None and target.backend == "cuda" and target.arch >= 90
     return dict(DEPENDENT=dependent, launch_pdl=True) if dependent else dict(DEPENDENT=False)

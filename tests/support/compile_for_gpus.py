@@ -11,6 +11,7 @@ once they are compiled.
 import json
 import sys
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import torch
 import triton
@@ -71,9 +72,8 @@ def forward(length: int, forecast: bool = False, dtype=torch.bfloat16, store: bo
 
 
 def dependent(call) -> None:
-    _launch.DEPENDENT = True
-    call()
-    _launch.DEPENDENT = False
+    with patch.object(_launch, "DEPENDENT", True):
+        call()
 
 
 def blend(forecast: bool, x_dtype=torch.bfloat16) -> None:

@@ -79,3 +79,17 @@ def test_a_model_without_parts_is_refused():
     net = harmonica_dit.load(PIPES["flux"].pipe(), **PIPES["flux"].to_train_on())
     with pytest.raises(RuntimeError, match="run by its pipeline's loop"):
         both(hk.compile(denoise, mode="gated"), net, [0], None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(kind):
+    """As it is on the CPU. This has not run yet."""
+    net, executor = denoiser(kind).to("cuda"), hk.compile(denoise, mode="gated")
+    for schedule in schedules(net):
+        noise, labels = image_noise(0, 0, 2, net.sample_shape).cuda(), torch.tensor([1, 0], device="cuda")
+        with torch.no_grad():
+            found, expected = (run(Trajectory(net, labels, steps=STEPS), noise, schedule)
+                               for run in (executor, denoise))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
