@@ -27,7 +27,7 @@ every="fora taylorseer-1 taylorseer-2 trunk adams smoothcache delta-dit first-bl
 run() {
     case $1 in
     1.4) compare 1.4 "fora taylorseer-1 taylorseer-2 smoothcache delta-dit fewer-steps dpm-solver++" \
-        "fashion-dit-1.6x learning-to-cache-1.4x router-1.4x" --speedup 1.4 ;;
+        "fashion-dit-1.6x learning-to-cache-1.4x router-1.4x router-repeat-1.4x" --speedup 1.4 ;;
     2.0) compare 2.0 "$every" "fashion-dit-2.0x fashion-dit-2.0x-forecast fashion-dit-forecast-2.0x $(echo {iepo,sdt}-2.0-seed{0,1,2})
         sdt-repeat-2.0-seed0" --speedup 1.9 ;;
     2.8) compare 2.8 "$every" "fashion-dit-forecast-2.8x fashion-dit-forecast-2.8x-uncached fashion-dit-forecast-7-steps
