@@ -76,7 +76,7 @@ def quantize(model: nn.Module, kind: str) -> nn.Module:
     width = math.gcd(*(linear.in_features for linear in chosen.values()))
     try:
         quantize_(model, KINDS[kind](width), lambda module, name: name in chosen)
-    except (AssertionError, NotImplementedError) as error:  # torchao asks for a device or a dtype
+    except (AssertionError, NotImplementedError) as error:  # which torchao raises for another device or dtype
         weight = next(iter(chosen.values())).weight
         raise ValueError(f"kind: {kind!r} does not run in {weight.dtype} on {weight.device}: {error}") from error
     for name in chosen:
