@@ -149,6 +149,16 @@ def test_what_a_step_could_gain(tmp_path, monkeypatch):
     assert [row["a step could gain, µs"] for row in record.content["rows"]] == [pytest.approx(28 * 4)] * 2
 
 
+def test_an_attribute_that_a_candidate_lacks_is_left_open(tmp_path, monkeypatch, library):
+    its = library()
+    ask, lacking = its.cublasLtMatmulAlgoConfigGetAttribute.call, CONFIG["CLUSTER_SHAPE_ID"][0]
+    its.cublasLtMatmulAlgoConfigGetAttribute.call = lambda algo, number, *rest: (
+        7 if number == lacking else ask(algo, number, *rest))
+    record, _ = measure(tmp_path, monkeypatch, gelu=False)
+    [row] = record.content["rows"]
+    assert not record.failed and row["CLUSTER_SHAPE_ID"] is None and row["ID"] == 3
+
+
 def test_an_alignment():
     whole = torch.empty(1024, dtype=torch.bfloat16)
     start = -whole.data_ptr() % 256 // 2
