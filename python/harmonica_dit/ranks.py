@@ -54,6 +54,7 @@ def launched():
     before = signal.signal(signal.SIGTERM, _interrupt)
     dist.init_process_group(backend, timeout=WAIT)  # imports may take some ranks much longer than others
     _made = dist.group.WORLD, dist.new_group(timeout=PATIENCE), dist.group.WORLD
+    barrier()  # a rank that fails at once would take away what another one is still joining by
     yield
     # after an error the others have no part in this any more, and the process ends
     barrier()

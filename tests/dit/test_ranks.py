@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -209,6 +210,27 @@ def test_who_waits_for_whom():
     """Long for what rank 0 does alone, not for long where all do the same."""
     (*first, late), (*second, _) = ranked.run(2, wait, join=False)
     assert first[0] == second[0] == "waited for" and first[1] < second[1] and late == "not waited for"
+
+
+def join_late(file):
+    """Whether rank 1, for whom joining takes longer, has joined when the work begins."""
+    make = dist.new_group
+
+    def make_late(**options):
+        made = make(**options)
+        if ranks.rank() == 1:
+            time.sleep(1)
+            file.touch()
+        return made
+
+    dist.new_group = make_late
+    with ranks.launched():
+        return file.exists()
+
+
+def test_the_work_begins_when_every_rank_has_joined(tmp_path):
+    """Or a rank that refuses it at once would end while another still joins, which would then say something else."""
+    assert ranked.run(2, join_late, tmp_path / "joined", join=False) == [True, True]
 
 
 def command(words):
