@@ -21,7 +21,7 @@ from harmonica_dit.evaluate import Method
 from harmonica_dit.evaluate.named_methods import with_net
 from harmonica_dit.evaluate.report import compare_with_bar, markdown
 from harmonica_dit.fashion import data
-from harmonica_dit.methods import fora, taylorseer
+from harmonica_dit.methods import fora
 from harmonica_dit.models import quantize, weight_bytes
 from harmonica_dit.router import Router, read
 from harmonica_dit.schedule import Schedule
@@ -44,7 +44,7 @@ def methods(net, images, labels, iterations: int, retrain: int, folder: Path, bu
     """bundled: the schedule of HarmoniCa's router."""
     router = train_learning_to_cache(net, images, labels, steps=STEPS, beta=BETA, lr=LR, batch=BATCH,
                                      iterations=iterations, out=folder / "learning-to-cache")
-    repeat, forecast = fora(net, STEPS, 2), taylorseer(net, STEPS, 2)
+    repeat, forecast = (fora(net, STEPS, 2, order) for order in (0, 1))
     learned = router.schedule()
     made = [Method("Learning-to-Cache, θ = 0.1", "Learning-to-Cache", STEPS, learned)]
     for speedup in SPEEDUPS:
@@ -63,8 +63,7 @@ def methods(net, images, labels, iterations: int, retrain: int, folder: Path, bu
         narrow = prune(net, 1.5, images, labels, timesteps=50, iterations=times, batch=64, lr=5e-4)
         name = f"pruned, {times} iterations"
         made += [with_net(name, "pruning", STEPS, net, narrow),
-                 with_net(f"{name}, FORA n=2 + forecast", "pruning", STEPS, net, narrow,
-                          taylorseer(narrow, STEPS, 2, 1))]
+                 with_net(f"{name}, FORA n=2 + forecast", "pruning", STEPS, net, narrow, fora(narrow, STEPS, 2, 1))]
     return made
 
 

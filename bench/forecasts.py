@@ -31,7 +31,7 @@ from harmonica_dit.evaluate.solvers import EVENLY, SOLVERS, SPACINGS, evenly_spa
 from harmonica_dit.fashion import FORECASTS, data
 from harmonica_dit.fashion.classifier import JUDGES, load_classifier
 from harmonica_dit.files import replacement
-from harmonica_dit.methods import taylorseer, trunk_forecast
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.progress import progress_bar
 
 CHOSEN = RESULTS / "solvers-cpu.json"  # the rivals' settings
@@ -48,8 +48,7 @@ def methods(net, files: Sequence[Path] = ()) -> Iterator[Method]:
         yield from_file(path, net)
     for n in (2, 3, 4, 5):
         for order in range(4):
-            yield Method(f"branches, n = {n}, order {order}", "FORA + forecast", STEPS,
-                         taylorseer(net, STEPS, n, order))
+            yield Method(f"branches, n = {n}, order {order}", "FORA + forecast", STEPS, fora(net, STEPS, n, order))
             yield Method(f"trunk, n = {n}, order {order}", "trunk", STEPS,
                          trunk_forecast(net, STEPS, every=n, order=order))
         yield Method(f"trunk, n = {n}, Adams", "Adams", STEPS, trunk_forecast(net, STEPS, every=n, adams=True))
@@ -62,8 +61,7 @@ def methods(net, files: Sequence[Path] = ()) -> Iterator[Method]:
             yield solver(net, row["solver"], row["steps"], row["order"], row["spacing"], STEPS)
     yield Method("DPM-Solver++, 20 steps", "DPM-Solver++", STEPS, scheduler=dpm)
     for n in (2, 3, 4):
-        yield Method(f"DPM-Solver++, branches, n = {n}, order 1", "FORA + forecast", STEPS,
-                     taylorseer(net, STEPS, n, 1), dpm)
+        yield Method(f"DPM-Solver++, branches, n = {n}, order 1", "FORA + forecast", STEPS, fora(net, STEPS, n, 1), dpm)
 
 
 def measure(method: Method, samples: Samples, seed: int, references: dict[str, Tensor], real: Tensor | None) -> dict:

@@ -24,14 +24,14 @@ from harmonica_dit import resample
 from harmonica_dit.evaluate import rmse
 from harmonica_dit.evaluate.samples import content
 from harmonica_dit.files import replacement
-from harmonica_dit.methods import taylorseer, trunk_forecast
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.router import Router
 from harmonica_dit.sample.schedulers import make_scheduler
 from harmonica_dit.schedule import Schedule
 
 ROUTERS = ("fashion-dit-1.6x", "fashion-dit-2.0x", "fashion-dit-2.0x-forecast")
-METHODS = {"FORA n=2 + forecast": lambda net, steps: taylorseer(net, steps, 2, 1),
-           "FORA n=3 + forecast": lambda net, steps: taylorseer(net, steps, 3, 1),
+METHODS = {"FORA n=2 + forecast": lambda net, steps: fora(net, steps, 2, 1),
+           "FORA n=3 + forecast": lambda net, steps: fora(net, steps, 3, 1),
            "trunk, 2 times": lambda net, steps: trunk_forecast(net, steps, speedup=2)}
 LAST = (0.01, 0.25, 0.5)  # see `harmonica_dit.resample`; at 0 rounding would decide
 

@@ -25,7 +25,7 @@ from bench.pipelines.rivals import Rival, put, tune
 from bench.record import installed_version
 from harmonica_dit.evaluate import rmse
 from harmonica_dit.flops import flop_counter
-from harmonica_dit.methods import taylorseer, trunk_forecast
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.pipelines.adapters import adapt
 from harmonica_dit.schedule import Schedule
 
@@ -73,8 +73,8 @@ def candidates(pipe: DiffusionPipeline, seed: int) -> Iterator[Candidate]:
             schedule = trunk_forecast(adapter, STEPS, every=n, order=order)
             yield made(f"enable_cache(pipe, trunk_forecast(…, order={order}))", by_config, dict(config=schedule), every)
         for order in (0, 1, 2):
-            schedule = taylorseer(adapter, STEPS, n, order)
-            yield made(f"enable_cache(pipe, taylorseer(…, order={order}))", by_config, dict(config=schedule), every)
+            schedule = fora(adapter, STEPS, n, order)
+            yield made(f"enable_cache(pipe, fora(…, order={order}))", by_config, dict(config=schedule), every)
         for name in ("cache-dit DBCache", "cache-dit DBCache + TaylorSeer"):
             nth = dict(threshold=rivals.NEVER, in_a_row=n - 1)
             yield made(f"{name}, every nth", known[name], nth, f"F1B0, {every}")

@@ -27,7 +27,7 @@ from .cli_options import (
 
 METHODS = {name: one for name, one in CATALOGUE.items() if isinstance(one, Scheduled) and one.kept}
 SPACED = ", ".join(name for name, one in METHODS.items() if one.whole_steps)
-ORDERED = ", ".join(name for name, one in METHODS.items() if one.of_any_order)
+ORDERED = ", ".join(name for name, one in METHODS.items() if one.whole_steps and "order" not in one.settings)
 
 
 def schedule(
@@ -40,7 +40,7 @@ def schedule(
     costs: SpeedupCosts = "flops",
     batch: Batch = 64,
     forecast: Annotated[int | None, typer.Option(help=f"Order of what is forecast, 0 to 3, where 0 repeats: {ORDERED}.",
-                                                 show_default="1")] = None,
+                                                 show_default="fora: 0, the others: 1")] = None,
     steps: Annotated[int, typer.Option(help="Number of steps of a trajectory, T.")] = 20,
     model: Model = "fashion-dit",
     checkpoint: Checkpoint = None,

@@ -149,7 +149,7 @@ def test_images_of_the_bundled_model_and_what_is_computed_for_them():
 
 
 def test_errors_at_a_share(tmp_path, monkeypatch, capsys):
-    chosen = {quality.OURS, "diffusers FirstBlockCache", "enable_cache(pipe, taylorseer(…, order=0))"}
+    chosen = {quality.OURS, "diffusers FirstBlockCache", "enable_cache(pipe, fora(…, order=0))"}
     every = quality.candidates
 
     def few(pipe, seed):
@@ -163,7 +163,7 @@ def test_errors_at_a_share(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pipelines", "quality", "--samples", "4", "--out", str(tmp_path / "rows.json")])
     command.main()
     rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
-    ours, fora, first = (rows[name] for name in (quality.OURS, "enable_cache(pipe, taylorseer(…, order=0))",
+    ours, fora, first = (rows[name] for name in (quality.OURS, "enable_cache(pipe, fora(…, order=0))",
                                                  "diffusers FirstBlockCache"))
     assert ours["computed"] == fora["computed"] == 0.35 and ours["flops_speedup"] >= 2.7
     assert 0 < ours["error"] < fora["error"] < 1 and ours["worst"] >= ours["error"]

@@ -6,7 +6,6 @@ import warnings
 
 from bench import resampling
 from harmonica_dit import load, resample
-from harmonica_dit.methods import fora
 
 
 def test_every_rule_is_measured(tmp_path, monkeypatch, capsys):
@@ -30,5 +29,5 @@ def test_every_rule_is_measured(tmp_path, monkeypatch, capsys):
 
 def test_the_nearest_row_is_the_old_rule():
     """At every second timestep of a table that computes every second one."""
-    schedule = resampling.replace(fora(load("fashion-dit"), 20, 2), timesteps=resampling.timesteps(20))
+    schedule = resampling.replace(resampling.fora(load("fashion-dit"), 20, 2), timesteps=resampling.timesteps(20))
     assert [resampling.nearest(schedule, schedule.timesteps[first::2]).cur for first in (0, 1)] == [0.0, 0.9]

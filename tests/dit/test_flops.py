@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from harmonica_dit.flops import Flops, count_flops, flop_counter, trunk_costs
-from harmonica_dit.methods import fora, taylorseer, trunk_forecast, uncached
+from harmonica_dit.methods import fora, trunk_forecast, uncached
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.pipelines.adapters.generic import GenericAdapter
 from support.generic_models import make
 
-METHODS = [lambda net: taylorseer(net, 6, 2, 1), lambda net: fora(net, 6, speedup=1.5),
+METHODS = [lambda net: fora(net, 6, 2, 1), lambda net: fora(net, 6, speedup=1.5),
            lambda net: trunk_forecast(net, 6, every=2), lambda net: trunk_forecast(net, 6, speedup=1.5),
            lambda net: uncached(net, 6)]
 

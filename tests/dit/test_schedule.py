@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.flops import Flops, count_flops
 from harmonica_dit.forecaster import BranchForecaster, TrunkForecaster, forecast_ratios
-from harmonica_dit.methods import fora, taylorseer, trunk_forecast, uncached
+from harmonica_dit.methods import fora, trunk_forecast, uncached
 from harmonica_dit.models.dit import DiT
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.trajectory import Trajectory, image_noise
@@ -123,7 +123,7 @@ def test_fora_recomputes_every_nth_step(net):
 
 
 def test_taylorseer_forecasts_linearly(net):
-    schedule = taylorseer(net, 7, 3, order=1)
+    schedule = fora(net, 7, 3, order=1)
     K = len(net.branch_names)
     assert schedule.forecast_weights[:4] == (None,) * 4  # one output is no line yet
     assert schedule.forecast_weights[4:6] == (pytest.approx((1 / 3,) * K), pytest.approx((2 / 3,) * K))
@@ -132,7 +132,7 @@ def test_taylorseer_forecasts_linearly(net):
 
 def test_higher_orders_forecast_polynomials_exactly(net):
     """As many computed steps as there are; then order + 1 of them."""
-    schedule = taylorseer(net, 12, 3, order=2)
+    schedule = fora(net, 12, 3, order=2)
     assert schedule.history == 3 and schedule.forecast_weights[:4] == (None,) * 4
     for s, degree in ((4, 1), (5, 1), (7, 2), (8, 2), (10, 2)):
         steps = [p for p in range(s) if p % 3 == 0][::-1]
@@ -143,7 +143,7 @@ def test_higher_orders_forecast_polynomials_exactly(net):
 
 
 def test_a_branch_forecaster_of_the_first_order_is_the_extrapolation(net):
-    one = taylorseer(net, 7, 3, order=1)
+    one = fora(net, 7, 3, order=1)
     other = dataclasses.replace(one, extrapolation=None, forecaster=BranchForecaster(1))
     labels = [0, 1]
     torch.testing.assert_close(sample(net, labels, steps=7, schedule=other), sample(net, labels, steps=7, schedule=one))
@@ -211,13 +211,9 @@ def test_runs_that_do_not_fit_are_refused(change, message):
 
 @pytest.mark.parametrize("arguments, name", [((0, 2), "steps"), ((5, 0), "every"), ((5, 2.0), "every"),
                                              ((True, 2), "steps"), ((5, 2, 4), "order")])
-def test_taylorseer_refuses(net, arguments, name):
-    """And so FORA, its order 0."""
+def test_fora_refuses(net, arguments, name):
     with pytest.raises(ValueError, match=name):
-        taylorseer(net, *arguments)
-    if name != "order":
-        with pytest.raises(ValueError, match=name):
-            fora(net, *arguments)
+        fora(net, *arguments)
 
 
 def test_uncached_computes_everything(net):
@@ -228,16 +224,16 @@ def test_uncached_computes_everything(net):
 def test_nothing_gained_is_said(net):
     """Nothing reused, nothing forecast, or to a lower order than was asked for."""
     nothing = "reuses nothing: every branch is computed at every step"
-    for schedule in (uncached(net, 3), fora(net, 1, 2), taylorseer(net, 4, 1, 2), trunk_forecast(net, 1, every=2),
+    for schedule in (uncached(net, 3), fora(net, 1, 2), fora(net, 4, 1, order=2), trunk_forecast(net, 1, every=2),
                      trunk_forecast(net, 4, every=1), trunk_forecast(net, 1, every=1, adams=True)):
         assert schedule.nothing_gained() == nothing
-    for schedule in (fora(net, 4, 2), fora(net, 9, 9), taylorseer(net, 4, 2, 1), taylorseer(net, 12, 3, 3),
-                     trunk_forecast(net, 4, every=2), trunk_forecast(net, 4, every=4, order=0),
-                     trunk_forecast(net, 4, every=1, adams=True), trunk_forecast(net, 3, every=2, adams=True)):
+    for schedule in (fora(net, 4, 2), fora(net, 9, 9), fora(net, 4, 2, 1), fora(net, 12, 3, 3), trunk_forecast(
+            net, 4, every=2), trunk_forecast(net, 4, every=4, order=0), trunk_forecast(net, 4, every=1, adams=True),
+            trunk_forecast(net, 3, every=2, adams=True)):
         assert schedule.nothing_gained() is None
     for schedule, reached, order in [
-            (taylorseer(net, 2, 2, 1), 0, 1), (taylorseer(net, 9, 9, 1), 0, 1), (taylorseer(net, 3, 2, 1), 0, 1),
-            (taylorseer(net, 9, 3, 3), 2, 3), (trunk_forecast(net, 2, every=2), 0, 1),
+            (fora(net, 2, 2, 1), 0, 1), (fora(net, 9, 9, 1), 0, 1), (fora(net, 3, 2, 1), 0, 1),
+            (fora(net, 9, 3, 3), 2, 3), (trunk_forecast(net, 2, every=2), 0, 1),
             (trunk_forecast(net, 6, every=2, order=3), 2, 3), (trunk_forecast(net, 2, every=2, adams=True), 0, 1),
             (trunk_forecast(net, 5, every=3, order=2, adams=True), 1, 2)]:
         assert schedule.nothing_gained() == (f"forecasts to order {reached}, not {order}: too few steps are computed "

@@ -29,13 +29,8 @@ class Scheduled:
 
     @property
     def whole_steps(self) -> bool:
-        """Whether it also takes every n-th step."""
+        """Whether it also takes every n-th step, and an order of its forecasts."""
         return self.function in ("fora", "taylorseer", "trunk_forecast")
-
-    @property
-    def of_any_order(self) -> bool:
-        """Whether it takes an order of its forecasts."""
-        return self.function == "trunk_forecast"
 
     def make(self, net, steps: int, **how):
         """The schedule."""

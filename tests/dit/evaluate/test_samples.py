@@ -12,7 +12,7 @@ import harmonica_dit
 from harmonica_dit.evaluate import Method, samples
 from harmonica_dit.evaluate.samples import Samples
 from harmonica_dit.forecaster import BranchForecaster
-from harmonica_dit.methods import fora, taylorseer, trunk_forecast
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.schedulers import NOISE
 
@@ -58,7 +58,7 @@ def test_all_that_decides_the_samples_is_in_the_checksum(fashion, tmp_path):
     methods = [Method("", "", 4), Method("", "", 5), Method("", "", 4, plain), Method("", "", 4, adams),
                Method("", "", 4, replace(plain, timesteps=(900, 600, 300, 50))), Method("", "", 4, branches),
                Method("", "", 4, replace(branches, runs=(8, 8))), Method("", "", 4, replace(branches, runs=(16,))),
-               Method("", "", 4, taylorseer(fashion, 4, 2, 1)), Method("", "", 4, taylorseer(fashion, 4, 2, 2)),
+               Method("", "", 4, fora(fashion, 4, 2, 1)), Method("", "", 4, fora(fashion, 4, 2, 2)),
                Method("", "", 4, replace(branches, forecaster=BranchForecaster(3))),
                *(Method("", "", 4, scheduler=DPMSolverMultistepScheduler(**NOISE, solver_order=k)) for k in (2, 3)),
                *(Method("", "", 4, replace(plain, forecaster=replace(plain.forecaster, condition=c)))

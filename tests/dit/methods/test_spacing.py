@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from harmonica_dit.flops import Flops
 from harmonica_dit.forecaster import taylor
-from harmonica_dit.methods import taylorseer, trunk_forecast
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.methods.spacing import space, spread
 from harmonica_dit.methods.trunk import whole_steps
 from harmonica_dit.models.dit import DiT
@@ -67,7 +67,7 @@ def test_a_speedup_between_two_whole_numbers_mixes_their_pauses(speedup, steps, 
 
 @pytest.mark.parametrize("speedup", [1.0, 1.5, 1.9, 2.3])
 def test_branches_are_spaced_by_a_speedup_as_the_trunk_is(net, speedup):
-    made = taylorseer(net, 20, speedup=speedup, order=2)
+    made = fora(net, 20, speedup=speedup, order=2)
     computed, flops = made.compute[:, 0].tolist(), made.flops
     m = sum(computed)
     assert computed == spread(20, m) and made.compute.all(1).equal(made.compute.any(1)) and made.speedup >= speedup
@@ -79,10 +79,10 @@ def test_branches_are_spaced_by_a_speedup_as_the_trunk_is(net, speedup):
     (20, 1, "TaylorSeer of order 0 (1 asked for), every 20"), (3, 1, "TaylorSeer of order 1, every 3"),
     (3, 3, "TaylorSeer of order 2 (3 asked for), every 3"), (20, 0, "FORA, every 20")])
 def test_the_origin_tells_the_order_that_is_reached(net, every, order, origin):
-    assert taylorseer(net, 8, every, order).origin == origin
+    assert fora(net, 8, every, order).origin == origin
 
 
-@pytest.mark.parametrize("make", [taylorseer, trunk_forecast])
+@pytest.mark.parametrize("make", [fora, trunk_forecast])
 @pytest.mark.parametrize("arguments, message", [
     (dict(), "every, speedup: give exactly one of them, got None and None"),
     (dict(every=2, speedup=2.0), "every, speedup: give exactly one of them, got 2 and 2.0"),

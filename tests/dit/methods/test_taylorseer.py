@@ -44,6 +44,7 @@ def test_forecasts_continue_the_polynomial_through_the_last_outputs(net, order):
 
 def test_the_order_is_the_first_unless_it_is_given_and_order_0_is_fora(net):
     assert taylorseer(net, 11, 3).origin == "TaylorSeer of order 1, every 3"
-    made, same = taylorseer(net, 11, 3, 0), fora(net, 11, 3)
-    assert (made.origin, made.forecast_weights) == (same.origin, same.forecast_weights)
+    for order in (0, 2):
+        made, same = taylorseer(net, 11, 3, order), fora(net, 11, 3, order)
+        assert (made.origin, made.forecast_weights) == (same.origin, same.forecast_weights)
     assert fora(net, 11, 3).origin == "FORA, every 3" and not any(fora(net, 11, 3).forecast_weights)

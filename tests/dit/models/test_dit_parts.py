@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import harmonica_kernels as hk
-from harmonica_dit.methods import fora, taylorseer, trunk_forecast
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.models import DiT, plain_modules
 from harmonica_dit.models.dit import Attention
 from harmonica_dit.sample import Trajectory, denoise, sample
@@ -302,7 +302,7 @@ def test_a_gated_trajectory(put_on):
         assert_close(executor(trajectory(), noise), x, 1e-4)
 
 
-@pytest.mark.parametrize("make", [lambda net: taylorseer(net, 6, 2), lambda net: trunk_forecast(net, 6, every=2),
+@pytest.mark.parametrize("make", [lambda net: fora(net, 6, 2, order=1), lambda net: trunk_forecast(net, 6, every=2),
                                   lambda net: replace(fora(net, 6, 3), runs=(2, 3, 1))], ids=["branch", "trunk", "run"])
 def test_schedules_of_every_unit(make):
     """A LoRA beside the weights samples what one merged into them does."""

@@ -9,7 +9,7 @@ import harmonica_dit
 import harmonica_kernels as hk
 from bench.problems import random_schedule
 from harmonica_dit.flops import count_flops
-from harmonica_dit.methods import taylorseer, trunk_forecast
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.pipelines.denoiser import PipelineDenoiser
 from harmonica_dit.pipelines.prompts import Prompts
 from harmonica_dit.sample import Trajectory, denoise, image_noise
@@ -33,7 +33,7 @@ def denoiser(kind: str) -> PipelineDenoiser:
 
 def schedules(net):
     yield random_schedule(net.branch_names, count_flops(net), STEPS, 0.5)
-    yield taylorseer(net, STEPS, 2, 1)
+    yield fora(net, STEPS, 2, 1)
     yield trunk_forecast(net, STEPS, every=2)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import harmonica_dit
-from harmonica_dit.methods import first_block, fora, taylorseer, trunk_forecast
+from harmonica_dit.methods import first_block, fora, trunk_forecast
 from harmonica_dit.sample import sample
 from support.many_pipes import PIPES
 from support.pretended_gpu import PretendedGpu, is_marked, move
@@ -12,7 +12,7 @@ from support.pretended_gpu import PretendedGpu, is_marked, move
 WAYS = {
     "nothing": lambda net: None,
     "repeated": lambda net: fora(net, 5, 2),
-    "branches forecast": lambda net: taylorseer(net, 5, 2, 2),
+    "branches forecast": lambda net: fora(net, 5, 2, 2),
     "trunk forecast": lambda net: trunk_forecast(net, 5, every=2, order=2),
     "corrected": lambda net: trunk_forecast(net, 5, every=2, adams=True),
     "learned": lambda net: "fashion-dit-forecast-2.8x",

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler
 from harmonica_dit.evaluate import from_file
 from harmonica_dit.files import load_tensors, save_tensors
 from harmonica_dit.forecaster import TrunkForecaster, taylor
-from harmonica_dit.methods import taylorseer, trunk_forecast
+from harmonica_dit.methods import fora, trunk_forecast
 from harmonica_dit.sample import sample
 from harmonica_dit.sample.schedulers import NOISE
 from harmonica_dit.schedule import Schedule
@@ -272,7 +272,7 @@ def test_a_schedule_that_can_have_no_forecaster_is_refused_before_the_model_runs
     partly[1, 0] = True
     plain = replace(whole, forecaster=None)
     for schedule, message in ((replace(plain, compute=partly), r"steps \[1\] are computed in part"),
-                              (taylorseer(net, 6, 2, order=1), "got coefficients beside a forecaster"),
+                              (fora(net, 6, 2, order=1), "got coefficients beside a forecaster"),
                               (replace(plain, runs=(K,)), "runs: got some beside a forecaster of the trunk"),
                               (replace(plain, branches=tuple("abcd")), "branch 0 is 'a'")):
         with never_called(net), pytest.raises(ValueError, match=message):
