@@ -54,9 +54,9 @@ def test_threads_are_torchs_own(threads):
     threads(3)
     x = torch.randn(64, 64, 512)
     x.mul(2.0)
-    before = len(os.listdir("/proc/self/task"))
+    before = set(os.listdir("/proc/self/task"))
     residual_norm(x, [], None, None)
-    assert len(os.listdir("/proc/self/task")) == before
+    assert set(os.listdir("/proc/self/task")) <= before  # one that an earlier test has left may end meanwhile
     assert kernels.threading().startswith("OpenMP")
 
 
