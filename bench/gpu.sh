@@ -30,7 +30,7 @@ parts="
     trajectory       150   # 113
     gated            140   # 86
     kernels           70   # 25
-    gemm              50   # (25): a graph for each candidate of each product
+    gemm              50   # (28): a graph for each candidate of each product, and four again
     tests            220   # (150): pytest -m gpu, most of it Triton compiling
     sdt               90   # 63: at 64 rows, and at 32 where the published loop does not fit
     pixart           200   # (130): quantized weights, which need torchao, PixArt-α 1024 (50) and Σ 2K

@@ -2,7 +2,9 @@
 
 PyTorch takes that first one, within the workspace that it allows cuBLASLt, unmeasured. Here each candidate is asked for
 as PyTorch asks, then again with 32 MiB where it allows less, and timed in a CUDA graph over buffers that rotate as the
-kernels' do. What a step could gain is the sum over its blocks of the first one's time less the best one's.
+kernels' do. The best of so many medians is also the luckiest: the first and the best three are timed again, as a step
+runs them, with weights from memory and activations that may lie in the L2 cache. What a step could gain is the sum over
+its blocks of the first one's time less the best one's, by these.
 """
 
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from .record import Record
 ROWS, D, DEPTH = (512, 4096), XL["hidden_size"], XL["depth"]  # 2 and 16 of 256 tokens
 PRODUCTS = {"qkv": (D, 3 * D), "proj": (D, D), "fc1": (D, FULL["hidden"]), "fc2": (FULL["hidden"], D)}
 GELU = "fc1"
-MOST, LARGER, ROUNDS, TOLERANCE = 32, 32 << 20, 9, 1e-2
+MOST, AGAIN, LARGER, ROUNDS, TOLERANCE = 32, 3, 32 << 20, 9, 1e-2
 Run = Callable[[Tensor, Tensor, Tensor], object]
 
 
@@ -51,10 +53,12 @@ class Buffers:
         self.bias, self.launches = new(outer), max(count, 2 if record.tiny else LAUNCHES)
         self.sets = [(new(rows, inner), new(outer, inner, scale=inner**-0.5), new(rows, outer)) for _ in range(count)]
 
-    def all(self, run: Run) -> Callable[[], None]:
+    def all(self, run: Run, weights_alone: bool = False) -> Callable[[], None]:
+        """All launches, each with the next set; or with the next weight, and h and out of the first set."""
         def launch() -> None:
             for i in range(self.launches):
-                run(*self.sets[i % len(self.sets)])
+                h, weight, out = self.sets[i % len(self.sets)]
+                run(self.sets[0][0] if weights_alone else h, weight, self.sets[0][2] if weights_alone else out)
         return launch
 
     def result(self, run: Run) -> Tensor:
@@ -82,13 +86,18 @@ def measure(record: Record, where: str, buffers: Buffers, gelu: bool, workspace:
             if record.check(f"{where}: candidate {number} beside the first", error, TOLERANCE):
                 graphs[str(number)] = capture(buffers.all(candidate.run), record.device)
     record.note(f"{where}, candidates", [candidate.facts for candidate in found])
-    seconds = record.time(where, graphs, ROUNDS, launches=buffers.launches)
-    best = min(seconds.keys() - {"PyTorch"}, key=seconds.get)
-    within = min(seconds[name] for name in seconds.keys() - {"PyTorch"}
-                 if found[int(name)].facts["workspace"] <= allowed)
+    cold = record.time(where, graphs, ROUNDS, launches=buffers.launches)
+    least = sorted(cold.keys() - {"PyTorch", "0"}, key=cold.get)[:AGAIN]
+    graphs = {name: capture(buffers.all(pytorch if name == "PyTorch" else found[int(name)].run, True), record.device)
+              for name in ("PyTorch", "0", *least)}
+    seconds = record.time(f"{where}, again", graphs, ROUNDS, launches=buffers.launches)
+    numbers = seconds.keys() - {"PyTorch"}
+    best = min(numbers, key=seconds.get)
+    within = min(seconds[name] for name in numbers if found[int(name)].facts["workspace"] <= allowed)
     record.row(product=where, candidates=len(found), best=int(best), **found[int(best)].facts, **{
         "PyTorch, µs": seconds["PyTorch"] * 1e6, "first, µs": seconds["0"] * 1e6, "best, µs": seconds[best] * 1e6,
-        "best within PyTorch's workspace, µs": within * 1e6, "first / best": seconds["0"] / seconds[best]})
+        "best within PyTorch's workspace, µs": within * 1e6, "first / best": seconds["0"] / seconds[best],
+        "first / best, cold": cold["0"] / min(cold[name] for name in cold.keys() - {"PyTorch"})})
     return seconds["0"] - seconds[best]
 
 

@@ -135,6 +135,38 @@ def test_every_candidate_multiplies_and_the_best_is_named(tmp_path, monkeypatch,
         assert all(wishes[NUMBERS[f"CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_{matrix}_BYTES"]] >= 2 for matrix in "ABCD")
 
 
+def test_the_best_and_the_first_are_timed_again_and_that_decides(tmp_path, monkeypatch, library):
+    """Candidate 4 is the fastest at first, and slower than the first one where only weights come from memory."""
+    library()
+    monkeypatch.setattr(gemm, "candidates", lambda *a: [
+        cublaslt.Candidate(dict(ID=n, workspace=0), a[-1]) for n in range(6)])
+    first = dict(PyTorch=7, **{"0": 6}, **{str(n): 6 - n for n in range(1, 5)}, **{"5": 9})
+    again = {"PyTorch": 7, "0": 6, "2": 5.5, "3": 5, "4": 8}
+    timed = []
+
+    def time(self, group, graphs, *_, **__):
+        timed.append({*graphs})
+        return {name: (again if group.endswith("again") else first)[name] * 1e-6 for name in graphs}
+
+    monkeypatch.setattr(Record, "time", time)
+    with Record("gemm", tmp_path, tiny=True) as record:
+        gain = gemm.measure(record, "a product", gemm.Buffers(record, 6, 24, 16), False, None, 0)
+    [row] = record.content["rows"]
+    assert timed == [{*first}, {*again}] and row["best"] == 3 and gain == pytest.approx(1e-6)
+    assert row["first / best, cold"] == pytest.approx(3)
+
+
+def test_again_the_weights_alone_rotate(tmp_path):
+    with Record("gemm", tmp_path, tiny=True) as record:
+        buffers = gemm.Buffers(record, 6, 24, 16)
+    buffers.sets *= 1 if len(buffers.sets) > 1 else 2
+    buffers.sets[1] = tuple(one.clone() for one in buffers.sets[0])
+    for alone, different in ((True, (1, 2, 1)), (False, (2, 2, 2))):
+        seen: list[list[int]] = []
+        buffers.all(lambda *three, seen=seen: seen.append([one.data_ptr() for one in three]), alone)()
+        assert len(seen) == buffers.launches and tuple(map(len, map(set, zip(*seen)))) == different
+
+
 def test_a_candidate_that_is_wrong_is_not_timed(tmp_path, monkeypatch, library):
     library(3)
     record, gain = measure(tmp_path, monkeypatch, False)
