@@ -129,6 +129,9 @@ def table(net, args) -> None:
     rows = [measure(method, samples, args.seed, references, real)
             for method in track(chosen(everything.values(), args.only), "judging")]
     add_intervals(rows)
+    if args.only and args.out.exists():  # the others' rows stay
+        found = {row["name"]: row for row in rows}
+        rows = [found.pop(row["name"], row) for row in json.loads(args.out.read_text())["rows"]] + list(found.values())
     result = machine() | moment() | dict(steps=STEPS, guidance=GUIDANCE, seed=args.seed, errors_of=args.errors,
                                          resamples=RESAMPLES, rows=rows)
     with replacement(args.out) as path:
@@ -168,7 +171,8 @@ def chosen(every, patterns: Sequence[str]) -> list[Method]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("command", choices=["sample", "table", "solvers"])
-    parser.add_argument("--only", nargs="*", default=[], help="names of methods, with * and ?")
+    parser.add_argument("--only", nargs="*", default=[],
+                        help="names of methods, with * and ?; of a table, the others' rows stay")
     parser.add_argument("--files", nargs="*", type=Path, default=[], help="schedule files beside the bundled ones")
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--spacings", nargs="*", choices=list(SPACINGS), help="of solvers: try these alone anew")

@@ -40,6 +40,15 @@ def test_the_table_holds_together(fashion, tmp_path, monkeypatch):
             assert judged["interval"][0] <= judged["interval"][1] and "resampled" not in judged
     assert rows[names[1]]["parameters"] > 0
 
+    kept = dict(name="kept", judges={})
+    old = [kept, base | dict(samples=0), *map(rows.get, names[2:])]
+    (tmp_path / "rows.json").write_text(json.dumps(dict(rows=old)))
+    monkeypatch.setattr(sys, "argv", command[:-2])
+    monkeypatch.setattr(forecasts, "markdown", str)
+    forecasts.main()
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == [
+        kept, base, *map(rows.get, names[2:]), rows[names[1]]]
+
 
 def test_every_rival_has_a_name_of_its_own_and_is_what_it_says(fashion):
     every = list(forecasts.methods(fashion))

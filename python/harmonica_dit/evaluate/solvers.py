@@ -1,8 +1,10 @@
 """The yardstick of every way to skip work: a better solver in as many steps as the work allows."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from harmonica_dit.forecaster import taylor
@@ -15,11 +17,25 @@ from .named_methods import Method
 EVENLY = "evenly"  # of the uncached trajectory's timesteps, from its first to its last one above 0
 SPACINGS = {"trailing": dict(timestep_spacing="trailing"), "linspace": dict(timestep_spacing="linspace"),
             "karras": dict(use_karras_sigmas=True), "lu": dict(use_lu_lambdas=True), EVENLY: {}}
-SOLVERS = {"DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
+
+
+class UniPC(UniPCMultistepScheduler):
+    """diffusers' UniPC, which takes no timesteps of one's own, at such."""
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
+                      timesteps: Sequence[int] | None = None) -> None:
+        super().set_timesteps(num_inference_steps if timesteps is None else len(timesteps), device)
+        if timesteps is not None:
+            self.timesteps = torch.tensor(timesteps, device=device)
+            kept = self.alphas_cumprod[list(timesteps)]
+            self.sigmas = torch.cat([((1 - kept) / kept) ** 0.5, self.sigmas[-1:]])
+
+
+SOLVERS = {"DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPC}
 # order and spacing with the smallest Fréchet distance on the bundled model (bench/results/solvers-cpu.json), from so
 # many steps on
 BEST = {"DPM-Solver++": {5: (3, EVENLY), 1: (2, EVENLY)},
-        "UniPC": {7: (2, "karras"), 5: (3, "trailing"), 1: (2, "linspace")}}
+        "UniPC": {5: (3, EVENLY), 1: (2, EVENLY)}}
 
 
 def solver(net, name: str, steps: int, order: int, spacing: str, uncached_steps: int) -> Method | None:
@@ -30,9 +46,7 @@ def solver(net, name: str, steps: int, order: int, spacing: str, uncached_steps:
         uncached_steps: of the trajectory whose timesteps the spacing "evenly" takes.
     """
     wanted = NOISE | SPACINGS[spacing]
-    parameters = inspect.signature(SOLVERS[name]).parameters
-    if not wanted.keys() <= parameters.keys() or (
-            spacing == EVENLY and "timesteps" not in inspect.signature(SOLVERS[name].set_timesteps).parameters):
+    if not wanted.keys() <= inspect.signature(SOLVERS[name]).parameters.keys():
         return None
     schedule = evenly_spaced(net, steps, uncached_steps) if spacing == EVENLY else None
     return Method(f"{name}, {steps} steps", name, steps, schedule, SOLVERS[name](**wanted, solver_order=order))

@@ -3,8 +3,35 @@
 import json
 from itertools import groupby
 
+import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+import harmonica_dit
 from bench import RESULTS
-from harmonica_dit.evaluate.solvers import BEST
+from harmonica_dit.evaluate.solvers import BEST, EVENLY, UniPC, solver
+from harmonica_dit.sample.schedulers import NOISE, make_scheduler
+
+
+def test_unipc_at_the_timesteps_that_it_would_take_is_diffusers_own():
+    theirs, ours = UniPCMultistepScheduler(**NOISE, timestep_spacing="linspace"), UniPC(**NOISE)
+    theirs.set_timesteps(7)
+    ours.set_timesteps(timesteps=theirs.timesteps.tolist())
+    x = y = torch.randn(2, 1, 4, 4)
+    for t in theirs.timesteps:
+        x, y = (one.step(torch.cos(z * t), t, z).prev_sample for one, z in ((theirs, x), (ours, y)))
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_solvers_take_the_same_evenly_spaced_timesteps():
+    """With diffusers' noise levels there."""
+    net, made = harmonica_dit.load("fashion-dit"), []
+    for name in ("DPM-Solver++", "UniPC"):
+        method = solver(net, name, 7, 3, EVENLY, 20)
+        made.append(make_scheduler(method.scheduler, 7, net, method.schedule.timesteps))
+    dpm, unipc = made
+    assert isinstance(dpm, DPMSolverMultistepScheduler) and isinstance(unipc, UniPC)
+    assert unipc.timesteps.tolist() == dpm.timesteps.tolist() == [999, 841, 684, 526, 368, 210, 53]
+    torch.testing.assert_close(unipc.sigmas, dpm.sigmas)
 
 
 def test_the_rivals_have_the_settings_with_the_smallest_distance():
@@ -13,8 +40,8 @@ def test_the_rivals_have_the_settings_with_the_smallest_distance():
     for row in found["chosen"]:
         of = [other for other in found["rows"] if (other["solver"], other["steps"]) == (row["solver"], row["steps"])]
         assert row == min(of, key=lambda row: row["frechet"])
-    for solver, settings in BEST.items():
+    for name, settings in BEST.items():
         chosen = sorted((row["steps"], (row["order"], row["spacing"])) for row in found["chosen"]
-                        if row["solver"] == solver)
+                        if row["solver"] == name)
         (_, first), *others = [(next(run)[0], setting) for setting, run in groupby(chosen, key=lambda one: one[1])]
         assert list(settings.items()) == [*others[::-1], (1, first)]
