@@ -1,10 +1,8 @@
 """The yardstick of every way to skip work: a better solver in as many steps as the work allows."""
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from harmonica_dit.forecaster import taylor
@@ -17,21 +15,7 @@ from .named_methods import Method
 EVENLY = "evenly"  # of the uncached trajectory's timesteps, from its first to its last one above 0
 SPACINGS = {"trailing": dict(timestep_spacing="trailing"), "linspace": dict(timestep_spacing="linspace"),
             "karras": dict(use_karras_sigmas=True), "lu": dict(use_lu_lambdas=True), EVENLY: {}}
-
-
-class UniPC(UniPCMultistepScheduler):
-    """diffusers' UniPC, which takes no timesteps of one's own, at such."""
-
-    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None,
-                      timesteps: Sequence[int] | None = None) -> None:
-        super().set_timesteps(num_inference_steps if timesteps is None else len(timesteps), device)
-        if timesteps is not None:
-            self.timesteps = torch.tensor(timesteps, device=device)
-            kept = self.alphas_cumprod[list(timesteps)]
-            self.sigmas = torch.cat([((1 - kept) / kept) ** 0.5, self.sigmas[-1:]])
-
-
-SOLVERS = {"DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPC}
+SOLVERS = {"DPM-Solver++": DPMSolverMultistepScheduler, "UniPC": UniPCMultistepScheduler}
 # order and spacing with the smallest Fréchet distance on the bundled model (bench/results/solvers-cpu.json), from so
 # many steps on
 BEST = {"DPM-Solver++": {5: (3, EVENLY), 1: (2, EVENLY)},

@@ -8,7 +8,14 @@ from itertools import pairwise
 import diffusers
 import numpy as np
 import torch
-from diffusers import ConfigMixin, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import (
+    ConfigMixin,
+    DDIMScheduler,
+    DDPMParallelScheduler,
+    DDPMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils import DummyObject
 from torch import Tensor
@@ -143,9 +150,15 @@ def _set_own_timesteps(scheduler: SchedulerMixin, steps: int, timesteps: list) -
     if not whole or len(timesteps) != steps or any(a <= b for a, b in pairwise(timesteps)):
         raise ValueError(f"timesteps: got {timesteps}, expected {steps} whole numbers that fall from at most 999 to at "
                          "least 0")
-    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+    timesteps = [int(t) for t in timesteps]
+    if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(timesteps=timesteps)
+    elif isinstance(scheduler, UniPCMultistepScheduler) and not scheduler.config.use_flow_sigmas:
+        kept = scheduler.alphas_cumprod[timesteps]  # diffusers' takes none, but all that it needs is the noise there
+        scheduler.timesteps = torch.tensor(timesteps)
+        scheduler.sigmas = torch.cat([((1 - kept) / kept) ** 0.5, scheduler.sigmas[-1:]])
+    else:
         raise ValueError(f"timesteps: {type(scheduler).__name__} chooses its own and takes none")
-    scheduler.set_timesteps(timesteps=[int(t) for t in timesteps])
 
 
 def steps_of(calls: int, scheduler: str | SchedulerMixin | None, net=None) -> int:

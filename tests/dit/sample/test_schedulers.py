@@ -277,6 +277,26 @@ def test_settings_that_have_no_such_trajectory(name, config, steps, message):
         make_scheduler(getattr(diffusers, name)(**config), steps)
 
 
+@pytest.mark.parametrize("spacing, settings", [
+    ("linspace", {}), ("trailing", dict(solver_order=3)), ("trailing", dict(final_sigmas_type="sigma_min"))])
+def test_unipc_at_timesteps_of_ones_own(spacing, settings):
+    """At those that it would take at another spacing, which diffusers' UniPC cannot be given, it steps as there."""
+    theirs = diffusers.UniPCMultistepScheduler(**BETAS, timestep_spacing=spacing, **settings)
+    theirs.set_timesteps(T)
+    other = diffusers.UniPCMultistepScheduler(**BETAS, timestep_spacing="leading", **settings)
+    ours = make_scheduler(other, T, timesteps=theirs.timesteps.tolist())
+    x = y = torch.randn(2, 1, 4, 4)
+    for t in theirs.timesteps:
+        x, y = (one.step(torch.cos(z * t), t, z).prev_sample for one, z in ((theirs, x), (ours, y)))
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_unipc_for_flows_takes_no_timesteps():
+    flow = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler chooses its own and takes none"):
+        make_scheduler(flow, 3, timesteps=[999, 500, 20])
+
+
 def test_a_missing_package_is_not_a_wrong_setting(monkeypatch):
     module = sys.modules[diffusers.DPMSolverMultistepScheduler.__module__]
     monkeypatch.setattr(module, "is_scipy_available", lambda: False)

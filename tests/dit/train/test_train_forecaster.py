@@ -121,7 +121,7 @@ LARGE = DPMSolverMultistepScheduler(**NOISE | dict(num_train_timesteps=20_000))
     (dict(scheduler=LARGE), "scheduler_config: got {'num_train_timesteps': 20000}"),
     (dict(scheduler="HeunDiscreteScheduler"), r"HeunDiscreteScheduler calls the model \d+ times in 4 steps"),
     (dict(guidance=math.inf), "guidance: got inf"), (dict(guidance_channels=0), "guidance_channels: got 0"),
-    (dict(timesteps=(999, 600, 300, 0), scheduler="UniPCMultistepScheduler"), "chooses its own and takes none"),
+    (dict(timesteps=(999, 600, 300, 0), scheduler="SASolverScheduler"), "chooses its own and takes none"),
     (dict(timesteps=(999.5, 600, 300, 0)), "timesteps: got .999.5, ")])
 def test_what_cannot_be_sampled_or_kept_is_refused_before_the_training(net, tmp_path, options, message):
     schedule = replace(trunk_forecast(net, 4, every=2), timesteps=options.pop("timesteps", None))
