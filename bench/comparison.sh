@@ -23,10 +23,11 @@ compare() { # NAME METHODS FILES OPTIONS …; a file without a folder is of the 
     harmonica compare --out "$out" --seed 1 --samples "$samples" --batch 100 --accurate "${arguments[@]}" "$@" "${rest[@]}"
 }
 
-every="fora taylorseer-1 taylorseer-2 taylorseer-3 trunk adams smoothcache delta-dit first-block step-search fewer-steps dpm-solver++ unipc"
+every="fora taylorseer-1 taylorseer-2 taylorseer-3 trunk adams smoothcache delta-dit first-block step-search fewer-steps
+    fewer-steps-evenly dpm-solver++ unipc"
 run() {
     case $1 in
-    1.4) compare 1.4 "fora taylorseer-1 taylorseer-2 smoothcache delta-dit fewer-steps dpm-solver++" \
+    1.4) compare 1.4 "fora taylorseer-1 taylorseer-2 smoothcache delta-dit fewer-steps fewer-steps-evenly dpm-solver++" \
         "fashion-dit-1.6x learning-to-cache-1.4x router-1.4x router-repeat-1.4x" --speedup 1.4 ;;
     2.0) compare 2.0 "$every" "fashion-dit-2.0x fashion-dit-2.0x-forecast fashion-dit-forecast-2.0x $(echo {iepo,sdt}-2.0-seed{0,1,2})
         sdt-repeat-2.0-seed0" --speedup 1.9 ;;
@@ -36,9 +37,10 @@ run() {
         $(echo fashion-dit-forecast-3.8x{,-uncached}-seed{1,2} iepo-3.8-seed0)" --speedup 3.7 ;;
     t10) compare t10 "$every" \
         "paper-t10 recommended-t10 forecast-t10 learning-to-cache-t10" --steps 10 --speedup 1.9 --speedup 1.25 ;;
-    t50) compare t50 "fora taylorseer-1 taylorseer-2 trunk adams smoothcache delta-dit first-block fewer-steps dpm-solver++" \
+    t50) compare t50 "fora taylorseer-1 taylorseer-2 trunk adams smoothcache delta-dit first-block fewer-steps
+        fewer-steps-evenly dpm-solver++" \
         "recommended-t50 forecast-t50 learning-to-cache-t50" --steps 50 --speedup 1.9 ;;
-    dpm) compare dpm "fora taylorseer-1 taylorseer-2 trunk smoothcache delta-dit fewer-steps dpm-solver++" \
+    dpm) compare dpm "fora taylorseer-1 taylorseer-2 trunk smoothcache delta-dit fewer-steps fewer-steps-evenly dpm-solver++" \
         "recommended-dpm router-dpm-2.8 $(echo fashion-dit-dpm-forecast-2.8x{,-last})" \
         --scheduler DPMSolverMultistepScheduler --speedup 1.9 --speedup 2.7 ;;
     ablations) compare ablations taylorseer-1 "$(echo {iepo,sdt}-2.0-seed{0,1,2} lambda-{reference,gain,hard,raw} c-{100,2400})" \

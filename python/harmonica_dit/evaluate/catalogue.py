@@ -50,6 +50,17 @@ def _fewer_steps(net, steps: int, speedup: float, options: dict) -> "Method":
     return fewer_steps(steps, speedup)
 
 
+def _fewer_steps_evenly(net, steps: int, speedup: float, options: dict) -> "Method":
+    from harmonica_dit.sample import make_scheduler
+
+    from .solvers import evenly_spaced
+
+    method, scheduler = _fewer_steps(net, steps, speedup, options), options["scheduler"]
+    schedule = evenly_spaced(net, method.steps, steps, scheduler=scheduler)
+    make_scheduler(scheduler, method.steps, net, schedule.timesteps)  # refuses one that takes none now
+    return replace(method, family=f"{method.family}, evenly", schedule=schedule)
+
+
 def _solver(name: str, net, steps: int, speedup: float, options: dict) -> "Method":
     from .solvers import best_solver
 
@@ -68,11 +79,12 @@ CATALOGUE: dict[str, Callable[..., "Method"]] = {
     "smoothcache": Scheduled("SmoothCache", "smoothcache", calibrated=True),
     "delta-dit": Scheduled("Δ-DiT", "delta_dit"),
     "first-block": Scheduled("first block", "first_block", calibrated=True, kept=False),
-    "fewer-steps": _fewer_steps,
+    "fewer-steps": _fewer_steps,  # at the scheduler's own spacing
+    "fewer-steps-evenly": _fewer_steps_evenly,  # of the uncached steps, to the last above t = 0
     "dpm-solver++": partial(_solver, "DPM-Solver++"),
     "unipc": partial(_solver, "UniPC"),
 }
-RIVALS = ("fora", "taylorseer-1", "fewer-steps", "dpm-solver++")  # compared where nothing else is asked for
+RIVALS = ("fora", "taylorseer-1", "fewer-steps", "dpm-solver++", "unipc")  # compared where nothing else is asked for
 WEIGHTS = ("int8", "int8-dynamic", "int4", "int4-packed", "fp8-dynamic")  # the kinds of `harmonica_dit.quantize`
 
 

@@ -42,12 +42,12 @@ def best_solver(net, name: str, steps: int, uncached_steps: int) -> Method:
     return solver(net, name, steps, order, spacing, uncached_steps)
 
 
-def evenly_spaced(net, steps: int, uncached_steps: int, adams: bool = False) -> Schedule:
+def evenly_spaced(net, steps: int, uncached_steps: int, adams: bool = False, scheduler="ddim") -> Schedule:
     """So many of the uncached trajectory's timesteps, from its first to its last one above 0, as evenly as they can be.
 
     All are computed; adams: and corrected. Fréchet distances depend much on how near 0 the last one lies.
     """
-    times = make_scheduler("ddim", uncached_steps).timesteps.tolist()
+    times = make_scheduler(scheduler, uncached_steps, net).timesteps.tolist()
     last = max(s for s, t in enumerate(times) if t > 0)
     if steps <= last + 1:
         times = [times[(i * last + (steps - 1) // 2) // max(1, steps - 1)] for i in range(steps)]

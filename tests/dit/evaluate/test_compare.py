@@ -141,6 +141,16 @@ def test_methods_by_name_reach_the_speedup_and_no_more_than_the_next_step(net, n
             assert speedup <= method.speedup(steps) < speedup * (1.4 if calibrated else 1.25)
 
 
+def test_fewer_steps_evenly_take_the_scheduler_s_own_timesteps_to_the_last_above_0(net):
+    make = partial(make_methods, net, ["fewer-steps-evenly"], [2.8], 20)
+    (method,) = make()
+    assert method.schedule.timesteps == (999, 841, 684, 526, 368, 210, 53) and method.schedule.cur == 0
+    (method,) = make(scheduler="DPMSolverMultistepScheduler")
+    assert method.schedule.timesteps == (999, 849, 699, 500, 350, 200, 50)
+    with pytest.raises(ValueError, match="fewer-steps-evenly at 2.8×: timesteps: SASolverScheduler chooses its own"):
+        make(scheduler="SASolverScheduler")
+
+
 @pytest.mark.parametrize("names, speedups, message", [
     (["fora", "nonsense"], [2.0], "method: got 'nonsense', expected one of fora, "),
     (["fora"], [200.0], "method: fora at 200×: speedup: got 200.0, expected at most"),
