@@ -146,10 +146,11 @@ def make_scheduler(scheduler: str | SchedulerMixin | None, steps: int, net=None,
 
 
 def _set_own_timesteps(scheduler: SchedulerMixin, steps: int, timesteps: list) -> None:
-    whole = all(float(t).is_integer() and 0 <= t <= 999 for t in timesteps)
+    last = min(1000, scheduler.config.get("num_train_timesteps", 1000)) - 1
+    whole = all(float(t).is_integer() and 0 <= t <= last for t in timesteps)
     if not whole or len(timesteps) != steps or any(a <= b for a, b in pairwise(timesteps)):
-        raise ValueError(f"timesteps: got {timesteps}, expected {steps} whole numbers that fall from at most 999 to at "
-                         "least 0")
+        raise ValueError(f"timesteps: got {timesteps}, expected {steps} whole numbers that fall from at most {last} to "
+                         "at least 0")
     timesteps = [int(t) for t in timesteps]
     if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
         scheduler.set_timesteps(timesteps=timesteps)

@@ -291,6 +291,14 @@ def test_unipc_at_timesteps_of_ones_own(spacing, settings):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_timesteps_that_the_model_was_not_trained_at(name):
+    few = getattr(diffusers, name)(num_train_timesteps=600)
+    make_scheduler(few, 3, timesteps=[599, 300, 9])
+    with pytest.raises(ValueError, match="timesteps: got .600, 300, 9., expected 3 whole .* from at most 599"):
+        make_scheduler(few, 3, timesteps=[600, 300, 9])
+
+
 def test_unipc_for_flows_takes_no_timesteps():
     flow = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     with pytest.raises(ValueError, match="UniPCMultistepScheduler chooses its own and takes none"):
