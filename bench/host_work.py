@@ -45,7 +45,7 @@ def main() -> None:
     inputs = trajectory.model, *trajectory.inputs(torch.randn(1, *net.sample_shape), 1)
     executor(*inputs, row=None, cache=cache)
     seconds = []
-    for _ in range(300):
+    for _ in range(3000):
         start = time.perf_counter()
         executor(*inputs, row=row, cache=cache)
         seconds.append(time.perf_counter() - start)

@@ -1,16 +1,17 @@
-// Passes arguments from the Python ops to the kernels; only py_memory_of looks at tensors itself. To the kernels they
+// Passes arguments from the Python ops to the kernels; only TensorHandles look at tensors themselves. To the kernels they
 // arrive as tuples or None: activations as (pointer, dtype, batch stride, token stride), modulation as (pointer, dtype, stride).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <array>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 
-#include "dlpack.h"
 #include "kernels.h"
+#include "torch_tensors.h"
 #ifdef HARMONICA_CUDA
 #include "cuda/graph.h"
 #endif
@@ -100,31 +101,16 @@ DecisionRule decision_rule(const std::string& rule) {
     return rule == "scores" ? DecisionRule::scores : rule == "change" ? DecisionRule::change : DecisionRule::always;
 }
 
-// Address and dtype of each tensor, as bytes that are equal if and only if all of these are. `table` is the capsule
-// torch.Tensor.__dlpack_c_exchange_api__.
-py::bytes py_memory_of(const py::capsule& table, const py::list& tensors) {
-    struct Entry {
-        uint64_t address, dtype;
-    };
-    const auto* exchange = table.get_pointer<dlpack::ExchangeTable>();
-    if (exchange->major != 1)
-        throw std::runtime_error("this PyTorch's DLPack is of version " + std::to_string(exchange->major) +
-                                 ", harmonica-kernels knows version 1");
-    std::vector<Entry> found(tensors.size());
-    for (size_t i = 0; i < found.size(); i++) {
-        PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), Py_ssize_t(i));
-        dlpack::Tensor view;
-        if (exchange->view(tensor, &view) == 0) {
-            found[i].address = reinterpret_cast<uintptr_t>(view.data);
-            std::memcpy(&found[i].dtype, &view.dtype, sizeof view.dtype);
-        } else {  // DLPack has no such dtype
-            PyErr_Clear();
-            py::handle object(tensor);
-            found[i] = {object.attr("data_ptr")().cast<uint64_t>(),
-                        reinterpret_cast<uintptr_t>(object.attr("dtype").ptr())};
-        }
-    }
-    return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(Entry));
+// functions: their addresses, in the order of TorchFunctions. capsules: from PyTorch's unsafe_alloc_void_ptrs_from_tensors.
+std::unique_ptr<TensorHandles> tensor_handles(const std::array<uintptr_t, 3>& functions,
+                                              const std::vector<py::capsule>& capsules) {
+    TorchFunctions torch;
+    torch.get_data_ptr = reinterpret_cast<decltype(torch.get_data_ptr)>(functions[0]);
+    torch.get_dtype = reinterpret_cast<decltype(torch.get_dtype)>(functions[1]);
+    torch.delete_tensor_object = reinterpret_cast<decltype(torch.delete_tensor_object)>(functions[2]);
+    std::vector<void*> handles;
+    for (const py::capsule& capsule : capsules) handles.push_back(capsule.get_pointer<void>());
+    return std::make_unique<TensorHandles>(torch, std::move(handles));
 }
 
 py::dict py_cuda_build() {
@@ -172,7 +158,12 @@ PYBIND11_MODULE(_C, m) {
     m.def("decide", [](const std::map<std::string, uintptr_t>& memory, int first, int last, const std::string& rule) {
         decide(decision_memory(memory), first, last, decision_rule(rule));
     });
-    m.def("memory_of", &py_memory_of);
+    py::class_<TensorHandles>(m, "TensorHandles")
+        .def(py::init(&tensor_handles))
+        .def("places", [](const TensorHandles& handles) {  // bytes that are equal if addresses and dtypes are
+            std::vector<TensorHandles::Place> found = handles.places();
+            return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof(found[0]));
+        });
     m.def("cuda_build", &py_cuda_build);
 #ifdef HARMONICA_CUDA
     bind_graph(m);

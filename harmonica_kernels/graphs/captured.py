@@ -6,14 +6,16 @@ same on every machine. Only `_Cuda` speaks to CUDA, through `record_into`.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .keys import Call, one_device, tf32
+from .keys import Call
 from .recording import record_into, stream_of
-from .weights import weights
+from .weights import Weights, weights_in
 
 
 class Captured:
@@ -22,8 +24,9 @@ class Captured:
     def __init__(self, function: Callable, graphs: int):
         self.function = function
         self._limit = graphs
-        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()  # least recently used first
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()  # calls that came once, at most as many as graphs
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._uses = count()
+        self._seen: OrderedDict[Hashable, list[int]] = OrderedDict()  # calls that came once, at most as many as graphs
         self._recorder: _Cuda | None = None
 
     @property
@@ -35,31 +38,47 @@ class Captured:
         if torch.is_grad_enabled():
             raise RuntimeError("an executor is for inference: call it under torch.no_grad() or inference_mode(); for "
                                "gradients call the function itself")
-        call = Call.of(args, kwargs)
-        device = one_device(call)
-        recorder = self._recorder_on(device)
+        call = Call(args, kwargs)
+        recording = self._find(call)
+        return self._run_or_record(call) if recording is None else recording.replay(call)
+
+    def _find(self, call: Call) -> "_Recording | None":
+        """The recording of such a call. One that reads weights where they are no longer is freed."""
+        try:
+            recording = self._recordings.get(call.key)
+        except TypeError:  # an argument cannot be hashed; `Call.check` says which
+            return None
+        if recording is None:
+            return None
+        if [weights.version() for weights in recording.weights] != recording.versions:
+            self._drop(call.key)
+            return None
+        recording.used = next(self._uses)
+        return recording
+
+    def _run_or_record(self, call: Call) -> Tensor | tuple[Tensor, ...]:
+        recorder = self._recorder_on(call.check())
         if recorder is None or any(cache.dtype is None for cache in call.caches):
             return self._run(call, call.tensors)
-        key = (call.key, weights(self.function), device, torch.is_autocast_enabled(device.type),
-               torch.get_autocast_dtype(device.type), tf32())
-        recording = self._recordings.pop(key, None)  # and back at the end, as the one that was used last
-        if recording is None and key in self._seen:
-            while len(self._recordings) >= self._limit:
-                self._drop()
-            recording = self._record(call, recorder)
-            del self._seen[key]
-        if recording is None:
-            self._seen[key] = None
+        weights = weights_in((self.function, *call.constants.values()))
+        versions = [w.version() for w in weights]
+        if self._seen.get(call.key) != versions:
+            self._seen[call.key] = versions
             if len(self._seen) > self._limit:
                 self._seen.popitem(last=False)
             return self._run_first(call, recorder)
-        self._recordings[key] = recording
+        while len(self._recordings) >= self._limit:
+            self._drop(min(self._recordings, key=lambda key: self._recordings[key].used))
+        recording = self._record(call, recorder)
+        recording.weights, recording.versions, recording.used = weights, versions, next(self._uses)
+        self._recordings[call.key] = recording
+        del self._seen[call.key]
         return recording.replay(call)
 
     def reset(self) -> None:
         """Frees every graph; the next calls record anew."""
         while self._recordings:
-            self._drop()
+            self._drop(next(iter(self._recordings)))
         self._seen.clear()
 
     def _recorder_on(self, device: torch.device) -> "_Cuda | None":
@@ -71,14 +90,14 @@ class Captured:
             self._recorder = RECORDERS[device.type](device)
         return self._recorder
 
-    def _run(self, call: "Call", tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    def _run(self, call: Call, tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
         """Calls the function itself, with `tensors` in place of the call's own."""
         args, kwargs = call.bind(tensors)
         output = self.function(*args, **kwargs)
         _check_output(output)
         return output
 
-    def _run_first(self, call: "Call", recorder: "_Cuda") -> Tensor | tuple[Tensor, ...]:
+    def _run_first(self, call: Call, recorder: "_Cuda") -> Tensor | tuple[Tensor, ...]:
         before = recorder.random_state()
         output = self._run(call, call.tensors)
         if not torch.equal(before, recorder.random_state()):
@@ -86,7 +105,7 @@ class Captured:
                                'tensors, or call it without an executor (executor="eager" of sample, train_router)')
         return output
 
-    def _record(self, call: "Call", recorder: "_Cuda") -> "_Recording":
+    def _record(self, call: Call, recorder: "_Cuda") -> "_Recording":
         with torch.inference_mode(False):  # inference tensors cannot be written to outside inference mode
             buffers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in call.tensors]
         for buffer, tensor in zip(buffers, call.tensors):
@@ -107,14 +126,15 @@ class Captured:
             after = [cache._state() for cache in call.caches]
             for cache, state in zip(call.caches, before):
                 cache._restore(state)
-        return _Recording(graph, buffers, output, after, (call.bind, [cache._arena for cache in call.caches]))
+        alive = call.constants, [rebuild for _, rebuild in call.parts.values()], [c._arena for c in call.caches]
+        return _Recording(graph, buffers, output, after, alive)
 
-    def _drop(self) -> None:
-        _, recording = self._recordings.popitem(last=False)
-        self._recorder.free(recording.graph)
+    def _drop(self, key: Hashable) -> None:
+        self._recorder.free(self._recordings.pop(key).graph)
 
 
-class _Recording(NamedTuple):
+@dataclass(slots=True)
+class _Recording:
     """A graph and the memory that it reads and writes."""
 
     graph: Any
@@ -122,10 +142,12 @@ class _Recording(NamedTuple):
     output: Tensor | tuple[Tensor, ...]
     caches: list[tuple]  # the state in which the function leaves each cache
     alive: tuple  # the graph holds their addresses too: other arguments and the caches' memory
+    weights: Sequence[Weights] = ()  # which it reads
+    versions: Sequence[int] = ()  # theirs when it was recorded
+    used: int = -1  # when it was last used: as a number, since the way to the end of an ordered dictionary takes longer
 
-    def replay(self, call: "Call") -> Tensor | tuple[Tensor, ...]:
-        for buffer, tensor in zip(self.buffers, call.tensors, strict=True):
-            buffer.copy_(tensor)
+    def replay(self, call: Call) -> Tensor | tuple[Tensor, ...]:
+        torch._foreach_copy_(self.buffers, call.tensors)
         self.graph.replay()
         for cache, state in zip(call.caches, self.caches, strict=True):
             cache._restore(state)

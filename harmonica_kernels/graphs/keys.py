@@ -1,93 +1,120 @@
 """The key of a recorded call: its constants, its tensors' shapes, and the settings that chose its kernels."""
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cache import FeatureCache, Memory
-from .weights import weights
 
-PLAIN = {bool, int, float, str, type(None)}
+FP32_PRECISION = torch._C._get_fp32_precision_getter  # torch.backends' attributes take six times as long
 
 
-class Call(NamedTuple):
-    """The arguments of one call, split into tensors, caches and constants."""
+class Call:
+    """The arguments of one call, taken apart into tensors, caches and constants.
 
-    names: list[str]  # of the arguments that the tensors come from
-    tensors: list[Tensor]
-    caches: list[FeatureCache]
-    key: tuple  # everything that decides what the call launches, except the tensors' values
-    bind: Callable[[Sequence[Tensor]], tuple[tuple, dict]]  # the arguments, with other tensors
+    This is all that a replay does to them; what only a recording needs, `check` and `bind`, is asked for then.
+    """
 
-    @classmethod
-    def of(cls, args: tuple, kwargs: dict) -> "Call":
-        names, tensors, caches, key, builders = [], [], [], [], []
+    __slots__ = "args", "caches", "constants", "key", "kwargs", "parts", "tensors"
+
+    def __init__(self, args: tuple, kwargs: dict):
+        self.args, self.kwargs = args, kwargs
+        self.tensors: list[Tensor] = []
+        self.caches: list[FeatureCache] = []
+        self.constants: dict[int | str, Any] = {}  # by argument
+        self.parts: dict[int | str, tuple[Sequence[Tensor], Callable]] = {}  # tensors and rebuilding function
+        key: list[Hashable] = []
         for name, value in (*enumerate(args), *kwargs.items()):
-            constant, held, build = _take_apart(value)
-            modules: tuple[int, ...] = ()
-            if isinstance(value, FeatureCache):
-                caches.append(value)
-            elif not _is_plain(constant):
-                if not _is_constant(constant):
-                    raise TypeError(f"{_name_of(name)}: got {type(value).__name__}; an executor takes tensors, each as "
-                                    "an argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
-                modules = weights(constant)
-            key.append((name, constant, modules, tuple([(t.shape, t.dtype) for t in held])))
-            builders.append((name, build, slice(len(tensors), len(tensors) + len(held))))
-            names += [_name_of(name)] * len(held)
-            tensors += held
+            if isinstance(value, Tensor):
+                self.tensors.append(value)
+                key.append((name, value.shape, value.dtype, value.device))
+            elif isinstance(value, FeatureCache):
+                value.commit()
+                self.caches.append(value)
+                key.append((name, value._state()))
+            elif hasattr(value, "graph_parts"):
+                constant, held, rebuild = value.graph_parts()
+                self.tensors += held
+                self.constants[name], self.parts[name] = constant, (held, rebuild)
+                key.append((name, typed(constant), *[(t.shape, t.dtype, t.device) for t in held]))
+            else:
+                constant = tuple(value) if isinstance(value, list) else value
+                self.constants[name] = constant
+                key.append((name, typed(constant)))
+        if self.tensors:
+            key.append(settings(self.tensors[0].device.type))
+        self.key = tuple(key)  # everything that decides what the call launches, except the tensors' and weights' values
 
-        def bind(tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
-            built = {name: build(*tensors[part]) for name, build, part in builders}
-            return tuple(built[i] for i in range(len(args))), {name: built[name] for name in kwargs}
+    def check(self) -> torch.device:
+        """The device of the call's tensors.
 
-        return cls(names, tensors, caches, tuple(key), bind)
+        Raises:
+            TypeError: an argument is none that an executor takes.
+            ValueError: there are no tensors, or they are on several devices.
+        """
+        for name, value in self._arguments():
+            if isinstance(value, Memory) and not isinstance(value, FeatureCache):
+                raise TypeError(f"cache: got a {type(value).__name__}, of which a graph would replay what it held when "
+                                "it was recorded; compile the whole trajectory, which makes the cache inside")
+            if not _is_constant(self.constants.get(name)):
+                raise TypeError(f"{_words(name)}: got {type(value).__name__}; an executor takes tensors, each as an "
+                                "argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
+        if not self.tensors:
+            raise ValueError("an executor needs at least one tensor among its arguments, got none")
+        first, device = None, self.tensors[0].device
+        for name, value in self._arguments():
+            held = (value,) if isinstance(value, Tensor) else self.parts.get(name, ((),))[0]
+            for tensor in held:
+                first = name if first is None else first
+                if tensor.device != device:
+                    raise ValueError(f"{_words(name)}: is on {tensor.device}, but {_words(first)} is on {device}; an "
+                                     "executor's tensors have to be on one device")
+        return device
+
+    def bind(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
+        """The arguments, with these tensors in place of the call's own."""
+        left, built = iter(tensors), {}
+        for name, value in self._arguments():
+            if isinstance(value, Tensor):
+                built[name] = next(left)
+            elif name in self.parts:
+                held, rebuild = self.parts[name]
+                built[name] = rebuild(*[next(left) for _ in held])
+            else:
+                built[name] = self.constants.get(name, value)
+        return tuple(built[i] for i in range(len(self.args))), {name: built[name] for name in self.kwargs}
+
+    def _arguments(self) -> Iterator[tuple[int | str, Any]]:
+        yield from enumerate(self.args)
+        yield from self.kwargs.items()
 
 
-def _take_apart(value: Any) -> tuple[Any, tuple[Tensor, ...], Callable[..., Any]]:
-    """An argument's constant part, the tensors that it holds, and a function that rebuilds it from such tensors."""
-    if isinstance(value, Tensor):
-        return None, (value,), lambda tensor: tensor
-    if isinstance(value, FeatureCache):
-        value.commit()
-        return value._state(), (), lambda: value
-    if isinstance(value, Memory):
-        raise TypeError(f"cache: got a {type(value).__name__}, of which a graph would replay what it held when it was "
-                        "recorded; compile the whole trajectory, which makes the cache inside")
-    if hasattr(value, "graph_parts"):
-        return value.graph_parts()
-    return tuple(value) if isinstance(value, list) else value, (), lambda: value
-
-
-def _is_plain(constant: Any) -> bool:
-    return PLAIN.issuperset(map(type, constant)) if type(constant) is tuple else type(constant) in PLAIN
+def typed(constant: Any) -> Hashable:
+    """A constant with its types, which tell it from equal ones: True, 1 and 1.0."""
+    if not isinstance(constant, tuple):
+        return type(constant), constant
+    kinds = set(map(type, constant))
+    for kind in kinds:
+        if issubclass(kind, tuple):
+            return type(constant), *map(typed, constant)
+    return type(constant), kinds.pop() if len(kinds) == 1 else tuple(map(type, constant)), constant
 
 
 def _is_constant(constant: Any) -> bool:
     """Whether it can be hashed and holds no tensors: a graph would keep their values."""
     if isinstance(constant, tuple):
-        return _is_plain(constant) or all(map(_is_constant, constant))
+        return all(map(_is_constant, constant))
     return isinstance(constant, Hashable) and not isinstance(constant, Tensor)
 
 
-def one_device(call: Call) -> torch.device:
-    """The device of the call's tensors; ValueError if there are no tensors or several devices."""
-    if not call.tensors:
-        raise ValueError("an executor needs at least one tensor among its arguments, got none")
-    device = call.tensors[0].device
-    for name, tensor in zip(call.names, call.tensors):
-        if tensor.device != device:
-            raise ValueError(f"{name}: is on {tensor.device}, but {call.names[0]} is on {device}; an executor's "
-                             "tensors have to be on one device")
-    return device
+def settings(device: str) -> tuple:
+    """PyTorch's settings that choose kernels: autocast's dtype if it is on, and whether float32 matrix products and
+    convolutions may use TF32."""
+    return (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            FP32_PRECISION("cuda", "matmul") == "tf32", FP32_PRECISION("cuda", "conv") == "tf32")
 
 
-def tf32() -> tuple[bool, bool]:
-    """Whether float32 matrix products and convolutions may use TF32: a graph keeps the kernels that this chose."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32", torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
-def _name_of(argument: int | str) -> str:
+def _words(argument: int | str) -> str:
     return argument if isinstance(argument, str) else f"argument {argument}"

@@ -1,14 +1,14 @@
 """The executor of trajectories whose steps the device decides."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..keys import tf32
-from ..weights import weights
+from ..keys import settings, typed
+from ..weights import weights_in
 from .decision_memory import DecisionMemory, DecisionTables
 from .ends import Ends
 from .norm import norm_on_cpu, norm_on_cuda
@@ -106,16 +106,19 @@ class Gated:
             self.load(schedule)
         key, tensors, rebuild = trajectory.graph_parts()
         unit, history = ("branch", 1) if self._tables is None else (self._tables.unit, self._tables.history)
-        key = (key, weights(key), noise.shape, noise.dtype, noise.device, tuple((t.shape, t.dtype) for t in tensors),
-               tf32(), unit)
+        weights = weights_in(key)
+        versions = [w.version() for w in weights]
+        key = (typed(key), noise.shape, noise.dtype, noise.device, tuple((t.shape, t.dtype) for t in tensors),
+               settings(noise.device.type), unit)
         loop = self._loops.get(key)
-        if loop is not None and loop.history < history:
+        if loop is not None and (loop.versions != versions or loop.history < history):
             self._drop(key)
             loop = None
         if loop is None:
             while len(self._loops) >= self._limit:
                 self._drop(next(iter(self._loops)))
-            loop = self._loops[key] = self._build(trajectory, noise, tensors, rebuild, unit, history)
+            loop = self._build(trajectory, noise, tensors, rebuild, unit, history)._replace(versions=versions)
+            self._loops[key] = loop
         self._loops.move_to_end(key)
         for buffer, tensor in zip(loop.inputs, tensors, strict=True):
             buffer.copy_(tensor)
@@ -192,3 +195,4 @@ class _Loop(NamedTuple):
     history: int
     run: Callable[[], None]
     close: Callable[[], None]
+    versions: Sequence[int] = ()  # of the weights that it reads

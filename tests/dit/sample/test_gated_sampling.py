@@ -75,10 +75,12 @@ def test_moved_weights_are_captured_anew(net, router):
     other = copy.deepcopy(net)
     executor, noise = hk.compile(denoise, mode="gated"), image_noise(0, 0, 1, net.sample_shape)
     executor.load(router)
-    for dtype in (torch.float32, torch.bfloat16):
+    loops = []
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
         other.to(dtype)
         executor(Trajectory(other, torch.tensor([1]), steps=router.steps), noise)
-    assert executor.graphs == 2
+        loops += executor._loops.values()
+    assert loops[0] is loops[1] is not loops[2] and len(loops) == 3  # the one that read the old weights has been freed
 
 
 class Ops(TorchDispatchMode):

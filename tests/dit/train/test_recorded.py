@@ -20,6 +20,7 @@ from harmonica_dit.train.importance import measure_importance
 from harmonica_dit.train.sdt import train_trajectory
 from harmonica_dit.train.student import Student, new_executor, student_step
 from harmonica_kernels import checks
+from harmonica_kernels.graphs.keys import typed
 from support.cpu_recorder import CpuRecorder
 
 SETTINGS = dict(steps=5, batch=2, lr=0.1, refresh=10, progress=False, trajectories=8, beta=1e-4)
@@ -90,7 +91,7 @@ def test_nothing_is_recorded_anew_as_the_router_learns(net, recorder, executors,
         train_router(net, **SETTINGS | dict(trajectories=n, refresh=5), **options)
         counts[n] = [what for what, _ in recorder.log].count("pool") + 1
     assert counts[3] == counts[8] == executors[-1].graphs == 5 * history
-    students = [key for key in executors[-1]._recordings if (0, student_step, (), ()) in key[0]]
+    students = [key for key in executors[-1]._recordings if (0, typed(student_step)) in key]
     assert len(students) == history
 
 

@@ -172,7 +172,7 @@ def test_the_least_recently_used_graph_goes_first():
     one, two, three = (Trajectory(2, 2) for _ in range(3))
     for trajectory in (one, two, one, three):
         executor(trajectory, torch.randn(trajectory.shape))
-    assert [key[0] for key in executor._loops] == [one, three]
+    assert [key[0][-1] for key in executor._loops] == [one, three]
 
 
 def test_the_decisions_of_a_graph_that_is_gone_are_not_read():
