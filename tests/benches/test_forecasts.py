@@ -24,7 +24,7 @@ def test_the_table_holds_together(fashion, tmp_path, monkeypatch):
     monkeypatch.setattr(forecasts, "ACCURATE", "DPM-Solver++, 20 steps")  # cheaper
     monkeypatch.setattr(forecasts.data, "FOLDER", tmp_path)  # no data set: no precision and recall
     names = ["DDIM, 20 steps", "trunk, n = 5, Adams", "branches, n = 5, order 2", "DDIM, 4 steps"]
-    command = ["forecasts.py", "table", "--samples", "20", "--errors", "10", "--folder", str(tmp_path / "kept"),
+    command = ["forecasts.py", "table", "--samples", "10", "--errors", "5", "--folder", str(tmp_path / "kept"),
                "--out", str(tmp_path / "rows.json"), "--only", *names]
     monkeypatch.setattr(sys, "argv", command)
     forecasts.main()
