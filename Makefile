@@ -9,9 +9,9 @@ VENV := .venv
 demo: $(VENV)/.installed-dit
 	$(VENV)/bin/harmonica demo
 
-# Half as many processes again as cores, as some tests wait for processes of their own.
+# More processes than cores take longer where two cores are one core's two threads.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $$(( ($$(nproc) * 3 + 1) / 2 )) --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $$(nproc) --maxprocesses 8 --dist loadfile
 
 # What the README types, from the wheel, in a clean environment without a compiler: minutes, and not part of `test`.
 wheel:
