@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harmonica_kernels.graphs.recording import record_into
-
 
 def quartiles(values: Sequence[float]) -> list[float]:
     """The lower quartile, the median and the upper quartile; of a single value three times that."""
@@ -70,6 +68,8 @@ def capture(call: Callable[[], object], device: torch.device) -> Callable[[], ob
     """A replay of what call() launches (call itself on a CPU). To be used inside `side_stream`."""
     if device.type == "cpu":
         return call
+    from harmonica_kernels.graphs.recording import record_into  # not needed by who builds the kernels that it needs
+
     for _ in range(2):  # compiles, tunes
         call()
     torch.cuda.synchronize()

@@ -126,7 +126,7 @@ class Captured:
             after = [cache._state() for cache in call.caches]
             for cache, state in zip(call.caches, before):
                 cache._restore(state)
-        alive = call.constants, [rebuild for _, rebuild in call.parts.values()], [c._arena for c in call.caches]
+        alive = [rebuild for _, rebuild in call.parts.values()], [cache._arena for cache in call.caches]
         return _Recording(graph, buffers, output, after, alive)
 
     def _drop(self, key: Hashable) -> None:
@@ -141,7 +141,7 @@ class _Recording:
     buffers: list[Tensor]  # its inputs
     output: Tensor | tuple[Tensor, ...]
     caches: list[tuple]  # the state in which the function leaves each cache
-    alive: tuple  # the graph holds their addresses too: other arguments and the caches' memory
+    alive: tuple  # the graph holds addresses of theirs too: other arguments (constants are in the key) and caches
     weights: Sequence[Weights] = ()  # which it reads
     versions: Sequence[int] = ()  # theirs when it was recorded
     used: int = -1  # when it was last used: as a number, since the way to the end of an ordered dictionary takes longer

@@ -88,6 +88,23 @@ def test_commands_can_be_called(part, tmp_path):
     assert notes and all(note["output"] for note in notes.values())
 
 
+def test_the_build_needs_nothing_that_it_builds(tmp_path):
+    """The tree comes to a GPU without the extension: what it lacks would end every part, the first one too."""
+    done = python(f"""
+        import sys
+        sys.modules["harmonica_kernels._C"] = None
+        from pathlib import Path
+        from bench.gpu import commands, merge, needs
+        from bench.gpu.__main__ import run
+        commands.compile_extension = lambda record, *args, **options: record.row(compiled=True) or True
+        commands.call = lambda record, steps, **options: record.row(**steps)
+        commands.find_spec = lambda name: None
+        sys.exit(not run("build", Path({str(tmp_path)!r}), tiny=True))""")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "build.json").read_text())["rows"]
+    assert rows[0] == dict(compiled=True) and "info" in rows[1]
+
+
 def test_without_cuda_where_the_build_fails_with_it(tmp_path, monkeypatch):
     called = []
 

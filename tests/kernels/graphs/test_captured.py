@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
+from harmonica_kernels.graphs.keys import typed
 from support.cpu_recorder import CpuRecorder
 from support.three_branches import double
 
@@ -83,7 +84,7 @@ def test_what_is_another_graph(recorder):
     assert executor.graphs == len(calls) + 1
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, x), lambda x: ("x", x), lambda x: ((x,), x)])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, x), lambda x: ("x", x), lambda x: (0, (x,))])
 def test_equal_constants_of_other_types_are_other_graphs(recorder, wrap):
     """1 == 1.0 == True, but a function may do other things with them, as a multiplication of integers does."""
     def add_type(x, constant):
@@ -96,6 +97,15 @@ def test_equal_constants_of_other_types_are_other_graphs(recorder, wrap):
         for constant in (1, 1.0, True):
             assert torch.equal(executor(x, wrap(constant)), add_type(x, constant))
     assert executor.graphs == 3
+    assert typed(("x", 1, 1.0)) != typed(("x", 1.0, 1))
+
+
+def test_a_tensor_on_another_device_is_refused_after_a_recording_too(recorder):
+    executor, x = hk.compile(double), torch.ones(3)
+    for _ in range(3):
+        executor(x, x)
+    with pytest.raises(ValueError, match="argument 1: is on meta"):
+        executor(x, x.to("meta"))
 
 
 def test_what_came_once_and_long_ago_makes_room_for_what_comes_now(recorder):
