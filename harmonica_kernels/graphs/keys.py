@@ -26,10 +26,12 @@ class Call:
         self.constants: dict[int | str, Any] = {}  # by argument
         self.parts: dict[int | str, tuple[Sequence[Tensor], Callable]] = {}  # tensors and rebuilding function
         key: list[Hashable] = []
+        device: torch.device | None = None
         for name, value in (*enumerate(args), *kwargs.items()):
             if isinstance(value, Tensor):
+                device = value.device
                 self.tensors.append(value)
-                key.append((name, value.shape, value.dtype, value.device))
+                key.append((name, value.shape, value.dtype, device))
             elif isinstance(value, FeatureCache):
                 value.commit()
                 self.caches.append(value)
@@ -38,13 +40,16 @@ class Call:
                 constant, held, rebuild = value.graph_parts()
                 self.tensors += held
                 self.constants[name], self.parts[name] = constant, (held, rebuild)
-                key.append((name, typed(constant), *[(t.shape, t.dtype, t.device) for t in held]))
+                for tensor in held:
+                    device = tensor.device
+                    key.append((tensor.shape, tensor.dtype, device))
+                key.append((name, typed(constant), len(held)))
             else:
                 constant = tuple(value) if isinstance(value, list) else value
                 self.constants[name] = constant
                 key.append((name, typed(constant)))
-        if self.tensors:
-            key.append(settings(self.tensors[0].device.type))
+        if device is not None:
+            key.append(settings(device.type))
         self.key = tuple(key)  # everything that decides what the call launches, except the tensors' and weights' values
 
     def check(self) -> torch.device:
