@@ -117,7 +117,8 @@ def _is_constant(constant: Any) -> bool:
 def settings(device: str) -> tuple:
     """PyTorch's settings that choose kernels: autocast's dtype if it is on, and whether float32 matrix products and
     convolutions may use TF32."""
-    return (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return (autocast and torch.get_autocast_dtype(device),
             FP32_PRECISION("cuda", "matmul") == "tf32", FP32_PRECISION("cuda", "conv") == "tf32")
 
 

@@ -47,6 +47,11 @@ def test_without_a_gpu_every_call_runs():
     assert len(calls) == 4 and executor.graphs == 0
 
 
+def test_a_device_that_has_no_graphs_and_no_autocast(recorder):
+    x, executor = torch.ones(3, device="meta"), hk.compile(double)
+    assert [executor(x).device.type for _ in range(3)] == 3 * ["meta"] and executor.graphs == 0
+
+
 def test_recorded_the_second_time(recorder):
     calls, executor = [], hk.compile(lambda x, y=0: calls.append(recorder.recording) or double(x, y))
     kept = []
