@@ -43,7 +43,7 @@ TRUNK = "kernels/test_trunk.py"
 RESIDUAL_NORM, BLEND, PLAIN_OPS = (f"{TESTS_OF_OPS}test_{name}.py" for name in
                                    ("residual_norm", "blend_residual_norm", "plain_ops"))
 CAPTURED = ("kernels/graphs/test_captured.py", "kernels/graphs/test_captured_caches.py",
-            "dit/train/test_recorded.py")
+            "kernels/graphs/test_recorded_weights.py", "dit/train/test_recorded.py")
 WALKED = ("kernels/graphs/gated/test_on_cpu.py", "dit/sample/test_gated_sampling.py",
           "kernels/graphs/gated/test_on_cuda.py")
 SAMPLE, SCHEDULERS = "dit/sample/test_sample.py", "dit/sample/test_schedulers.py"
@@ -98,11 +98,12 @@ PARTS = (
         OPS + "reference.py": (PLAIN_OPS, RESIDUAL_NORM, BLEND),
         OPS + "residual_norm.py": (RESIDUAL_NORM, INTERPRETED),
     }),
-    Part("captured graphs", 10, {
+    Part("captured graphs", 14, {
         GRAPHS + "__init__.py": CAPTURED,
         GRAPHS + "captured.py": CAPTURED,
         GRAPHS + "keys.py": CAPTURED,
         GRAPHS + "recording.py": ("kernels/graphs/test_recording.py",),
+        GRAPHS + "weights.py": ("kernels/graphs/test_recorded_weights.py",),
     }),
     Part("Triton", 8, {TRITON + file: (INTERPRETED, COMPILED) for file in (
         "bias_gelu.py", "cache_commit.py", "guided_step.py", "residual_norm.py", "residual_norm_backward.py")}),
