@@ -18,7 +18,7 @@ struct TorchFunctions {
 };
 
 // Handles of tensors, which it owns. They follow a tensor that is given other memory (`tensor.data = ...`), and keep
-// no memory alive that the tensor has left.
+// no memory alive that the tensor has left. While they live, swap_tensors refuses the tensors.
 class TensorHandles {
 public:
     struct Place {

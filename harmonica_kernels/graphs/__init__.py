@@ -37,10 +37,11 @@ def compile(function: Callable[..., Tensor | tuple[Tensor, ...]], *, mode: str =
             `key` is hashable and says everything else that decides what the object does, and `rebuild(*tensors)`
             returns the same object with other tensors in their places.
         anything else that can be hashed (a row: a tuple of bools; a list counts as a tuple): a constant of the graph.
-            A module or a schedule counts as the same only if it is the same object. A module's weights and buffers may
-            change in place; where they were moved, cast or replaced, it is recorded anew. What else decides what a
-            module does, as hooks and a LoRA's scale do, stays as it was recorded: call the executor's `reset()` after
-            changing it.
+            Constants of other types are others, 1 and 1.0, in tuples too. A module or a schedule counts as the same
+            only if it is the same object. A module's weights and buffers may change in place; where they were moved,
+            cast or replaced, it is recorded anew. What else decides what a module does, as hooks, a LoRA's scale, parts
+            taken away and other strides of the same memory do, stays as it was recorded: call the executor's `reset()`
+            after changing it, and before `torch.utils.swap_tensors`, which refuses weights that a graph reads.
         but no TrunkCache: a graph would read what it held when it was recorded.
 
     Args:

@@ -6,8 +6,7 @@ same on every machine. Only `_Cuda` speaks to CUDA, through `record_into`.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ class Captured:
         self.function = function
         self._limit = graphs
         self._recordings: dict[Hashable, _Recording] = {}
-        self._uses = count()
-        self._seen: OrderedDict[Hashable, list[int]] = OrderedDict()  # calls that came once, at most as many as graphs
+        self._uses = 0
+        # Calls that came once, at most as many as graphs, with their weights and these's versions.
+        self._seen: OrderedDict[Hashable, tuple[list[Weights], list[int]]] = OrderedDict()
         self._recorder: _Cuda | None = None
 
     @property
@@ -43,34 +43,33 @@ class Captured:
         return self._run_or_record(call) if recording is None else recording.replay(call)
 
     def _find(self, call: Call) -> "_Recording | None":
-        """The recording of such a call. One that reads weights where they are no longer is freed."""
         try:
             recording = self._recordings.get(call.key)
         except TypeError:  # an argument cannot be hashed; `Call.check` says which
             return None
-        if recording is None:
+        if recording is None or recording.is_stale():
             return None
-        if [weights.version() for weights in recording.weights] != recording.versions:
-            self._drop(call.key)
-            return None
-        recording.used = next(self._uses)
+        recording.used = self._uses = self._uses + 1
         return recording
 
     def _run_or_record(self, call: Call) -> Tensor | tuple[Tensor, ...]:
         recorder = self._recorder_on(call.check())
         if recorder is None or any(cache.dtype is None for cache in call.caches):
             return self._run(call, call.tensors)
+        for key in [key for key, recording in self._recordings.items() if recording.is_stale()]:
+            self._drop(key)
         weights = weights_in((self.function, *call.constants.values()))
-        versions = [w.version() for w in weights]
-        if self._seen.get(call.key) != versions:
-            self._seen[call.key] = versions
+        now = weights, [w.version() for w in weights]
+        if self._seen.get(call.key) != now:
+            self._seen[call.key] = now
             if len(self._seen) > self._limit:
                 self._seen.popitem(last=False)
             return self._run_first(call, recorder)
         while len(self._recordings) >= self._limit:
             self._drop(min(self._recordings, key=lambda key: self._recordings[key].used))
         recording = self._record(call, recorder)
-        recording.weights, recording.versions, recording.used = weights, versions, next(self._uses)
+        recording.weights, recording.versions = now
+        recording.used = self._uses = self._uses + 1
         self._recordings[call.key] = recording
         del self._seen[call.key]
         return recording.replay(call)
@@ -143,11 +142,16 @@ class _Recording:
     caches: list[tuple]  # the state in which the function leaves each cache
     alive: tuple  # the graph holds addresses of theirs too: other arguments (constants are in the key) and caches
     weights: Sequence[Weights] = ()  # which it reads
-    versions: Sequence[int] = ()  # theirs when it was recorded
-    used: int = -1  # when it was last used: as a number, since the way to the end of an ordered dictionary takes longer
+    versions: list[int] = field(default_factory=list)  # theirs when it was recorded
+    used: int = 0  # when it was last used: as a number, since the way to the end of an ordered dictionary takes longer
+
+    def is_stale(self) -> bool:
+        """Whether it reads weights where they are no longer."""
+        return [weights.version() for weights in self.weights] != self.versions
 
     def replay(self, call: Call) -> Tensor | tuple[Tensor, ...]:
-        torch._foreach_copy_(self.buffers, call.tensors)
+        for buffer, tensor in zip(self.buffers, call.tensors, strict=True):
+            buffer.copy_(tensor)
         self.graph.replay()
         for cache, state in zip(call.caches, self.caches, strict=True):
             cache._restore(state)

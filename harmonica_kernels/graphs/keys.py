@@ -88,7 +88,7 @@ class Call:
                 held, rebuild = self.parts[name]
                 built[name] = rebuild(*[next(left) for _ in held])
             else:
-                built[name] = self.constants.get(name, value)
+                built[name] = value
         return tuple(built[i] for i in range(len(self.args))), {name: built[name] for name in self.kwargs}
 
     def _arguments(self) -> Iterator[tuple[int | str, Any]]:
@@ -97,7 +97,7 @@ class Call:
 
 
 def typed(constant: Any) -> Hashable:
-    """A constant with its types, which tell it from equal ones: True, 1 and 1.0."""
+    """A constant with its type, or a tuple's types, which tell it from equal ones: True, 1 and 1.0."""
     if not isinstance(constant, tuple):
         return type(constant), constant
     kinds = set(map(type, constant))
@@ -111,7 +111,11 @@ def _is_constant(constant: Any) -> bool:
     """Whether it can be hashed and holds no tensors: a graph would keep their values."""
     if isinstance(constant, tuple):
         return all(map(_is_constant, constant))
-    return isinstance(constant, Hashable) and not isinstance(constant, Tensor)
+    try:
+        hash(constant)
+    except TypeError:
+        return False
+    return not isinstance(constant, Tensor)
 
 
 def settings(device: str) -> tuple:

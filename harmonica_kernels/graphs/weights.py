@@ -1,10 +1,9 @@
 """Whether a module's weights are still those that a graph was recorded with."""
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from inspect import ismethod
 from itertools import chain, count
-from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -41,9 +40,12 @@ def stored(tensor: Tensor) -> Iterator[Tensor]:
 
 class Weights:
     """What a module's weights were when they were last looked at. To walk through all its modules at each call would
-    take longer than a small step: the walk is made anew only after some module, anywhere, was given another part."""
+    take longer than a small step: the walk is made anew only after some module, anywhere, was given another part.
 
-    known: WeakKeyDictionary[nn.Module, "Weights"] = WeakKeyDictionary()
+    It lives as long as recordings have it: handles count as owners of their tensors, which others may not swap then.
+    """
+
+    known: WeakKeyDictionary[nn.Module, ref["Weights"]] = WeakKeyDictionary()
     versions = count()
     parts_given = -1  # how many modules, parameters and buffers were given to modules, since the first look
 
@@ -51,21 +53,20 @@ class Weights:
         self._module = ref(module)
         self._walked_at, self._version = -1, -1
         self._seen: tuple | None = None
-        self._tensors: list[Tensor] = []
-        self._buffers: list[dict[str, Tensor | None]] = []
-        self._lists: list[dict[str, nn.Module | None]] = []
 
     @classmethod
     def of(cls, module: nn.Module) -> "Weights":
         """The one of this module."""
-        found = cls.known.get(module)
+        known = cls.known.get(module)
+        found = known and known()
         if found is None:
             if cls.parts_given < 0:
                 cls.parts_given = 0
                 register_module_module_registration_hook(cls._count)
                 register_module_parameter_registration_hook(cls._count)
                 register_module_buffer_registration_hook(cls._count)
-            found = cls.known[module] = cls(module)
+            found = cls(module)
+            cls.known[module] = ref(found)
         return found
 
     def version(self) -> int:
@@ -78,32 +79,31 @@ class Weights:
         """Addresses and dtypes; and the lists' lengths, for these may lose a part without a word.
 
         A cast gives a module other buffers, and a quantized parameter other tensors inside, without a word too: they
-        are looked up anew.
+        are looked up anew, and not kept.
         """
-        if self._made_of_others or self._buffers:
-            buffers = [buffer for held in self._buffers for buffer in held.values() if buffer is not None]
-            tensors = [*self._parameters, *chain.from_iterable(map(stored, (*self._made_of_others, *buffers)))]
-            if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
-                self._tensors, self._handles = tensors, handles(tensors)
-        return self._handles.places(), *map(len, self._lists)
+        found = self._parameters.places(), *map(len, self._lists)
+        if not (self._made_of_others or self._buffers):
+            return found
+        buffers = [buffer for held in self._buffers for buffer in held.values() if buffer is not None]
+        return handles(chain.from_iterable(map(stored, (*self._made_of_others, *buffers)))).places(), *found
 
     def _walk(self) -> None:
-        module = self._module()
-        self._walked_at, modules, parameters = self.parts_given, list(module.modules()), list(module.parameters())
+        parts_given, module = self.parts_given, self._module()
+        modules, parameters = list(module.modules()), list(module.parameters())
         self._made_of_others = [p for p in parameters if hasattr(p, "__tensor_flatten__")]
-        self._parameters = [p for p in parameters if not hasattr(p, "__tensor_flatten__")]
-        self._tensors, self._handles = [*self._parameters], handles(self._parameters)
+        self._parameters = handles(p for p in parameters if not hasattr(p, "__tensor_flatten__"))
         self._buffers = [m._buffers for m in modules if m._buffers]
         self._lists = [m._modules for m in modules if isinstance(m, LISTS)]
         if (seen := self._look()) != self._seen:
             self._seen, self._version = seen, next(self.versions)
+        self._walked_at = parts_given
 
     @classmethod
     def _count(cls, *_) -> None:
         cls.parts_given += 1
 
 
-def handles(tensors: Sequence[Tensor]) -> Any:
+def handles(tensors: Iterable[Tensor]) -> Any:
     """By which C++ reads where the tensors lie: their `places()` takes a tenth of the time that Python takes."""
     return kernels.TensorHandles(FUNCTIONS, torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors)))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..keys import settings, typed
-from ..weights import weights_in
+from ..weights import Weights, weights_in
 from .decision_memory import DecisionMemory, DecisionTables
 from .ends import Ends
 from .norm import norm_on_cpu, norm_on_cuda
@@ -117,8 +117,8 @@ class Gated:
         if loop is None:
             while len(self._loops) >= self._limit:
                 self._drop(next(iter(self._loops)))
-            loop = self._build(trajectory, noise, tensors, rebuild, unit, history)._replace(versions=versions)
-            self._loops[key] = loop
+            loop = self._build(trajectory, noise, tensors, rebuild, unit, history)
+            loop = self._loops[key] = loop._replace(weights=weights, versions=versions)
         self._loops.move_to_end(key)
         for buffer, tensor in zip(loop.inputs, tensors, strict=True):
             buffer.copy_(tensor)
@@ -195,4 +195,5 @@ class _Loop(NamedTuple):
     history: int
     run: Callable[[], None]
     close: Callable[[], None]
-    versions: Sequence[int] = ()  # of the weights that it reads
+    weights: Sequence[Weights] = ()  # which it reads
+    versions: Sequence[int] = ()  # theirs when it was built

@@ -1,5 +1,6 @@
 """Executors: what is recorded when, with a recorder that calls again where a GPU would replay."""
 
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
@@ -11,6 +12,13 @@ from support.cpu_recorder import CpuRecorder
 from support.three_branches import double
 
 pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Has a hash, which fails."""
+
+    parts: list
 
 
 @pytest.mark.parametrize("options, words", [
@@ -27,6 +35,7 @@ def test_bad_settings(options, words):
     (lambda f, x: f(x, {"a": 1}), TypeError, "argument 1: got dict"),
     (lambda f, x: f(x, y=(x, 1)), TypeError, "y: got tuple.*of its own"),
     (lambda f, x: f(x, y=[x]), TypeError, "y: got list"),
+    (lambda f, x: f(x, y=Frozen([1])), TypeError, "y: got Frozen.*what can be hashed"),
     (lambda f, x: f(x, y=x.to("meta")), ValueError, "y: is on meta, but argument 0 is on cpu"),
     (lambda f, x: torch.enable_grad()(f)(x), RuntimeError, r"torch.no_grad\(\)"),
 ])
@@ -50,6 +59,17 @@ def test_without_a_gpu_every_call_runs():
 def test_a_device_that_has_no_graphs_and_no_autocast(recorder):
     x, executor = torch.ones(3, device="meta"), hk.compile(double)
     assert [executor(x).device.type for _ in range(3)] == 3 * ["meta"] and executor.graphs == 0
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_list_stays_a_list(monkeypatch, recorded):
+    """An index that is a list takes rows, one that is a tuple an element."""
+    if recorded:
+        CpuRecorder.install(monkeypatch)
+    executor, x = hk.compile(lambda x, rows: x[rows].clone()), torch.randn(3, 3)
+    for _ in range(3):
+        assert torch.equal(executor(x, [0, 1]), x[:2])
+    assert executor.graphs == recorded
 
 
 def test_recorded_the_second_time(recorder):

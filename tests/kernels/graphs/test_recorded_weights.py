@@ -27,6 +27,7 @@ def test_a_module_is_walked_again_only_after_one_was_given_a_part(monkeypatch):
     net, walks = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ModuleList([torch.nn.Linear(2, 2)])), []
     walk = net.parameters
     monkeypatch.setattr(net, "parameters", lambda: walks.append(1) or walk())
+    kept = weights_in(net)  # a recording would
     versions = [*map(version, [(net, 1.5), net, ("x", (1, Pair(net, 2.0))), net.forward])]
     assert len({*map(tuple, versions)}) == 1 and len(versions[0]) == 1 and len(walks) == 1
     changes = (lambda: net.double(), lambda: net.half(), lambda: setattr(net, "2", torch.nn.Linear(2, 2)),
@@ -39,6 +40,7 @@ def test_a_module_is_walked_again_only_after_one_was_given_a_part(monkeypatch):
         assert version((net, "x")) == versions[-1]
     assert len({*map(tuple, versions)}) == 1 + len(changes)
     assert version(torch.nn.Linear(2, 2)) not in versions and version((True, None, "net")) == []
+    assert weights_in((net, 1)) == kept
 
 
 def test_memory_is_told_apart_by_address_and_dtype():
@@ -90,14 +92,14 @@ def test_buffers_and_what_quantized_weights_are_made_of(recorder):
     quantize = pytest.importorskip("torchao.quantization")
     layer = torch.nn.Linear(4, 4)
     quantize.quantize_(layer, quantize.Int8WeightOnlyConfig())
-    versions = [version(layer)]
+    kept, versions = weights_in(layer), [version(layer)]
     layer.weight.qdata.mul_(2)
     assert version(layer) == versions[0]
     for name in "qdata", "scale":
         setattr(layer.weight, name, getattr(layer.weight, name).clone())
         versions.append(version(layer))
         assert version(layer) == versions[-1]
-    assert len({*map(tuple, versions)}) == 3
+    assert len({*map(tuple, versions)}) == 3 and weights_in(layer) == kept
 
 
 def test_weights(recorder):
@@ -111,11 +113,43 @@ def test_weights(recorder):
     layer.double()
     for _ in range(3):
         assert torch.equal(executor(layer, x.double()), layer(x.double()))
-    assert executor.graphs == 2
+    assert executor.graphs == 1
     layer.weight = torch.nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
     for _ in range(3):
         assert torch.equal(executor(layer, x.double()), layer(x.double()))
-    assert executor.graphs == 2  # the one that read the old weight has been freed
+    assert executor.graphs == 1 and [what for what, _ in recorder.log].count("free") == 2
+
+
+def test_all_graphs_that_read_what_is_gone_are_freed_together(recorder):
+    layer, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    executor, x = hk.compile(lambda net, x, y: net(x) + y), torch.randn(2, 4)
+    for _ in range(2):
+        for y in range(3):
+            executor(layer, x, y), executor(other, x, y)
+    assert executor.graphs == 6
+    layer.weight.data = torch.randn(4, 4)
+    assert torch.equal(executor(layer, x, 2), layer(x) + 2) and executor.graphs == 3
+
+
+def test_weights_are_let_go_with_the_last_graph(recorder):
+    """PyTorch swaps tensors that have one owner only, and memory that a module has left is freed at once."""
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    array = np.zeros(4, np.float32)
+    layer.register_buffer("shift", torch.from_numpy(array))
+    alive = weakref.ref(array)
+    del array
+    executor = hk.compile(layer)
+    for _ in range(3):
+        executor(x)
+    layer.register_buffer("shift", torch.zeros(4))
+    assert alive() is None and executor.graphs == 1
+    other = torch.nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(RuntimeError, match="reference"):
+        torch.utils.swap_tensors(layer.weight, other)
+    executor.reset()
+    torch.utils.swap_tensors(layer.weight, other)
+    for _ in range(3):
+        assert torch.equal(executor(x), layer(x))
 
 
 @pytest.mark.parametrize("wrap", [lambda net: Pair(net, 1.0), lambda net: ((net, 1), 2)])
