@@ -183,6 +183,9 @@ def test_the_longest_unused_graph_goes_first(recorder):
     for y in range(100, 200):
         executor(x, y)
     assert len(executor._seen) <= 2 and executor.graphs == 1
+    freed = count_freed()
+    executor(x, 1), call_twice(2), call_twice(3), executor(x, 2)  # recorded after 1 was used
+    assert count_freed() == freed + 1
 
 
 def test_random_numbers_are_refused(recorder):
