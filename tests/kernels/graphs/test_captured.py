@@ -184,7 +184,7 @@ def test_the_longest_unused_graph_goes_first(recorder):
         executor(x, y)
     assert len(executor._seen) <= 2 and executor.graphs == 1
     freed = count_freed()
-    executor(x, 1), call_twice(2), call_twice(3), executor(x, 2)  # recorded after 1 was used
+    executor(x, 1), call_twice(2), call_twice(3), call_twice(2)  # recorded after 1 was used, so 1 goes
     assert count_freed() == freed + 1
 
 
