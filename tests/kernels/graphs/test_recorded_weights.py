@@ -185,16 +185,3 @@ def test_what_came_once_is_not_recorded_with_other_weights(recorder):
     assert executor.graphs == 0
     executor(x)
     assert executor.graphs == 1
-def test_objects_that_hold_tensors(recorder):
-    class Scale:
-        def __init__(self, power, by):
-            self.power, self.by = power, by
-
-        def graph_parts(self):
-            return self.power, (self.by,), lambda by: Scale(self.power, by)
-
-    executor = hk.compile(lambda scale, x: (scale.by * x) ** scale.power)
-    for power in (1, 2, 1, 2, 1, 2):
-        by, x = torch.randn(3), torch.randn(2, 3)
-        assert torch.equal(executor(Scale(power, by), x), (by * x) ** power)
-    assert executor.graphs == 2
