@@ -128,8 +128,9 @@ NAMED = (
           'channels=net.sample_shape[0] if settings.compare == "noise" else None)',
           "channels=None)"),
     Named("Adam's eps as usual", "train", TRAIN + "start.py",
+          "optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, "
           "eps=settings.eps,",
-          "eps=1e-8,"),
+          "optimizer = torch.optim.AdamW([p for p in router.parameters() if p.requires_grad], settings.lr, eps=1e-8,"),
     Named("initial logits a tenth", "train", TRAIN + "start.py",
           "logits = torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)",
           "logits = 0.1 * torch.randn(T, K, generator=generator).clamp(-LIMIT, LIMIT)"),
