@@ -217,9 +217,10 @@ def test_objects_that_hold_tensors(recorder):
 
     executor = hk.compile(lambda scale, x: (scale.by * x) ** scale.power)
     for power in (1, 2, 1, 2, 1, 2):
-        by, x = torch.randn(3), torch.randn(2, 3)
-        assert torch.equal(executor(Scale(power, by), x), (by * x) ** power)
-    assert executor.graphs == 2
+        for shape in ((3,), (1,)):
+            by, x = torch.randn(shape), torch.randn(2, 3)
+            assert torch.equal(executor(Scale(power, by), x), (by * x) ** power)
+    assert executor.graphs == 4
 
 
 def test_any_mode_without_grad(recorder):
