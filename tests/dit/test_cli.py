@@ -237,7 +237,7 @@ def test_no_speedup_is_taken_for_another(tmp_path):
 def test_demo_leaves_its_pictures(tmp_path):
     theirs = tmp_path / "training" / "of something else"
     theirs.mkdir(parents=True)
-    rows = demo.run(tmp_path, Console(quiet=True), iterations=1, images=2, held_out=1, samples=10)
+    rows = demo.run(tmp_path, Console(quiet=True), iterations=1, images=2, held_out=1, samples=4)
     assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "router.png", "tradeoff.png", "rows.json",
                                                           "forecast.safetensors", "training"}
     assert theirs.exists()

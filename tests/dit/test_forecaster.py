@@ -55,12 +55,29 @@ def test_adams_weighs_the_mean_over_a_step():
     assert adams[1, :2].tolist() == pytest.approx([-1 / 2, 0])
 
 
-def test_adams_is_nearer_to_the_accurate_solution_than_the_uncached_trajectory():
+OPTIONS = dict(seed=3, guidance=1.5)
+
+
+@pytest.fixture(scope="module")
+def fashion():
+    return load("fashion-dit")
+
+
+@pytest.fixture(scope="module")
+def uncached(fashion):
+    return sample(fashion, torch.arange(10), steps=20, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def accurate(fashion):
+    return sample(fashion, torch.arange(10), steps=40, scheduler="DPMSolverMultistepScheduler", **OPTIONS)
+
+
+def test_adams_is_nearer_to_the_accurate_solution_than_the_uncached_trajectory(fashion, uncached, accurate):
     """On the bundled model with every second step computed; Taylor's forecast is not."""
-    net, labels, options = load("fashion-dit"), torch.arange(10), dict(seed=3, guidance=1.5)
-    target = sample(net, labels, steps=40, scheduler="DPMSolverMultistepScheduler", **options)
-    errors = [rmse(sample(net, labels, steps=20, schedule=schedule, **options), target).mean() for schedule in (
-        None, trunk_forecast(net, 20, every=2), trunk_forecast(net, 20, every=2, adams=True))]
+    errors = [rmse(images, accurate).mean() for images in (uncached, *(
+        sample(fashion, torch.arange(10), schedule=trunk_forecast(fashion, 20, every=2, adams=adams), **OPTIONS)
+        for adams in (False, True)))]
     assert errors[2] < 0.7 * errors[0] < errors[1]
 
 
@@ -160,15 +177,13 @@ BUNDLED = sorted(file.stem for file in FORECASTS.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_a_bundled_forecast_does_what_its_name_says(name):
+def test_a_bundled_forecast_does_what_its_name_says(fashion, uncached, accurate, name):
     """Its speedup, at most 1 % of the model's parameters, and images nearer to its target than Taylor's."""
-    net, schedule = load("fashion-dit"), Schedule.load(name)
-    speedup, uncached = re.fullmatch(r"fashion-dit-forecast-([\d.]+)x(-uncached)?", name).groups()
+    net, schedule = fashion, Schedule.load(name)
+    speedup, to_uncached = re.fullmatch(r"fashion-dit-forecast-([\d.]+)x(-uncached)?", name).groups()
     assert schedule.speedup == pytest.approx(float(speedup), 0.02)
     assert schedule.forecaster.parameters <= 0.01 * sum(p.numel() for p in net.parameters())
-    labels, options = torch.arange(10), dict(seed=3, guidance=1.5)
-    solver = dict(steps=20) if uncached else dict(steps=40, scheduler="DPMSolverMultistepScheduler")
-    target = sample(net, labels, **solver, **options)
-    errors = [(sample(net, labels, schedule=one, **options) - target).square().mean() ** 0.5 for one in (
+    target = uncached if to_uncached else accurate
+    errors = [(sample(net, torch.arange(10), schedule=one, **OPTIONS) - target).square().mean() ** 0.5 for one in (
         schedule, *(replace(schedule, forecaster=taylor(schedule.compute[:, 0].tolist(), order)) for order in (1, 2)))]
     assert BUNDLED and errors[0] < 0.8 * min(errors[1:])

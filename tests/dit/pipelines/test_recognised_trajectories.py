@@ -92,8 +92,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
-def test_an_interrupted_call_leaves_nothing_for_the_next(entry, error):
+def test_an_interrupted_call_leaves_nothing_for_the_next(entry, error=KeyboardInterrupt):
     entry, pipe = entry
     expected, after = cached(entry, pipe, steps=10), cached(entry, pipe, steps=7)
     count = iter(range(1000))
@@ -108,6 +107,11 @@ def test_an_interrupted_call_leaves_nothing_for_the_next(entry, error):
     handle.remove()
     assert torch.equal(entry.call(pipe, steps=7), after)
     assert torch.equal(entry.call(pipe, steps=10), expected)
+
+
+@pytest.mark.parametrize("entry", ["dit", "flux", "wan-of-two"], indirect=True)
+def test_a_call_that_fails_leaves_nothing_for_the_next(entry):
+    test_an_interrupted_call_leaves_nothing_for_the_next(entry, Stop)
 
 
 def test_which_pipelines_cannot_be_interrupted():

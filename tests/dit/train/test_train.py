@@ -35,7 +35,7 @@ def training(request, net):
     return request.param, train_router(net, **request.param, **SMALL)
 
 
-@pytest.mark.parametrize("lr, trajectories", [(1e-2, 40), (1e-1, 100)])
+@pytest.mark.parametrize("lr, trajectories", [(1e-2, 40), (1e-1, 60)])
 def test_target_speedup_is_met(net, lr, trajectories):
     settings = SMALL | dict(steps=6, lr=lr, trajectories=trajectories, refresh=100)
     router = train_router(net, target_speedup=1.6, **settings)
