@@ -6,7 +6,7 @@ same on every machine. Only `_Cuda` speaks to CUDA, through `record_into`.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .keys import Call
 from .recording import record_into, stream_of
-from .weights import Weights, weights_in
+from .weights import Snapshot
 
 
 class Captured:
@@ -25,8 +25,7 @@ class Captured:
         self._limit = graphs
         self._recordings: dict[Hashable, _Recording] = {}
         self._uses = 0
-        # Calls that came once, at most as many as graphs, with their weights and these's versions.
-        self._seen: OrderedDict[Hashable, tuple[list[Weights], list[int]]] = OrderedDict()
+        self._seen: OrderedDict[Hashable, Snapshot] = OrderedDict()  # calls that came once, at most as many as graphs
         self._recorder: _Cuda | None = None
 
     @property
@@ -40,38 +39,35 @@ class Captured:
                                "gradients call the function itself")
         call = Call(args, kwargs)
         recording = self._find(call)
-        return self._run_or_record(call) if recording is None else recording.replay(call)
+        return self._run_or_record(call) if recording is None else self._replay(recording, call)
 
     def _find(self, call: Call) -> "_Recording | None":
         try:
             recording = self._recordings.get(call.key)
         except TypeError:  # an argument cannot be hashed; `Call.check` says which
             return None
-        if recording is None or recording.is_stale():
-            return None
-        recording.used = self._uses = self._uses + 1
-        return recording
+        return None if recording is None or recording.snapshot.is_stale() else recording
 
     def _run_or_record(self, call: Call) -> Tensor | tuple[Tensor, ...]:
         recorder = self._recorder_on(call.check())
         if recorder is None or any(cache.dtype is None for cache in call.caches):
             return self._run(call, call.tensors)
-        for key in [key for key, recording in self._recordings.items() if recording.is_stale()]:
+        for key in [key for key, recording in self._recordings.items() if recording.snapshot.is_stale()]:
             self._drop(key)
-        weights = weights_in((self.function, *call.constants.values()))
-        now = weights, [w.version() for w in weights]
-        if self._seen.get(call.key) != now:
-            self._seen[call.key] = now
+        snapshot = Snapshot.of((self.function, *call.constants.values()))
+        if self._seen.get(call.key) != snapshot:
+            self._seen[call.key] = snapshot
             if len(self._seen) > self._limit:
                 self._seen.popitem(last=False)
             return self._run_first(call, recorder)
         while len(self._recordings) >= self._limit:
             self._drop(min(self._recordings, key=lambda key: self._recordings[key].used))
-        recording = self._record(call, recorder)
-        recording.weights, recording.versions = now
-        recording.used = self._uses = self._uses + 1
-        self._recordings[call.key] = recording
+        recording = self._recordings[call.key] = self._record(call, recorder, snapshot)
         del self._seen[call.key]
+        return self._replay(recording, call)
+
+    def _replay(self, recording: "_Recording", call: Call) -> Tensor | tuple[Tensor, ...]:
+        recording.used = self._uses = self._uses + 1
         return recording.replay(call)
 
     def reset(self) -> None:
@@ -104,7 +100,7 @@ class Captured:
                                'tensors, or call it without an executor (executor="eager" of sample, train_router)')
         return output
 
-    def _record(self, call: Call, recorder: "_Cuda") -> "_Recording":
+    def _record(self, call: Call, recorder: "_Cuda", snapshot: Snapshot) -> "_Recording":
         with torch.inference_mode(False):  # inference tensors cannot be written to outside inference mode
             buffers = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in call.tensors]
         for buffer, tensor in zip(buffers, call.tensors):
@@ -126,7 +122,7 @@ class Captured:
             for cache, state in zip(call.caches, before):
                 cache._restore(state)
         alive = [rebuild for _, rebuild in call.parts.values()], [cache._arena for cache in call.caches]
-        return _Recording(graph, buffers, output, after, alive)
+        return _Recording(graph, buffers, output, after, alive, snapshot)
 
     def _drop(self, key: Hashable) -> None:
         self._recorder.free(self._recordings.pop(key).graph)
@@ -141,13 +137,8 @@ class _Recording:
     output: Tensor | tuple[Tensor, ...]
     caches: list[tuple]  # the state in which the function leaves each cache
     alive: tuple  # the graph holds addresses of theirs too: other arguments (constants are in the key) and caches
-    weights: Sequence[Weights] = ()  # which it reads
-    versions: list[int] = field(default_factory=list)  # theirs when it was recorded
+    snapshot: Snapshot  # of what it reads
     used: int = 0  # when it was last used: as a number, since the way to the end of an ordered dictionary takes longer
-
-    def is_stale(self) -> bool:
-        """Whether it reads weights where they are no longer."""
-        return [weights.version() for weights in self.weights] != self.versions
 
     def replay(self, call: Call) -> Tensor | tuple[Tensor, ...]:
         for buffer, tensor in zip(self.buffers, call.tensors, strict=True):

@@ -64,7 +64,7 @@ class Call:
                 raise TypeError(f"cache: got a {type(value).__name__}, of which a graph would replay what it held when "
                                 "it was recorded; compile the whole trajectory, which makes the cache inside")
             if not _is_constant(self.constants.get(name)):
-                raise TypeError(f"{_words(name)}: got {type(value).__name__}; an executor takes tensors, each as an "
+                raise TypeError(f"{_name_of(name)}: got {type(value).__name__}; an executor takes tensors, each as an "
                                 "argument of its own, FeatureCaches, and what can be hashed (a row as a tuple)")
         if not self.tensors:
             raise ValueError("an executor needs at least one tensor among its arguments, got none")
@@ -74,8 +74,8 @@ class Call:
             for tensor in held:
                 first = name if first is None else first
                 if tensor.device != device:
-                    raise ValueError(f"{_words(name)}: is on {tensor.device}, but {_words(first)} is on {device}; an "
-                                     "executor's tensors have to be on one device")
+                    raise ValueError(f"{_name_of(name)}: is on {tensor.device}, but {_name_of(first)} is on {device}; "
+                                     "an executor's tensors have to be on one device")
         return device
 
     def bind(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict]:
@@ -126,5 +126,5 @@ def settings(device: str) -> tuple:
             FP32_PRECISION("cuda", "matmul") == "tf32", FP32_PRECISION("cuda", "conv") == "tf32")
 
 
-def _words(argument: int | str) -> str:
+def _name_of(argument: int | str) -> str:
     return argument if isinstance(argument, str) else f"argument {argument}"

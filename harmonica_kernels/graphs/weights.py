@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from inspect import ismethod
 from itertools import chain, count
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -18,15 +18,6 @@ from torch.nn.modules.module import (
 from ..ops._library import kernels
 
 LISTS = nn.ModuleList, nn.ModuleDict, nn.Sequential
-
-
-def weights_in(constant: Any) -> list["Weights"]:
-    """The weights of the module that `constant` is, or is a method of; of a tuple, those of all its parts."""
-    if ismethod(constant):
-        constant = constant.__self__
-    if isinstance(constant, nn.Module):
-        return [Weights.of(constant)]
-    return [weights for part in constant for weights in weights_in(part)] if isinstance(constant, tuple) else []
 
 
 def stored(tensor: Tensor) -> Iterator[Tensor]:
@@ -101,6 +92,31 @@ class Weights:
     @classmethod
     def _count(cls, *_) -> None:
         cls.parts_given += 1
+
+
+class Snapshot(NamedTuple):
+    """The weights of the modules inside a constant, and which versions they were."""
+
+    weights: list[Weights]
+    versions: list[int]
+
+    @classmethod
+    def of(cls, constant: Any) -> "Snapshot":
+        weights = weights_in(constant)
+        return cls(weights, [w.version() for w in weights])
+
+    def is_stale(self) -> bool:
+        """Whether a graph that was recorded then would read weights where they are no longer."""
+        return [weights.version() for weights in self.weights] != self.versions
+
+
+def weights_in(constant: Any) -> list[Weights]:
+    """The weights of the module that `constant` is, or is a method of; of a tuple, those of all its parts."""
+    if ismethod(constant):
+        constant = constant.__self__
+    if isinstance(constant, nn.Module):
+        return [Weights.of(constant)]
+    return [weights for part in constant for weights in weights_in(part)] if isinstance(constant, tuple) else []
 
 
 def handles(tensors: Iterable[Tensor]) -> Any:

@@ -1,14 +1,14 @@
 """The executor of trajectories whose steps the device decides."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..keys import settings, typed
-from ..weights import Weights, weights_in
+from ..weights import Snapshot
 from .decision_memory import DecisionMemory, DecisionTables
 from .ends import Ends
 from .norm import norm_on_cpu, norm_on_cuda
@@ -106,19 +106,19 @@ class Gated:
             self.load(schedule)
         key, tensors, rebuild = trajectory.graph_parts()
         unit, history = ("branch", 1) if self._tables is None else (self._tables.unit, self._tables.history)
-        weights = weights_in(key)
-        versions = [w.version() for w in weights]
+        snapshot = Snapshot.of(key)
         key = (typed(key), noise.shape, noise.dtype, noise.device, tuple((t.shape, t.dtype) for t in tensors),
                settings(noise.device.type), unit)
         loop = self._loops.get(key)
-        if loop is not None and (loop.versions != versions or loop.history < history):
+        if loop is not None and (loop.snapshot != snapshot or loop.history < history):
             self._drop(key)
             loop = None
         if loop is None:
+            for stale in [other for other, loop in self._loops.items() if loop.snapshot.is_stale()]:
+                self._drop(stale)
             while len(self._loops) >= self._limit:
                 self._drop(next(iter(self._loops)))
-            loop = self._build(trajectory, noise, tensors, rebuild, unit, history)
-            loop = self._loops[key] = loop._replace(weights=weights, versions=versions)
+            loop = self._loops[key] = self._build(trajectory, noise, tensors, rebuild, unit, history, snapshot)
         self._loops.move_to_end(key)
         for buffer, tensor in zip(loop.inputs, tensors, strict=True):
             buffer.copy_(tensor)
@@ -134,7 +134,7 @@ class Gated:
         self._last = None
 
     def _build(self, trajectory: Any, noise: Tensor, tensors: tuple[Tensor, ...], rebuild: Callable, unit: str,
-               history: int) -> "_Loop":
+               history: int, snapshot: Snapshot) -> "_Loop":
         # Inference tensors cannot be written to outside inference mode. Leaving that mode turns grad on, with which the
         # model would launch other kernels than it does in a captured call.
         with torch.inference_mode(False), torch.no_grad():
@@ -148,8 +148,8 @@ class Gated:
                 memory = DecisionMemory(trajectory.steps, len(loop.branches), history, noise.device)
                 parts = Parts(loop, memory, start, norm_on_cuda if noise.is_cuda else norm_on_cpu)
             memory.threshold.fill_(self._threshold)
-            self._write(made := _Loop(inputs, parts, memory, unit, history, lambda: walk(nodes, parts, memory),
-                                      lambda: None))
+            self._write(made := _Loop(inputs, parts, memory, unit, history, snapshot,
+                                      run=lambda: walk(nodes, parts, memory), close=lambda: None))
             if builds_graphs(noise.device):
                 graph = GraphLoop(nodes, parts, memory, Recorder(noise.device))
                 return made._replace(run=graph.run, close=graph.close)
@@ -193,7 +193,6 @@ class _Loop(NamedTuple):
     memory: DecisionMemory
     unit: str
     history: int
+    snapshot: Snapshot  # of the weights that it reads
     run: Callable[[], None]
     close: Callable[[], None]
-    weights: Sequence[Weights] = ()  # which it reads
-    versions: Sequence[int] = ()  # theirs when it was built

@@ -92,8 +92,8 @@ class Stop(Exception):
     pass
 
 
-def test_an_interrupted_call_leaves_nothing_for_the_next(entry, error=KeyboardInterrupt):
-    entry, pipe = entry
+def check_that_nothing_is_left_after(error, entry, pipe):
+    """For the calls after one that `error` ended."""
     expected, after = cached(entry, pipe, steps=10), cached(entry, pipe, steps=7)
     count = iter(range(1000))
 
@@ -109,9 +109,13 @@ def test_an_interrupted_call_leaves_nothing_for_the_next(entry, error=KeyboardIn
     assert torch.equal(entry.call(pipe, steps=10), expected)
 
 
+def test_an_interrupted_call_leaves_nothing_for_the_next(entry):
+    check_that_nothing_is_left_after(KeyboardInterrupt, *entry)
+
+
 @pytest.mark.parametrize("entry", ["dit", "flux", "wan-of-two"], indirect=True)
 def test_a_call_that_fails_leaves_nothing_for_the_next(entry):
-    test_an_interrupted_call_leaves_nothing_for_the_next(entry, Stop)
+    check_that_nothing_is_left_after(Stop, *entry)
 
 
 def test_which_pipelines_cannot_be_interrupted():

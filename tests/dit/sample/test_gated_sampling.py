@@ -73,14 +73,19 @@ def test_other_schedulers_are_refused(net):
 
 def test_moved_weights_are_captured_anew(net, router):
     other = copy.deepcopy(net)
-    executor, noise = hk.compile(denoise, mode="gated"), image_noise(0, 0, 1, net.sample_shape)
+    executor = hk.compile(denoise, mode="gated")
     executor.load(router)
-    loops = []
-    for dtype in (torch.float32, torch.float32, torch.bfloat16):
-        other.to(dtype)
-        executor(Trajectory(other, torch.tensor([1]), steps=router.steps), noise)
-        loops += executor._loops.values()
-    assert loops[0] is loops[1] is not loops[2] and len(loops) == 3  # the one that read the old weights has been freed
+
+    def run(n):
+        executor(Trajectory(other, torch.ones(n, dtype=torch.long), steps=router.steps),
+                 image_noise(0, 0, n, net.sample_shape))
+        return list(executor._loops.values())
+
+    (first,) = run(1)
+    assert run(1) == [first] and len(run(2)) == 2
+    other.bfloat16()
+    (last,) = run(1)  # those that read the old weights have been freed, of the other batch, too
+    assert last is not first
 
 
 class Ops(TorchDispatchMode):

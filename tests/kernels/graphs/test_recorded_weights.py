@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import harmonica_kernels as hk
-from harmonica_kernels.graphs.weights import handles, weights_in
+from harmonica_kernels.graphs.weights import Snapshot, handles
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -19,7 +19,7 @@ class Pair(NamedTuple):
 
 
 def version(constant) -> list[int]:
-    return [weights.version() for weights in weights_in(constant)]
+    return Snapshot.of(constant).versions
 
 
 def test_a_module_is_walked_again_only_after_one_was_given_a_part(monkeypatch):
@@ -27,7 +27,7 @@ def test_a_module_is_walked_again_only_after_one_was_given_a_part(monkeypatch):
     net, walks = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ModuleList([torch.nn.Linear(2, 2)])), []
     walk = net.parameters
     monkeypatch.setattr(net, "parameters", lambda: walks.append(1) or walk())
-    kept = weights_in(net)  # a recording would
+    kept = Snapshot.of(net)  # a recording would
     versions = [*map(version, [(net, 1.5), net, ("x", (1, Pair(net, 2.0))), net.forward])]
     assert len({*map(tuple, versions)}) == 1 and len(versions[0]) == 1 and len(walks) == 1
     changes = (lambda: net.double(), lambda: net.half(), lambda: setattr(net, "2", torch.nn.Linear(2, 2)),
@@ -40,7 +40,7 @@ def test_a_module_is_walked_again_only_after_one_was_given_a_part(monkeypatch):
         assert version((net, "x")) == versions[-1]
     assert len({*map(tuple, versions)}) == 1 + len(changes)
     assert version(torch.nn.Linear(2, 2)) not in versions and version((True, None, "net")) == []
-    assert weights_in((net, 1)) == kept
+    assert kept.is_stale() and Snapshot.of((net, 1)).weights == kept.weights
 
 
 def test_memory_is_told_apart_by_address_and_dtype():
@@ -92,14 +92,14 @@ def test_buffers_and_what_quantized_weights_are_made_of(recorder):
     quantize = pytest.importorskip("torchao.quantization")
     layer = torch.nn.Linear(4, 4)
     quantize.quantize_(layer, quantize.Int8WeightOnlyConfig())
-    kept, versions = weights_in(layer), [version(layer)]
+    kept, versions = Snapshot.of(layer), [version(layer)]
     layer.weight.qdata.mul_(2)
     assert version(layer) == versions[0]
     for name in "qdata", "scale":
         setattr(layer.weight, name, getattr(layer.weight, name).clone())
         versions.append(version(layer))
         assert version(layer) == versions[-1]
-    assert len({*map(tuple, versions)}) == 3 and weights_in(layer) == kept
+    assert len({*map(tuple, versions)}) == 3 and Snapshot.of(layer).weights == kept.weights
 
 
 def test_weights(recorder):
